@@ -1,0 +1,142 @@
+"""What a run saves: its train state (orbax; exact, asynchronous, atomic) and weight files (safetensors; strict)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+from kvpo_jax.types import PyTree
+
+# ---------------------------------------------------------------- train state
+
+
+def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a run and clears away what a killed save has left.
+
+    A save is written beside the others and committed at the end, so a kill at any moment leaves the last whole one.
+    The caller closes the manager, which waits for the save in progress (it is a context manager too).
+
+    Args:
+      directory: made if it does not exist.
+      keep: how many checkpoints are kept, the newest.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, tree: PyTree, extra: Mapping[str, Any]) -> None:
+    """Saves arrays `tree` and JSON `extra` as `step`, in the background; a step that is saved already is left alone."""
+    checkpoints.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra)))
+
+
+def restore_latest(checkpoints: ocp.CheckpointManager, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+    """(step, tree, extra) of the newest checkpoint, bit for bit as saved, or None if there is none.
+
+    Args:
+      checkpoints: from `manager`.
+      like: structure, shapes, dtypes and placement of the result: arrays or jax.ShapeDtypeStruct. What is not
+        committed to devices here (or has no sharding) is not there either.
+
+    Raises:
+      ValueError: if what was saved has other leaves, shapes or dtypes; names the checkpoint and the leaves.
+    """
+    checkpoints.wait_until_finished()
+    step = checkpoints.latest_step()
+    if step is None:
+        return None
+    signature = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"
+    saved = {name: signature(x) for name, x in _named(checkpoints.item_metadata(step).state.tree).items()}
+    wanted = {name: signature(x) for name, x in _named(like).items()}
+    _check_same(f"checkpoint {checkpoints.directory / str(step)}", saved, wanted)
+    restored = checkpoints.restore(
+        step,
+        args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), extra=ocp.args.JsonRestore()
+        ),
+    )
+    place = lambda x, like: x if _is_committed(like) else jnp.asarray(np.asarray(x))
+    return step, jax.tree.map(place, restored.state, like), restored.extra
+
+
+def _is_committed(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return x.committed if isinstance(x, jax.Array) else x.sharding is not None
+
+
+def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = x.sharding if _is_committed(x) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def save_weights(path: Path | str, tree: PyTree, metadata: Mapping[str, str]) -> None:
+    """Writes the arrays of `tree` as safetensors with names like "blocks/self_q/kernel", at once or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors reads the memory as it lies, which is wrong for a transposed view.
+    tensors = {name: np.asarray(x, order="C") for name, x in _named(tree, "/").items()}
+    temporary = path.with_name(f"{path.name}.tmp")
+    safetensors.numpy.save_file(tensors, temporary, dict(metadata))
+    os.replace(temporary, path)
+
+
+def load_weights(path: Path | str, like: PyTree) -> PyTree:
+    """The tree that `save_weights` wrote.
+
+    Args:
+      path: a safetensors file.
+      like: structure and shapes to load, arrays or jax.ShapeDtypeStruct; a tensor is cast to its dtype there and put
+        on its sharding, if it has one.
+
+    Raises:
+      ValueError: for a missing, left-over or wrongly shaped tensor, or a file that is not whole; names the file and the
+        tensors.
+    """
+    try:
+        file = safetensors.safe_open(path, framework="flax")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    with file:
+        saved = {name: str(file.get_slice(name).get_shape()) for name in file.keys()}
+        _check_same(str(path), saved, {name: str(list(x.shape)) for name, x in _named(like, "/").items()})
+        load = lambda name, x: jax.device_put(file.get_tensor(name).astype(x.dtype), getattr(x, "sharding", None))
+        return jax.tree_util.tree_map_with_path(lambda keys, x: load(_name(keys, "/"), x), like)
+
+
+# ---------------------------------------------------------------- names
+
+
+def _name(keys: Any, separator: str) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=separator)
+
+
+def _named(tree: PyTree, separator: str = ".") -> dict[str, Any]:
+    """name -> leaf."""
+    return {_name(keys, separator): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_same(where: str, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """Raises a ValueError that says how the leaves in `where`, name -> signature, differ from those wanted."""
+    faults = {
+        "missing": sorted(wanted.keys() - saved.keys()),
+        "left over": sorted(saved.keys() - wanted.keys()),
+        "wrong": [f"{n} is {saved[n]}, not {wanted[n]}" for n in wanted if saved.get(n, wanted[n]) != wanted[n]],
+    }
+    found = [
+        f"{kind}: {', '.join(names[:5])}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for kind, names in faults.items()
+        if names
+    ]
+    if found:
+        raise ValueError(f"{where}: {'; '.join(found)}")

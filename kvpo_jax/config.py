@@ -1,0 +1,305 @@
+"""The configuration of a run: loaded from a file, overridden by flags, checked, saved, and compared on resume.
+
+A configuration is named `FILE[:PRESET]`, as in `configs/tiny.py:release`; FILE defines `get_config(preset)`. Whatever
+is wrong with one is a ValueError that names the file or the field, and the nearest name or value where there is one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import kvpo_jax
+
+PACKAGE = Path(__file__).resolve().parent
+TINY = "configs/tiny.py"  # what runs when nothing else is asked for
+
+# Fields that name an alternative.
+CHOICES = {
+    "backbone": ("toy", "longlive", "memflow"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "block"),
+    "sampler.solver": ("euler", "renoise"),
+    "rollout.draw": ("independent", "dispersed"),
+    "replay.context": ("anchor", "self_rolled"),
+    "replay.energy": ("velocity", "clean"),
+    "objective.tau_unit": ("group_std", "absolute"),
+    "objective.advantage": ("group", "anchor"),
+    "objective.fusion_normalize": ("none", "std", "zscore"),
+    "objective.gate": ("zero", "mechanism_1", "mechanism_2"),
+}
+# The smallest value that means something; a group needs two branches to have a spread, an interval two prompts.
+MINIMUM = {
+    "model.dim": 1, "model.num_heads": 1, "model.num_layers": 1, "lora.rank": 1,
+    "video.height": 1, "video.width": 1, "video.blocks": 1, "video.block_frames": 1,
+    "sampler.shift": 0.0, "sampler.context_step": 0.0, "window.sink": 0, "window.recache_frames": 0,
+    "rollout.branches": 2, "rollout.window_blocks": 1, "rollout.perturbed_steps": 0,
+    "replay.sigma_floor": 0.0, "replay.blocks": 0, "replay.grad_steps": 1, "replay.chunk": 0,
+    "objective.beta": 0.0, "objective.clip_low": 0.0, "objective.clip_high": 0.0, "objective.advantage_clip": 0.0,
+    "reward.clip_frames": 0,
+    "train.iterations": 1, "train.prompts_per_iteration": 1, "train.epochs": 1, "train.rollouts_per_sync": 1,
+    "train.learning_rate": 0.0, "train.warmup": 0, "train.weight_decay": 0.0, "train.ema_decay": 0.0,
+    "train.checkpoint_every": 1, "train.keep": 1, "train.video_every": 0,
+    "eval.prompts": 2, "eval.every": 0, "eval.batch": 1, "mesh.data": 0, "mesh.branch": 0,
+}  # fmt: skip
+POSITIVE = ("objective.tau", "lora.alpha", "train.grad_clip")
+# What may differ when a run is continued: how long it runs, and what is only looked at.
+RESUMABLE = ("train.iterations", "train.checkpoint_every", "train.keep", "train.video_every", "eval.")
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """The ending of an error message, "; did you mean 'train.iterations'?", empty if nothing resembles `name`.
+
+    Of a dotted name the last word counts by itself too, so that the wrong section is forgiven.
+    """
+
+    def resemblance(other):
+        ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+        whole = ratio(name, other)
+        return max(whole, ratio(name.rpartition(".")[2], other.rpartition(".")[2])), whole
+
+    best = max(names, key=resemblance, default="")
+    return f"; did you mean {best!r}?" if best and resemblance(best)[0] > 0.6 else ""
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """dotted field name -> value, of every leaf."""
+    out = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            out |= {f"{key}.{name}": leaf for name, leaf in flat(value).items()}
+        else:
+            out[key] = value
+    return out
+
+
+# ---------------------------------------------------------------- files
+
+
+def shipped(path: str) -> Path:
+    """The file that comes with the package: inside an installed one, next to it in a checkout."""
+    inside = PACKAGE / path
+    return inside if inside.is_file() else PACKAGE.parent / path
+
+
+def find(path: str) -> Path:
+    """The file `path`, or the shipped one of that name."""
+    for candidate in (Path(path), shipped(path)):
+        if candidate.is_file():
+            return candidate
+    names = [f"configs/{file.name}" for file in shipped(TINY).parent.glob("*.py")]
+    raise ValueError(f"there is no configuration file {path!r}{nearest(path, names)}")
+
+
+def load(spec: str) -> ConfigDict:
+    """The configuration FILE[:PRESET]."""
+    path, _, preset = spec.partition(":")
+    file = find(path)
+    if file.suffix != ".py":
+        raise ValueError(f"{path}: a configuration is a Python file with a get_config()")
+    module_spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path} defines no get_config()")
+    if preset and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"{path} has no presets, so not {preset!r} either")
+    return module.get_config(*([preset] if preset else [])).lock()
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """Writes the file at once or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def load_saved(path: Path) -> ConfigDict:
+    """The configuration that a run directory's config.json holds."""
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a saved configuration: {error}") from error
+    return ConfigDict(_with_tuples(saved)).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """A copy of `config` with the flags `--config.FIELD=VALUE` of the command line `arguments` (no program name)."""
+    names, sections = flat(config), {name.rpartition(".")[0] for name in flat(config)}
+    for argument in arguments:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if not match or match[1] in names:
+            continue
+        if match[1] in sections:
+            fields = ", ".join(name for name in names if name.startswith(f"{match[1]}."))
+            raise ValueError(f"config.{match[1]} is a section; its fields are {fields}")
+        raise ValueError(f"there is no field config.{match[1]}{nearest(match[1], names)}")
+    values = flags.FlagValues()
+    command_line = ["", *arguments]
+    copy = config.copy_and_resolve_references()
+    config_flags.DEFINE_config_dict("config", copy, flag_values=values, sys_argv=command_line)
+    try:
+        left = values(command_line)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise ValueError(f"there is no flag --{error.flagname}{nearest(error.flagname, flags.FLAGS)}") from error
+    except flags.IllegalFlagValueError as error:
+        name, value = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL).groups()
+        raise ValueError(
+            f"config.{name}={value}: expected {type(names[name]).__name__}, as in {names[name]!r}"
+        ) from error
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    if left:
+        raise ValueError(f"unexpected argument {left[0]!r}")
+    with values["config"].value.unlocked() as out:
+        for name, value in values["config"].override_values.items():
+            out.update_from_flattened_dict({name: _like(name, value, names[name])})
+    return out.lock()
+
+
+def _like(name: str, value: Any, default: Any) -> Any:
+    """`value`, the elements of a tuple as the type of those of `default`; a scalar has its type already."""
+    if not isinstance(default, tuple) or not default:
+        return value
+    kind = type(default[0])
+    if any(type(x) is not kind and (kind, type(x)) != (float, int) for x in value):
+        raise ValueError(f"config.{name}={value}: expected elements of type {kind.__name__}, as in {default}")
+    return tuple(kind(x) for x in value)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check(config: ConfigDict) -> None:
+    """Raises a ValueError that names the first field whose value cannot be meant."""
+    fields = flat(config)
+    for name, value in fields.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            allowed = ", ".join(CHOICES[name])
+            raise ValueError(f"config.{name}={value!r} is not one of {allowed}{nearest(value, CHOICES[name])}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"config.{name}={value} is not finite")
+        if name in MINIMUM and value < MINIMUM[name]:
+            raise ValueError(f"config.{name}={value} is less than {MINIMUM[name]}")
+        if name in POSITIVE and value <= 0:
+            raise ValueError(f"config.{name}={value} is not positive")
+    steps, frames = len(config.sampler.steps), config.video.blocks * config.video.block_frames
+    for name in ("rollout.perturbed_steps", "replay.grad_steps"):
+        if fields[name] > steps:
+            raise ValueError(f"config.{name}={fields[name]}, but config.sampler.steps has only {steps}")
+    switches = (0, *config.video.switch_frames, frames)
+    if list(switches) != sorted(set(switches)) or any(f % config.video.block_frames for f in switches):
+        raise ValueError(
+            f"config.video.switch_frames={config.video.switch_frames}: expected ascending multiples of "
+            f"config.video.block_frames={config.video.block_frames} between 0 and {frames}, the frames of the video"
+        )
+
+
+def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
+    """Raises a ValueError if continuing a run of `saved` with `given` would be another run: see RESUMABLE."""
+    before, now = flat(saved), flat(given)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and not name.startswith(RESUMABLE):
+            raise ValueError(
+                f"config.{name}: the run was started with {before.get(name)!r}, not with {now.get(name)!r}; continue "
+                "it with its own configuration or start another run"
+            )
+
+
+# ---------------------------------------------------------------- run directories
+
+
+def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
+    """Where the run is or will be: `workdir`, or the newest run under runs/ to resume, or a new directory there."""
+    if workdir:
+        if resume and not (Path(workdir) / "config.json").exists():
+            raise ValueError(f"--resume: there is no run in {workdir}")
+        return Path(workdir)
+    if resume:
+        configs = list(Path("runs").glob("*/config.json"))
+        if not configs:
+            raise ValueError(f"--resume: there is no run under {Path('runs').absolute()}")
+        return max(configs, key=lambda file: file.stat().st_mtime).parent
+    path, _, preset = (spec or TINY).partition(":")
+    name = "-".join([Path(path).stem, *([preset] if preset else []), time.strftime("%Y%m%d-%H%M%S")])
+    candidates = (Path("runs", f"{name}-{i}" if i else name) for i in itertools.count())
+    return next(path for path in candidates if not path.exists())
+
+
+def resolve(spec: str | None, workdir: Path, arguments: Sequence[str]) -> ConfigDict:
+    """The checked configuration of the run in `workdir`, new or continued.
+
+    A continued run that is given no `spec` keeps its own configuration, with `arguments` over it.
+    """
+    saved = load_saved(workdir / "config.json") if (workdir / "config.json").exists() else None
+    base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
+    config = override(base, arguments)
+    check(config)
+    if saved is not None:
+        check_resumable(saved, config)
+    return config
+
+
+def start_run(config: ConfigDict, workdir: Path) -> None:
+    """Leaves config.json and versions.json in `workdir`; says so if a continued run meets other versions."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    record, now = workdir / "versions.json", versions()
+    before = json.loads(record.read_text()) if record.exists() else now
+    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
+    if changed:
+        print(f"not bit for bit the run that was interrupted: {', '.join(changed)}", flush=True)
+    write_json(config.to_dict(), workdir / "config.json")
+    write_json(now, record)
+
+
+def versions() -> dict[str, Any]:
+    """What this run's numbers depend on besides its configuration."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    devices = jax.devices()
+    return {
+        "kvpo_jax": kvpo_jax.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that the package stands in, "-dirty" if it has changes; None outside of one."""
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(PACKAGE.parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,127 @@
+"""Layers of the Wan video transformer: LoRA Linear, norms, rotary tables, attention.
+
+All arithmetic follows Wan2.1. Norms, softmax and modulation are computed in float32, products in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvpo_jax.types import Array
+
+ROPE_THETA = 10000.0
+MAX_FRAMES = 1024  # length of Wan's rotary table
+
+
+class LoRADense(nn.Module):
+    """A Linear with a low-rank update in its own collection: y = x W + b + (alpha / rank) (x A) B.
+
+    W and b are in the collection `params`; A float32[in, rank] and B float32[rank, features] in `lora`, where B
+    starts at zero, so a fresh adapter changes nothing. rank 0 has no adapter.
+
+    Attributes:
+      features: output width.
+      rank: r of LoRA; 0 is a plain Linear.
+      alpha: LoRA scale numerator.
+      dtype: of the product.
+    """
+
+    features: int
+    rank: int = 0
+    alpha: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """float[..., in] -> float[..., features]."""
+        fan_in = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (fan_in, self.features), self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        if self.rank:
+            # peft's initialisation: A uniform in +-1/sqrt(in), B zero.
+            uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+            a = self.variable("lora", "a", lambda: uniform(self.make_rng("lora"), (fan_in, self.rank), jnp.float32))
+            b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32)
+            y += (self.alpha / self.rank) * ((x @ a.value.astype(self.dtype)) @ b.value.astype(self.dtype))
+        return y
+
+
+def layer_norm(x: Array, eps: float) -> Array:
+    """LayerNorm over the last axis without parameters, in float32."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(axis=-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + eps)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the whole last axis (Wan normalises queries and keys before the head split)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return y.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def sinusoid(t: Array, width: int) -> Array:
+    """float32[..., width]: [cos | sin] of t 10000^(-i / half), the frequencies rounded once from float64."""
+    frequency = ROPE_THETA ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
+    angle = t.astype(jnp.float32)[..., None] * frequency.astype(np.float32)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def _axis_angles(positions: int, pairs: int) -> np.ndarray:
+    """float64[positions, pairs] rotary angles of one axis with 2 * pairs channels."""
+    frequency = ROPE_THETA ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
+    return np.arange(positions, dtype=np.float64)[:, None] * frequency[None, :]
+
+
+def rope_table(start_frame: Array, frames: int, height: int, width: int, head_dim: int) -> tuple[Array, Array]:
+    """cos and sin, float32[batch, frames * height * width, head_dim / 2], of tokens ordered (frame, y, x).
+
+    The head's channel pairs are split into frame, y and x parts (c - 2 (c // 3), c // 3, c // 3 for c pairs); the
+    angles are made in float64 on the host. `start_frame` int32[batch] is the absolute index of the first frame.
+    """
+    pairs = head_dim // 2
+    spatial = pairs // 3
+    time = _axis_angles(MAX_FRAMES, pairs - 2 * spatial)
+    y, x = _axis_angles(height, spatial), _axis_angles(width, spatial)
+    yx = np.concatenate(
+        [np.broadcast_to(y[:, None], (height, width, spatial)), np.broadcast_to(x[None], (height, width, spatial))], -1
+    ).reshape(height * width, 2 * spatial)
+    frame = start_frame[:, None] + jnp.arange(frames)
+
+    def table(function):
+        per_frame = jnp.asarray(function(time), jnp.float32)[frame]  # [batch, frames, pairs of time]
+        per_token = jnp.asarray(function(yx), jnp.float32)
+        batch = (start_frame.shape[0], frames, height * width)
+        both = [
+            jnp.broadcast_to(per_frame[:, :, None], (*batch, per_frame.shape[-1])),
+            jnp.broadcast_to(per_token[None, None], (*batch, per_token.shape[-1])),
+        ]
+        return jnp.concatenate(both, axis=-1).reshape(batch[0], -1, pairs)
+
+    return table(np.cos), table(np.sin)
+
+
+def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotates interleaved channel pairs (2i, 2i+1) of x float[batch, tokens, H, D] by tables [batch, tokens, D / 2]."""
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    rotated = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
+    """Softmax attention, float[batch, queries, H, D]; key_mask bool[batch, keys] is False where a key is empty."""
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)

@@ -1,0 +1,170 @@
+"""Replay and Trajectory Velocity Energy (paper §3.3, Eq. 5; Algorithm 1, step 4).
+
+The cached solver states z of each branch go through the current policy under the *unperturbed* context, and the
+energy says how far its velocities are from the ones that the branch followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from kvpo_jax import flow, kv_cache, rollout
+from kvpo_jax.types import Array, Context, ReplayTuples, TextKV
+
+ENERGIES = ("velocity", "clean")
+CONTEXTS = ("anchor", "self_rolled")
+
+
+def step_energy(energy: str, velocity: Array, u: Array, sigma: Array, sigma_floor: float) -> Array:
+    """The energy of each solver step, float[rows], of velocities float[rows, F, Y, X, C] at levels float[rows].
+
+    "velocity" is the summand of Eq. 5: (1/d) |v - u|^2 with d the elements of the block's latent. "clean" is the
+    release's: the mean squared error of the clean latent, sigma (v - u), over 2 max(sigma, sigma_floor)^2.
+    """
+    error = jnp.mean(jnp.square(velocity - u), axis=(1, 2, 3, 4))
+    if energy == "velocity":
+        return error
+    if energy == "clean":
+        return jnp.square(sigma) * error / (2 * jnp.square(jnp.maximum(sigma, sigma_floor)))
+    raise ValueError(f"replay.energy is {energy!r}; expected one of {', '.join(ENERGIES)}")
+
+
+def _replay_rows(
+    network: rollout.Network, text: TextKV, context: Context, x: Array, sigma: Array, start: Array, row: Array,
+    chunk: int,
+) -> Array:  # fmt: skip
+    """Velocities of rows float[R, F, Y, X, C]; row int32[R] says which of the contexts and texts each one reads.
+
+    With chunk > 0, so many rows at a time, recomputed in the backward pass: memory of one chunk.
+    """
+    pick = lambda tree, index: jax.tree.map(lambda t: t[:, index], tree)
+
+    def forward(xs):
+        x, sigma, start, row = xs
+        read = Context(k=context.k[:, row], v=context.v[:, row], frame=context.frame[row])
+        return network(x, sigma, pick(text, row), read, start)[0]
+
+    rows = (x, sigma, start, row)
+    count = x.shape[0]
+    if not chunk or chunk >= count:
+        return forward(rows)
+    padded = -(-count // chunk) * chunk
+    fill = lambda t: jnp.concatenate([t, jnp.repeat(t[:1], padded - count, axis=0)])
+    chunks = jax.tree.map(lambda t: fill(t).reshape(-1, chunk, *t.shape[1:]), rows)
+    out = jax.lax.map(jax.checkpoint(forward), chunks)
+    return out.reshape(padded, *out.shape[2:])[:count]
+
+
+def _energies(
+    network: rollout.Network,
+    frozen: rollout.Network,
+    replay: ml_collections.ConfigDict,
+    schedule: flow.Schedule,
+    text: TextKV,
+    context: Context,
+    context_of: Array,
+    z: Array,
+    u: Array,
+    start_frame: Array,
+) -> tuple[Array, Array]:
+    """Summed step energies float[P, G] of z, u float[P, G, W, S, ...], and the last step's velocities [P, G, W, ...].
+
+    Rows (P, G, W, S) are folded into one batch. context_of int32[P, G, W] is the row of `context` and `text` that
+    each block reads. The first `grad_steps` steps go through `network`, the others through `frozen`.
+    """
+    p, g, w, s = z.shape[:4]
+    total, velocity = 0.0, None
+    for net, first, last in ((network, 0, replay.grad_steps), (frozen, replay.grad_steps, s)):
+        steps = min(last, s) - first
+        if steps <= 0:
+            continue
+        flat = lambda x, first=first, last=last: x[:, :, :, first:last].reshape(-1, *x.shape[4:])
+        per_row = lambda x, steps=steps: jnp.broadcast_to(x, (p, g, w, steps)).reshape(-1)
+        sigma = per_row(schedule.sigma[:s][first:last])
+        velocity = _replay_rows(
+            net, text, context, flat(z), sigma, per_row(start_frame[:, None]), per_row(context_of[..., None]),
+            replay.chunk,
+        )  # fmt: skip
+        energy = step_energy(replay.energy, velocity, flat(u), sigma, replay.sigma_floor)
+        total += energy.reshape(p, g, -1).sum(axis=-1)
+        velocity = velocity.reshape(p, g, w, steps, *velocity.shape[1:])[:, :, :, -1]
+    return total, velocity
+
+
+def anchor_energies(
+    network: rollout.Network,
+    frozen: rollout.Network,
+    replay: ml_collections.ConfigDict,
+    schedule: flow.Schedule,
+    text: TextKV,
+    tuples: ReplayTuples,
+) -> Array:
+    """Energies float[P, G], Eq. 5: all blocks and steps at once, under the anchor's own cache.
+
+    Args:
+      network: the policy.
+      frozen: the policy without gradient, for the steps from `replay.grad_steps` on.
+      replay: section `replay` of the config.
+      schedule: as in the rollout.
+      text: float[L, P, M, K, H, D].
+      tuples: what the rollout recorded.
+    """
+    p, g, w = tuples.z.shape[:3]
+    # One context and one prompt per (prompt, block): row p * W + w, shared by its G * S replayed states.
+    rows = jnp.broadcast_to(tuples.rows.reshape(1, 1, -1), (p, 1, tuples.rows.size))
+    context = kv_cache.read(rows, tuples.history, kv_cache.repeat(tuples.page, 1))
+    by_block = lambda x: x.reshape(x.shape[0], p * w, -1, *x.shape[3:])
+    context = Context(k=by_block(context.k), v=by_block(context.v), frame=context.frame.reshape(p * w, -1))
+    text = jax.tree.map(lambda x: x[:, :, tuples.segment].reshape(x.shape[0], p * w, *x.shape[3:]), text)
+    context_of = jnp.broadcast_to(jnp.arange(p * w).reshape(p, 1, w), (p, g, w))
+    return _energies(
+        network, frozen, replay, schedule, text, context, context_of, tuples.z, tuples.u, tuples.start_frame
+    )[0]
+
+
+def self_rolled_energies(
+    network: rollout.Network,
+    frozen: rollout.Network,
+    replay: ml_collections.ConfigDict,
+    schedule: flow.Schedule,
+    text: TextKV,
+    tuples: ReplayTuples,
+) -> Array:
+    """As `anchor_energies`, but from the second block on each branch reads what the replaying model wrote (release).
+
+    The first block reads the unperturbed cache at the fork. After each block the replaying model's own clean
+    prediction of its last step, noised to the context level with the rollout's noise, is written into a page of the
+    branch's own; nothing flows back through it.
+    """
+    p, g, w = tuples.z.shape[:3]
+    page = kv_cache.repeat(tuples.page.replace(frame=jnp.full_like(tuples.page.frame, -1)), g)
+    total = 0.0
+    for b in range(w):
+        start = tuples.start_frame[b]
+        rows = jnp.broadcast_to(tuples.rows[b], (p, g, tuples.rows.shape[1]))
+        context = kv_cache.read(rows, tuples.history, page)
+        prompt = rollout.per_trajectory(jax.tree.map(lambda x, b=b: x[:, :, tuples.segment[b]], text), g)
+        energy, velocity = _energies(
+            network, frozen, replay, schedule, prompt, context, jnp.arange(p * g).reshape(p, g, 1),
+            tuples.z[:, :, b : b + 1], tuples.u[:, :, b : b + 1], tuples.start_frame[b : b + 1],
+        )  # fmt: skip
+        total += energy
+        if b < w - 1:
+            last_sigma, context_sigma = schedule.sigma[-2], schedule.sigma[-1]
+            x = flow.to_clean(tuples.z[:, :, b, -1], jax.lax.stop_gradient(velocity[:, :, 0]), last_sigma)
+            x = flow.add_noise(x, tuples.noise[:, None, b], context_sigma).reshape(p * g, *x.shape[2:])
+            told = jnp.full((p * g,), schedule.told[-1])
+            kv = frozen(x, told, prompt, context, jnp.full((p * g,), start, jnp.int32))[1]
+            page = kv_cache.append(page, kv, start)
+    return total
+
+
+def energies_function(replay: ml_collections.ConfigDict) -> Callable[..., Array]:
+    """The energies that config.replay.context names."""
+    if replay.context not in CONTEXTS:
+        raise ValueError(f"replay.context is {replay.context!r}; expected one of {', '.join(CONTEXTS)}")
+    return anchor_energies if replay.context == "anchor" else self_rolled_energies

@@ -1,0 +1,362 @@
+"""KVPO training: Algorithm 1 of the paper, top to bottom in `train_and_evaluate`."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import checkpoint, evaluate, flow, objective, replay, report, rollout, routing, sharding
+from kvpo_jax.models.wan import Wan, init_variables, wan_config
+from kvpo_jax.types import Array, PyTree, ReplayTuples, Scores, TextKV
+
+
+@struct.dataclass
+class TrainState:
+    """What a run carries from one iteration to the next; all of it is in a checkpoint.
+
+    Attributes:
+      iteration: int32[], iterations done.
+      lora: the policy that is trained (pi_theta).
+      old: the policy that makes the rollouts (pi_old).
+      reference: the frozen initial policy (pi_ref).
+      ema: the average of lora over optimiser steps.
+      optimiser: optax state.
+    """
+
+    iteration: Array
+    lora: PyTree
+    old: PyTree
+    reference: PyTree
+    ema: PyTree
+    optimiser: optax.OptState
+
+
+@struct.dataclass
+class Experience:
+    """A rollout with its rewards, as the update reads it.
+
+    Attributes:
+      tuples: ReplayTuples of P prompts.
+      embeddings: float[P, M, K, text_dim].
+      text: TextKV float[L, P, M, K, H, D], made by the policy of the rollout.
+      advantages: float[P, G].
+      safe: bool[P], whether a branch beats the anchor.
+      energies_old: float[P, G] under pi_old; ignored where `on_policy`.
+      energies_ref: float[P, G] under pi_ref.
+      on_policy: bool[], theta equals old: the old energies are those of theta.
+    """
+
+    tuples: ReplayTuples
+    embeddings: Array
+    text: TextKV
+    advantages: Array
+    safe: Array
+    energies_old: Array
+    energies_ref: Array
+    on_policy: Array
+
+
+# ---------------------------------------------------------------- the update
+
+
+def make_optimiser(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW on the LoRA tree: global-norm clip, linear warm-up, decoupled weight decay."""
+    learning_rate = optax.linear_schedule(
+        train.learning_rate / max(train.warmup, 1), train.learning_rate, max(train.warmup - 1, 1)
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(train.grad_clip),
+        optax.adamw(learning_rate if train.warmup else train.learning_rate, weight_decay=train.weight_decay),
+    )
+
+
+def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[..., Array]:
+    """(params, lora, embeddings, text, tuples) -> energies float[P, G] of Eq. 5, sharded over the mesh.
+
+    replay.text says whose text keys and values the replay reads: "policy" makes them anew with `lora`, so that LoRA
+    on the text attention is trained like the rest; "rollout" takes `text` as it is (release).
+    """
+    if config.replay.text not in ("policy", "rollout"):
+        raise ValueError(f"replay.text is {config.replay.text!r}; expected policy or rollout")
+    model = Wan(wan_config(config))
+    schedule = flow.schedule(
+        config.sampler.steps, config.sampler.shift, config.sampler.solver, config.sampler.context_step
+    )
+    energies = replay.energies_function(config.replay)
+
+    def of_shard(params, lora, embeddings, text, tuples):
+        variables = {"params": params, "lora": lora}
+        if config.replay.text == "policy":
+            text = rollout.encode_text(model, variables, embeddings)
+        network = partial(model.apply, variables)
+        frozen = partial(model.apply, jax.lax.stop_gradient(variables))
+        return energies(network, frozen, config.replay, schedule, text, tuples)
+
+    one, prompts = sharding.REPLICATED, sharding.PROMPTS
+    in_specs = (one, one, prompts, sharding.TEXT, sharding.replay_spec(config.window.sink))
+    return sharding.shard(of_shard, mesh, in_specs=in_specs, out_specs=sharding.TRAJECTORIES)
+
+
+def make_update(config: ml_collections.ConfigDict, mesh: Mesh, optimiser: optax.GradientTransformation) -> Callable:
+    """(state, params, Experience) -> (state, metrics, energies float[P, G]): one optimiser step (Eqs. 6-8, 15-16).
+
+    Where the gate is closed for every prompt (config.objective.gate), LoRA and optimiser state stay as they are:
+    a zero gradient alone would still let AdamW's momentum and decay move them.
+    """
+    energies = make_energies(config, mesh)
+    of_group = partial(objective.loss, config.objective)
+
+    def loss(lora, params, experience):
+        e = energies(params, lora, experience.embeddings, experience.text, experience.tuples)
+        e = sharding.constrain(e, mesh)  # every device sees the G energies of a group
+        old = jnp.where(experience.on_policy, jax.lax.stop_gradient(e), experience.energies_old)
+        value, diagnostics = jax.vmap(of_group)(e, old, experience.energies_ref, experience.advantages, experience.safe)
+        return jnp.mean(value), (diagnostics, old)
+
+    @jax.jit
+    def update(state, params, experience):
+        (value, (diagnostics, old)), grads = jax.value_and_grad(loss, has_aux=True)(state.lora, params, experience)
+        updates, optimiser_state = optimiser.update(grads, state.optimiser, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        skip = ~jnp.any(experience.safe) & (config.objective.gate in ("zero", "mechanism_1"))
+        keep = lambda new, before: jax.tree.map(lambda n, b: jnp.where(skip, b, n), new, before)
+        lora, optimiser_state = keep(lora, state.lora), keep(optimiser_state, state.optimiser)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.global_norm(grads),
+            "update_norm": optax.global_norm(jax.tree.map(jnp.subtract, lora, state.lora)),
+            "lora_norm": optax.global_norm(lora),
+            "skipped_update": skip.astype(jnp.float32),
+            **diagnostics.means(),
+        }
+        ema = optax.incremental_update(lora, state.ema, 1 - config.train.ema_decay)
+        return state.replace(lora=lora, ema=keep(ema, state.ema), optimiser=optimiser_state), metrics, old
+
+    return update
+
+
+def experience_advantages(config: ml_collections.ConfigDict, scores: Scores, local: Scores | None, key: Array) -> Array:
+    """Advantages float[P, G] of the configured kind, with the controls of the objective section applied."""
+    advantages = objective.advantages(config.objective, config.reward.weights, scores, local)
+    if config.objective.negate_advantages:
+        advantages = -advantages
+    if config.objective.shuffle_advantages:
+        keys = jax.random.split(key, len(advantages))
+        advantages = jax.vmap(jax.random.permutation)(keys, advantages)
+    return advantages
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def prompt_indices(config: ml_collections.ConfigDict, iteration: int) -> range:
+    """Positions in the stream of training prompts that an iteration reads."""
+    prompts = config.train.prompts_per_iteration
+    return range(iteration * prompts, (iteration + 1) * prompts)
+
+
+def draw_pivot(config: ml_collections.ConfigDict, iteration: int) -> int:
+    """The first perturbed block of an iteration, uniform over the eligible ones; one for all prompts."""
+    pivots = routing.eligible_pivots(
+        routing.window(config), config.video.blocks, config.video.block_frames, rollout.recorded_blocks(config),
+        config.video.switch_frames,
+    )  # fmt: skip
+    return pivots[int(jax.random.randint(rollout.stream(config.seed, "pivot", iteration), (), 0, len(pivots)))]
+
+
+def init_state(config: ml_collections.ConfigDict, optimiser: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first iteration: every policy is the fresh LoRA, which changes nothing."""
+    lora = init_variables(wan_config(config), rollout.stream(config.seed, "lora", 0))["lora"]
+    copy = lambda: jax.tree.map(jnp.copy, lora)
+    state = TrainState(jnp.zeros((), jnp.int32), lora, copy(), copy(), copy(), optimiser.init(lora))
+    return sharding.place(state, mesh)
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -> dict:
+    """Aligns the configured generator and reports held-out rewards before and after.
+
+    Args:
+      config: see configs/tiny.py.
+      workdir: run directory; if it holds checkpoints, the newest is continued, bit for bit as if never stopped.
+
+    Returns:
+      What summary.json holds.
+
+    Raises:
+      FloatingPointError: a reward, energy or gradient is not finite; the last good state has been saved.
+    """
+    workdir = Path(workdir)
+    clock = Clock()
+    mesh = sharding.make_mesh(
+        config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, config.rollout.branches
+    )
+    backbone = backbone_lib.load(config)
+    params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    stages = rollout.build(config, mesh)
+    optimiser = make_optimiser(config.train)
+    energies = jax.jit(make_energies(config, mesh))
+    update = make_update(config, mesh, optimiser)
+    decode = jax.jit(backbone.decode)
+
+    checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
+    state = init_state(config, optimiser, mesh)
+    if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:
+        _, state, extra = restored
+        clock.add(extra["seconds"])
+    iteration = int(state.iteration)
+    writer = report.MetricWriter(workdir, iteration)
+    progress = report.Progress(config.train.iterations)
+    print(
+        f"{config.backbone}: {_count(params):,} parameters, {_count(state.lora):,} in LoRA; "
+        f"{dict(mesh.shape)} devices; iteration {iteration} of {config.train.iterations}",
+        flush=True,
+    )
+
+    def evaluation(lora: PyTree) -> evaluate.Heldout:
+        with clock.time("evaluation"):
+            return evaluate.heldout(config, backbone, mesh, stages, {"params": params, "lora": lora})
+
+    def save() -> None:
+        checkpoint.save(checkpoints, int(state.iteration), state, {"seconds": clock.seconds})
+
+    before = evaluation(state.reference)
+    online = ema = None  # evaluations of the state's policies, where there are any
+    with terminated() as stop:
+        while iteration < config.train.iterations and not stop.is_set():
+            online = ema = None
+            key = partial(rollout.stream, config.seed, step=iteration)
+
+            # Step 1: CHR-based exploration with the old policy, and step 2: what the replay needs of it.
+            with clock.time("rollout"):
+                batch = evaluate.prompt_batch(backbone, mesh, "train", prompt_indices(config, iteration))
+                pivot = draw_pivot(config, iteration)
+                behaviour = {"params": params, "lora": state.old}
+                text = stages.encode_text(behaviour, batch.embeddings)
+                selected = stages.draw(
+                    key(name="routing"), jnp.arange(len(batch.sentences)), pivot * config.video.block_frames
+                )
+                videos = jax.block_until_ready(
+                    rollout.rollout(
+                        stages, config, mesh, behaviour, text, batch.changed, key(name="noise"), selected, pivot
+                    )
+                )
+
+            # Step 3: rewards and group-normalised advantages.
+            with clock.time("reward"):
+                pixels, anchor_pixels = decode(videos.branches), decode(videos.anchor)
+                scores, local = score(config, backbone, batch.sentences, pixels, anchor_pixels, pivot)
+                advantages = experience_advantages(config, scores, local, key(name="shuffle"))
+                safe = objective.safe(scores, local)
+
+            # Step 4: replay under the unperturbed context, and step 5: the PPO-KL update.
+            with clock.time("update"):
+                on_policy = iteration % config.train.rollouts_per_sync == 0
+                replayed = (batch.embeddings, text, videos.replay)
+                reference = energies(params, state.reference, *replayed)
+                old = reference if on_policy else energies(params, state.old, *replayed)
+                for epoch in range(config.train.epochs):
+                    experience = Experience(
+                        tuples=videos.replay, embeddings=batch.embeddings, text=text, advantages=advantages, safe=safe,
+                        energies_old=old, energies_ref=reference, on_policy=jnp.asarray(on_policy and epoch == 0),
+                    )  # fmt: skip
+                    updated, metrics, old = update(state, params, experience)
+                    check_finite(metrics, old, batch.sentences, save)
+                    state = updated
+                iteration += 1
+                synced = iteration % config.train.rollouts_per_sync == 0
+                state = state.replace(
+                    iteration=jnp.asarray(iteration, jnp.int32), old=state.lora if synced else state.old
+                )
+
+            metrics = {**jax.device_get(metrics), **group_metrics(scores, videos, old, config), "pivot": pivot}
+            last = iteration == config.train.iterations
+            if last or (config.eval.every and iteration % config.eval.every == 0):
+                online, ema = evaluation(state.lora), evaluation(state.ema)
+                metrics |= {"heldout_reference": before.reward.mean(), "heldout_online": online.reward.mean()}
+                metrics |= {"heldout_ema": ema.reward.mean()}
+            metrics |= {f"seconds_{name}": value for name, value in clock.lap().items()}
+            writer.write(iteration - 1, metrics)
+            progress.line(iteration - 1, metrics)
+            if config.train.video_every and (iteration == 1 or last or iteration % config.train.video_every == 0):
+                names = ("anchor", *(f"branch {g}" for g in range(config.rollout.branches)))
+                clips = np.concatenate([anchor_pixels[:1], pixels[0]])
+                writer.write_videos(iteration - 1, "branches", list(zip(names, clips, strict=True)))
+            if last or iteration % config.train.checkpoint_every == 0:
+                save()
+        if stop.is_set():
+            save()
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    writer.close()
+    if iteration < config.train.iterations:
+        print(f"stopped after iteration {iteration}; continue with --workdir={workdir}", flush=True)
+        return {}
+
+    online, ema = online or evaluation(state.lora), ema or evaluation(state.ema)
+    return report.finish(workdir, config, backbone, before, online, ema, clock.seconds)
+
+
+@contextmanager
+def terminated():
+    """A threading.Event that SIGTERM sets, so that the loop can save and leave."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class Clock:
+    """Seconds of a run by stage, over all the processes that it took; `compile` is counted apart from its stage."""
+
+    def __init__(self):
+        self._before, self._stages, self._begin, self._compiling = {}, {}, time.monotonic(), 0.0
+        self._lap = {}
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, seconds: float, **_) -> None:
+        if "/compile/" in event or "compilation_cache" in event:
+            self._compiling += seconds
+
+    def add(self, seconds: dict[str, float]) -> None:
+        """Counts the seconds of an earlier process."""
+        self._before = dict(seconds)
+
+    @contextmanager
+    def time(self, stage: str):
+        """Counts what runs inside to a stage."""
+        begin, compiling = time.monotonic(), self._compiling
+        yield
+        spent = time.monotonic() - begin - (self._compiling - compiling)
+        self._stages[stage] = self._stages.get(stage, 0.0) + spent
+
+    def lap(self) -> dict[str, float]:
+        """Seconds of every stage since the last lap."""
+        now = {**self._stages, "compile": self._compiling}
+        lap = {name: value - self._lap.get(name, 0.0) for name, value in now.items()}
+        self._lap = now
+        return lap
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Total, compile, and every stage."""
+        now = {"total": time.monotonic() - self._begin, "compile": self._compiling, **self._stages}
+        return {name: value + self._before.get(name, 0.0) for name, value in now.items()}

@@ -1,0 +1,157 @@
+"""The axis alphabet, and the frozen structs that travel between the stages of an iteration.
+
+Axes, used in every docstring, einsum and sharding spec:
+
+    P  prompts (one prompt sequence each)     S  solver steps per block
+    G  branches                               B  blocks of the video
+    W  blocks of the perturbed window         F  latent frames per block
+    M  prompt segments per video              N  tokens per latent frame
+    L  transformer layers                     A  context frames that a block attends to
+    H, D  heads, head dim                     Y, X, C  latent height, width, channels
+    T  trajectories: the anchor and the branches of one prompt (see `sharding.trajectories`)
+    K  text tokens
+
+Frames and blocks are numbered from 0 (the paper counts from 1). `pivot` is the first perturbed block,
+`F * pivot` the fork frame. Latent video is channels-last, `float[..., frames, Y, X, C]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import struct
+
+Array = jax.Array
+PyTree = Any
+
+
+@struct.dataclass
+class TextKV:
+    """Cross-attention keys and values of one prompt per batch row, made once per prompt by `Wan.encode_text`.
+
+    Attributes:
+      k: float[L, batch, K, H, D], after the key norm.
+      v: float[L, batch, K, H, D].
+    """
+
+    k: Array
+    v: Array
+
+
+@struct.dataclass
+class BlockKV:
+    """Self-attention keys and values that one forward pass wrote for its own frames.
+
+    Attributes:
+      k: float[L, batch, F, N, H, D], after the key norm and RoPE at the absolute frame.
+      v: float[L, batch, F, N, H, D].
+    """
+
+    k: Array
+    v: Array
+
+
+@struct.dataclass
+class Context:
+    """What a block may read of its past, in the order in which it is attended to.
+
+    Attributes:
+      k: float[L, batch, A, N, H, D], after the key norm and RoPE.
+      v: float[L, batch, A, N, H, D].
+      frame: int32[batch, A], absolute frame of each entry; -1 is empty and masked.
+    """
+
+    k: Array
+    v: Array
+    frame: Array
+
+
+@struct.dataclass
+class KVCache:
+    """An immutable ring of past frames. Frame f lives in the slot `kv_cache.slot_of(f)`.
+
+    Attributes:
+      k: float[L, ..., slots, N, H, D], with the axes of `frame` between L and N.
+      v: float[L, ..., slots, N, H, D].
+      frame: int32[..., slots], the absolute frame held by each slot; -1 is empty.
+      sink: number of leading slots that are never evicted (static).
+    """
+
+    k: Array
+    v: Array
+    frame: Array
+    sink: int = struct.field(pytree_node=False, default=3)
+
+
+@struct.dataclass
+class BlockRecord:
+    """One generated block: the states that the solver visited, and the clean latent.
+
+    Attributes:
+      z: float[P, T, S, F, Y, X, C], solver states (network inputs), z_{b,s} of the paper.
+      u: float[P, T, S, F, Y, X, C], the velocities predicted there, u_hat_{b,s} of the paper.
+      x_clean: float[P, T, F, Y, X, C].
+    """
+
+    z: Array
+    u: Array
+    x_clean: Array
+
+
+@struct.dataclass
+class ReplayTuples:
+    """What a rollout leaves for the replay (Algorithm 1, step 2), and the unperturbed context to replay under.
+
+    Attributes:
+      z: float[P, G, W, S, F, Y, X, C].
+      u: float[P, G, W, S, F, Y, X, C].
+      history: KVCache with frame int32[P, slots], as it stood at the fork.
+      page: KVCache with frame int32[P, slots], what the anchor wrote in the window.
+      rows: int32[W, A], deployment window of each block.
+      start_frame: int32[W].
+      segment: int32[W], prompt segment of each block.
+      noise: float[P, W, F, Y, X, C], noise of the cache-writing pass (read by self-rolled replays only).
+    """
+
+    z: Array
+    u: Array
+    history: KVCache
+    page: KVCache
+    rows: Array
+    start_frame: Array
+    segment: Array
+    noise: Array
+
+
+@struct.dataclass
+class Rollout:
+    """The videos of one iteration.
+
+    Attributes:
+      branches: float[P, G, frames, Y, X, C], clean latents.
+      anchor: float[P, frames, Y, X, C].
+      replay: ReplayTuples.
+      pivot: int32[], first perturbed block.
+    """
+
+    branches: Array
+    anchor: Array
+    replay: ReplayTuples
+    pivot: Array
+
+
+@struct.dataclass
+class Scores:
+    """Rewards of a group and of its anchor.
+
+    Attributes:
+      branches: float[P, G], the composite reward.
+      anchor: float[P].
+      components: name -> (float[P, G], float[P]), the raw scores before weighting.
+    """
+
+    branches: Array
+    anchor: Array
+    components: Mapping[str, tuple[Array, Array]]

@@ -1,0 +1,44 @@
+"""Installs kvpo_jax; on CPU by default, see the extras."""
+
+import pathlib
+import re
+
+import setuptools
+
+root = pathlib.Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "kvpo_jax" / "__init__.py").read_text())[1]
+
+setuptools.setup(
+    name="kvpo_jax",
+    version=version,
+    description="KVPO in JAX: online GRPO for streaming autoregressive video generators",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*setuptools.find_packages(include=["kvpo_jax", "kvpo_jax.*"]), "kvpo_jax.configs"],
+    # In a checkout configs/ stands next to the package, where one looks for it; installed, inside.
+    package_dir={"kvpo_jax.configs": "configs"},
+    package_data={"kvpo_jax": ["assets/*"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "einops>=0.8",
+        "flax>=0.12",
+        "imageio>=2.35",
+        "imageio-ffmpeg>=0.5",
+        "jax>=0.8",
+        "matplotlib>=3.9",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.28",
+        "pillow>=10.1",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6.2.2",
+    ],
+    extras_require={
+        "cuda12": ["jax[cuda12]>=0.8"],
+        "test": ["pytest>=8.0", "ruff>=0.17,<0.18", "setuptools>=77"],
+        # Reading checkpoints of the PyTorch releases; training never needs these.
+        "convert": ["diffusers>=0.31", "peft>=0.13", "torch>=2.4", "transformers>=4.46"],
+    },
+)

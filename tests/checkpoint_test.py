@@ -1,0 +1,167 @@
+"""Train states come back bit for bit, even after a kill in the middle of a save; weight files are strict."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kvpo_jax import checkpoint
+
+
+def train_state(scale: float):
+    """A LoRA tree with an optimiser state of NamedTuples, in three dtypes."""
+    params = {"q": {"a": scale * jnp.arange(16.0).reshape(8, 2) / 3, "b": jnp.full((3,), scale, jnp.bfloat16) / 3}}
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1.0, 3)))
+    state = optimiser.init(params)
+    _, state = optimiser.update(params, state, params)
+    return {"lora": params, "optimiser": state, "cursor": jnp.uint32(7)}
+
+
+def assert_bitwise_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_restores_the_newest_bit_for_bit_and_keeps_two(tmp_path):
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        assert checkpoint.restore_latest(checkpoints, train_state(0.0)) is None
+        for step in (1, 2, 3):
+            checkpoint.save(checkpoints, step, train_state(step), {"reward": step / 3})
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        assert list(checkpoints.all_steps()) == [2, 3]
+        step, tree, extra = checkpoint.restore_latest(checkpoints, train_state(0.0))
+        assert (step, extra) == (3, {"reward": 3 / 3})
+        assert_bitwise_equal(tree, train_state(3))
+        # Uncommitted, as it was: it goes along with arrays on any device.
+        jax.block_until_ready(tree["cursor"] + jax.device_put(jnp.uint32(1), jax.devices()[3]))
+        checkpoint.save(checkpoints, 3, train_state(9), {})  # saved already: left alone
+        checkpoints.wait_until_finished()
+        assert_bitwise_equal(checkpoint.restore_latest(checkpoints, train_state(0.0))[1], train_state(3))
+
+
+def test_restores_onto_the_shardings_asked_for(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    rows = lambda x: NamedSharding(mesh, P("data") if x.ndim == 2 else P())
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows(x)), train_state(0.0))
+    with checkpoint.manager(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 1, train_state(1), {})
+        _, tree, _ = checkpoint.restore_latest(checkpoints, like)
+    assert_bitwise_equal(tree, train_state(1))
+    assert tree["lora"]["q"]["a"].sharding == like["lora"]["q"]["a"].sharding
+    assert len(tree["lora"]["q"]["a"].addressable_shards) == 8
+
+
+def test_a_donated_state_does_not_reach_into_the_save_in_progress(tmp_path):
+    add_one = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    tree = {str(i): jnp.zeros((500, 500)) for i in range(8)}
+    with checkpoint.manager(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 0, tree, {})
+        tree = jax.block_until_ready(add_one(tree))
+        _, restored, _ = checkpoint.restore_latest(checkpoints, tree)
+    assert all(float(jnp.max(jnp.abs(x))) == 0 for x in restored.values())
+
+
+def test_another_state_is_an_error_that_names_checkpoint_and_leaf(tmp_path):
+    state = train_state(1)
+    with checkpoint.manager(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 5, state, {})
+        with pytest.raises(ValueError, match=r"checkpoint .*5: wrong: cursor is uint32\[\], not float32\[\]"):
+            checkpoint.restore_latest(checkpoints, {**state, "cursor": jnp.float32(0)})
+        with pytest.raises(ValueError, match=r"missing: ema"):
+            checkpoint.restore_latest(checkpoints, {**state, "ema": jnp.zeros(3)})
+        with pytest.raises(ValueError, match=r"left over: cursor"):
+            checkpoint.restore_latest(checkpoints, {k: v for k, v in state.items() if k != "cursor"})
+
+
+def test_an_unfinished_save_is_passed_over(tmp_path):
+    with checkpoint.manager(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, step, train_state(step), {})
+    # What a kill leaves: a directory that still has its temporary name, with part of the files.
+    unfinished = (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
+    for commit in unfinished.rglob("commit_success.txt"):
+        commit.unlink()
+    with checkpoint.manager(tmp_path, keep=3) as checkpoints:
+        step, tree, _ = checkpoint.restore_latest(checkpoints, train_state(0.0))
+        assert step == 1
+        assert_bitwise_equal(tree, train_state(1))
+        checkpoint.save(checkpoints, 2, train_state(2), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
+    program = f"""
+import os, signal
+import jax.numpy as jnp
+from kvpo_jax import checkpoint
+tree = lambda value: {{str(i): jnp.full((1000, 500), value) for i in range(8)}}
+checkpoints = checkpoint.manager({str(tmp_path)!r}, keep=2)
+checkpoint.save(checkpoints, 1, tree(1.0), {{}})
+checkpoints.wait_until_finished()
+checkpoint.save(checkpoints, 2, tree(2.0), {{}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    killed = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    assert killed.returncode == -signal.SIGKILL
+    like = {str(i): jnp.zeros((1000, 500)) for i in range(8)}
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        step, tree, _ = checkpoint.restore_latest(checkpoints, like)
+    assert all(bool(jnp.all(x == step)) for x in tree.values())
+
+
+# ---------------------------------------------------------------- weights
+
+
+WEIGHTS = {"block": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.asarray([1 / 3], jnp.bfloat16)}}
+
+
+def test_weights_round_trip_with_bfloat16_and_transposed_arrays(tmp_path):
+    path = tmp_path / "sub" / "w.safetensors"
+    weights = {**WEIGHTS, "view": np.arange(6.0, dtype=np.float32).reshape(2, 3).T, "scalar": np.float32(2.5)}
+    checkpoint.save_weights(path, weights, {"seed": "0"})
+    loaded = checkpoint.load_weights(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights))
+    assert_bitwise_equal(loaded, weights)
+    assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
+
+
+def test_weights_are_cast_and_placed_like_the_tree(tmp_path):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, WEIGHTS, {})
+    sharding = NamedSharding(jax.make_mesh((2,), ("data",)), P("data"))
+    like = {"block": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16, sharding=sharding), "bias": jnp.zeros(1)}}
+    loaded = checkpoint.load_weights(path, like)["block"]
+    assert loaded["kernel"].dtype == jnp.bfloat16 and loaded["kernel"].sharding == sharding
+    assert loaded["bias"].dtype == jnp.float32 and float(loaded["bias"][0]) == float(jnp.bfloat16(1 / 3))
+
+
+@pytest.mark.parametrize(
+    "like, fault",
+    [
+        ({"block": {**WEIGHTS["block"], "scale": jnp.ones(2)}}, "missing: block/scale"),
+        ({"block": {"bias": WEIGHTS["block"]["bias"]}}, "left over: block/kernel"),
+        ({"block": {**WEIGHTS["block"], "kernel": jnp.ones((3, 2))}}, r"wrong: block/kernel is \[2, 3\], not \[3, 2\]"),
+    ],
+)
+def test_other_tensors_are_an_error_that_names_file_and_tensor(tmp_path, like, fault):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, WEIGHTS, {})
+    with pytest.raises(ValueError, match=f"w.safetensors: {fault}"):
+        checkpoint.load_weights(path, like)
+
+
+def test_a_truncated_file_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, WEIGHTS, {})
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match="w.safetensors is not a whole safetensors file"):
+        checkpoint.load_weights(path, WEIGHTS)

@@ -1,0 +1,140 @@
+"""Configurations: what is wrong with one is named, with the nearest name or value."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from kvpo_jax import config as config_lib
+
+TINY = config_lib.load(str(config_lib.shipped("configs/tiny.py")))
+FRAMES = TINY.video.blocks * TINY.video.block_frames
+
+
+def overridden(*arguments):
+    return config_lib.override(TINY, arguments)
+
+
+def test_overrides_of_every_type():
+    config = overridden(
+        "--config.train.iterations=3",
+        "--config.objective.tau=2",  # a whole number for a float
+        "--config.sampler.steps=(1,0.5)",
+        "--config.video.switch_frames", "(6,)",
+        "--config.objective.shuffle_advantages",
+        "--config.weights=a b.safetensors",
+        "--config.reward.weights.VQ=0.5",
+    )  # fmt: skip
+    assert (config.train.iterations, config.objective.tau, config.sampler.steps) == (3, 2.0, (1.0, 0.5))
+    assert isinstance(config.objective.tau, float) and all(isinstance(s, float) for s in config.sampler.steps)
+    assert (config.video.switch_frames, config.objective.shuffle_advantages) == ((6,), True)
+    assert (config.weights, config.reward.weights.VQ) == ("a b.safetensors", 0.5)
+    assert overridden("--config.video.switch_frames=()").video.switch_frames == ()
+    assert "a b" not in TINY.weights and config.is_locked  # the original is as it was
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.train.iteration=3", "no field config.train.iteration; did you mean 'train.iterations'?"),
+        ("--config.model.rank=3", "no field config.model.rank; did you mean 'lora.rank'?"),
+        ("--config.objective=3", "config.objective is a section; its fields are objective.advantage,"),
+        ("--config.train.iterations=2.5", "config.train.iterations=2.5: expected int, as in "),
+        ("--config.objective.tau=high", "config.objective.tau=high: expected float, as in "),
+        ("--config.objective.shuffle_advantages=ja", "config.objective.shuffle_advantages=ja: expected bool, as in"),
+        ("--config.video.switch_frames=(1.5,)", r"config.video.switch_frames=(1.5,): expected elements of type int"),
+        ("--config.video.switch_frames=ab", r"config.video.switch_frames=('ab',): expected elements of type int"),
+        ("--config.train.iterations", "Missing value for flag --config.train.iterations"),
+        ("tiny", "unexpected argument 'tiny'"),
+    ],
+)
+def test_a_wrong_override_is_named(argument, message):
+    with pytest.raises(ValueError) as error:
+        overridden(argument)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--config.objective.gate=zer", "config.objective.gate='zer' is not one of zero, mechanism_1, mechanism_2; di"),
+        ("--config.objective.tau=nan", "config.objective.tau=nan is not finite"),
+        ("--config.objective.tau=0", "config.objective.tau=0.0 is not positive"),
+        ("--config.rollout.branches=1", "config.rollout.branches=1 is less than 2"),
+        ("--config.rollout.perturbed_steps=99", "config.rollout.perturbed_steps=99, but config.sampler.steps has only"),
+        ("--config.video.switch_frames=(12,25)", "config.video.switch_frames=(12, 25): expected ascending multiples"),
+        ("--config.video.switch_frames=(24,12)", "config.video.switch_frames=(24, 12): expected ascending multiples"),
+        (f"--config.video.switch_frames=({FRAMES},)", f"between 0 and {FRAMES}, the frames of the video"),
+    ],
+)
+def test_a_value_that_cannot_be_meant_is_named(argument, message):
+    with pytest.raises(ValueError) as error:
+        config_lib.check(overridden(argument))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("preset", ["paper", "release"])
+def test_the_presets_are_sound_and_have_every_checked_field(preset):
+    config = config_lib.load(f"{config_lib.shipped('configs/tiny.py')}:{preset}")
+    config_lib.check(config)
+    checked = {*config_lib.CHOICES, *config_lib.MINIMUM, *config_lib.POSITIVE}
+    assert checked <= config_lib.flat(config).keys()
+
+
+def test_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.load("configs/tiny.py") == TINY  # the shipped one, wherever one stands
+    with pytest.raises(ValueError, match="no configuration file 'configs/tny.py'; did you mean 'configs/tiny.py'?"):
+        config_lib.load("configs/tny.py")
+    with pytest.raises(ValueError, match="has the presets paper, release, not 'releas'"):
+        config_lib.load("configs/tiny.py:releas")
+    (tmp_path / "own.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
+    (tmp_path / "bare.py").write_text("def get_config():\n    return None\n")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ValueError, match="bare.py has no presets, so not 'x' either"):
+        config_lib.load("bare.py:x")
+    with pytest.raises(ValueError, match=r"empty.py defines no get_config\(\)"):
+        config_lib.load("empty.py")
+
+
+def test_a_saved_configuration_is_the_same(tmp_path):
+    config_lib.write_json(TINY.to_dict(), tmp_path / "config.json")
+    assert config_lib.load_saved(tmp_path / "config.json") == TINY
+    (tmp_path / "config.json").write_text('{"seed": 0')
+    with pytest.raises(ValueError, match="config.json is not a saved configuration"):
+        config_lib.load_saved(tmp_path / "config.json")
+
+
+def test_what_may_differ_when_a_run_is_continued():
+    longer = overridden("--config.train.iterations=800", "--config.eval.prompts=64", "--config.train.keep=9")
+    config_lib.check_resumable(TINY, longer)
+    with pytest.raises(ValueError, match="config.seed: the run was started with 0, not with 1"):
+        config_lib.check_resumable(TINY, overridden("--config.seed=1"))
+    with pytest.raises(ValueError, match="config.new: the run was started with None, not with 1"):
+        config_lib.check_resumable(TINY, ConfigDict({**TINY, "new": 1}))
+
+
+def test_run_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--resume: there is no run under"):
+        config_lib.run_directory(None, None, resume=True)
+    with pytest.raises(ValueError, match="--resume: there is no run in w"):
+        config_lib.run_directory(None, "w", resume=True)
+    first = config_lib.run_directory("configs/tiny.py:release", None, resume=False)
+    assert first.parent.name == "runs" and first.name.startswith("tiny-release-20")
+    config_lib.start_run(TINY, first)
+    assert config_lib.run_directory("configs/tiny.py:release", None, resume=False) != first
+    assert config_lib.run_directory(None, None, resume=True) == first
+    assert config_lib.run_directory(None, str(first), resume=True) == first
+
+
+def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
+    assert config_lib.resolve(None, tmp_path, []) == TINY
+    config_lib.start_run(overridden("--config.seed=5", "--config.train.iterations=7"), tmp_path)
+    assert not capsys.readouterr().out
+    continued = config_lib.resolve(None, tmp_path, ["--config.train.iterations=9"])
+    assert (continued.seed, continued.train.iterations) == (5, 9)
+    with pytest.raises(ValueError, match="config.seed: the run was started with 5, not with 0"):
+        config_lib.resolve("configs/tiny.py", tmp_path, [])
+    versions = config_lib.versions()
+    config_lib.write_json({**versions, "jax": "0.1"}, tmp_path / "versions.json")
+    config_lib.start_run(continued, tmp_path)
+    assert f"jax 0.1 -> {versions['jax']}" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""The command line, as a person meets it when something is wrong: one line that names it, and no traceback."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import kvpo_jax
+from kvpo_jax import config as config_lib
+
+ROOT = Path(kvpo_jax.__file__).resolve().parents[1]
+
+
+def run(*arguments, cwd, path=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "kvpo_jax.main", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(path)},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.train.iteration=3"], "no field config.train.iteration; did you mean 'train.iterations'?"),
+        (["--config.train.iterations=x", "--workdir=w"], "config.train.iterations=x: expected int, as in "),
+        (["--config.objective.gate=zer"], "config.objective.gate='zer' is not one of zero,"),
+        (["--config=configs/tiny.py:releas"], "presets paper, release, not 'releas'"),
+        (["--config=configs/nowhere.py"], "no configuration file 'configs/nowhere.py'"),
+        (["--resume"], "--resume: there is no run under"),
+        (["--workdri=w"], "no flag --workdri; did you mean 'workdir'?"),
+        (["--resume=later"], "flag --resume=later"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(tmp_path, arguments, message):
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_another_configuration_does_not_continue_a_run(tmp_path):
+    config_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path / "runs" / "a")
+    done = run("--resume", "--config.seed=3", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "config.seed: the run was started with 0, not with 3" in done.stderr
+
+
+def test_help_names_the_flags(tmp_path):
+    done = run("--help", cwd=tmp_path)
+    assert all(flag in done.stdout for flag in ("--config:", "--workdir:", "--[no]resume:", "--config.FIELD=VALUE"))
+
+
+@pytest.mark.slow
+def test_an_installed_package_has_its_configurations_and_assets(tmp_path):
+    for name in ("kvpo_jax", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / "source" / name)
+    shutil.copy(ROOT / "setup.py", tmp_path / "source")
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, tmp_path / "source"]
+    subprocess.run(build, check=True, stdin=subprocess.DEVNULL)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    configs = {f"kvpo_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assets = {f"kvpo_jax/assets/{path.name}" for path in (ROOT / "kvpo_jax" / "assets").iterdir() if path.is_file()}
+    assert configs <= names and {name for name in assets if not name.endswith(".py")} <= names
+    done = run("--config.train.iteration=3", cwd=tmp_path, path=tmp_path / "site")
+    assert "did you mean 'train.iterations'?" in done.stderr

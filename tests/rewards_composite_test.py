@@ -1,0 +1,212 @@
+"""Clips, segments and the composite reward: the released code's arithmetic, and numbers that can be checked by hand."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax.rewards import composite
+from kvpo_jax.rewards.composite import Clip
+
+same_frame = lambda frame: frame  # the toy's latent -> pixel map
+
+
+@pytest.fixture
+def golden(golden_dir):
+    return json.loads((golden_dir / "rewards_clips.json").read_text())
+
+
+def mean_and_length(pixels, prompts):
+    """A scorer: the mean of red, and how long the prompt is."""
+    return {"red": jnp.mean(pixels[..., 0], axis=(1, 2, 3)), "length": jnp.asarray([len(p) for p in prompts], float)}
+
+
+def counting_video(p, t, frames):
+    """float[P, T, frames, 2, 2, 3] whose frame f of trajectory (p, t) has the value 100 p + 10 t + f."""
+    value = 100 * np.arange(p)[:, None, None] + 10 * np.arange(t)[None, :, None] + np.arange(frames)
+    return jnp.broadcast_to(value[..., None, None, None], (p, t, frames, 2, 2, 3)).astype(jnp.float32)
+
+
+# ---------------------------------------------------------------- golden
+
+
+@pytest.mark.golden
+def test_golden_latent_to_pixel(golden):
+    for frame, pixel in golden["latent_to_pixel"].items():
+        assert composite.latent_to_pixel(int(frame)) == pixel
+
+
+@pytest.mark.golden
+def test_golden_clip_window(golden):
+    for case in golden["make_clip_window"]:
+        assert composite.clip_window(case["center"], case["total"], case["clip_len"]) == tuple(case["out"])
+
+
+@pytest.mark.golden
+def test_golden_clip_specs(golden):
+    for case in golden["clip_specs"]:
+        clips = composite.segment_clips(
+            case["full_pixel_len"], case["num_prompts"], case["switch"], case["clip_len"], composite.latent_to_pixel
+        )
+        ours = [
+            {
+                "name": f"normal_seg_{c.segment}",
+                "start": c.start,
+                "end": c.end,
+                "prompt": f"p{c.segment}",
+                "group": "normal",
+            }
+            for c in clips
+        ]
+        assert ours == case["specs"] and case["transition"] == []
+
+
+@pytest.mark.golden
+def test_golden_segment_for_frame(golden):
+    for case in golden["segment_for_frame"]:
+        assert composite.segment_for_frame(case["frame"], case["switch"]) == case["seg"]
+
+
+@pytest.mark.golden
+def test_golden_chunks_and_aligned_switches(golden):
+    for case in golden["switch_alignment"]:
+        chunks = composite.chunk_layout(case["total"], case["chunk_size"], case["min_new"])
+        assert chunks == [(c["start_frame"], c["start_frame"] + c["new_frames"]) for c in case["chunks"]]
+        raw = [int(s) for s in case["raw"].split(",")]
+        if case["align"]:
+            assert list(composite.align_switches(raw, case["num_segments"], chunks)) == case["switch"]
+        else:
+            assert raw[: case["num_segments"] - 1] == case["switch"]
+
+
+@pytest.mark.golden
+def test_golden_policy_window(golden, golden_dir):
+    block_frames = json.loads((golden_dir / "config_tiny.json").read_text())["num_frame_per_block"]
+    for case in golden["policy_window"]:
+        resolved = composite.policy_window(
+            case["policy_window_frames"], case["P"] * block_frames, case["multiple"], case["available"], block_frames
+        )
+        assert resolved == case["resolved"]
+
+
+# ---------------------------------------------------------------- clips
+
+
+def test_whole_segments_when_clips_have_no_length():
+    clips = composite.segment_clips(48, 4, (12, 24, 36), 0, same_frame)
+    assert clips == [Clip(0, 0, 12), Clip(1, 12, 24), Clip(2, 24, 36), Clip(3, 36, 48)]
+    # Latent frame 3 is pixel 9: the second segment lies behind the end.
+    assert composite.segment_clips(9, 2, (3,), 0, composite.latent_to_pixel) == [Clip(0, 0, 9)]
+
+
+def test_clips_are_centred_in_their_segment():
+    assert composite.segment_clips(48, 2, (12,), 4, same_frame) == [Clip(0, 4, 8), Clip(1, 28, 32)]
+
+
+def test_segments_of_one_frame_are_not_scored():
+    assert composite.segment_clips(10, 3, (1, 9), 0, same_frame) == [Clip(1, 1, 9)]
+
+
+def test_missing_switch_frames_are_an_error():
+    with pytest.raises(ValueError, match="4 prompts need 3 switch frames"):
+        composite.segment_clips(48, 4, (12, 24), 0, same_frame)
+
+
+def test_switches_that_cannot_be_aligned_are_an_error():
+    chunks = composite.chunk_layout(57, 21, 18)
+    assert chunks == [(0, 21), (21, 39), (39, 57)]
+    assert composite.align_switches((5, 30), 3, chunks) == (21, 39)
+    assert composite.align_switches((50,), 2, chunks) == (39,)  # no later start: the last chunk's
+    for switches, segments, layout in [((22, 30), 3, chunks), ((5,), 2, [(0, 21)]), ((5,), 3, chunks)]:
+        with pytest.raises(ValueError, match="switch frames"):
+            composite.align_switches(switches, segments, layout)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_segment_rewards_are_means_over_the_segments():
+    prompts = [["a", "bbb"], ["cc", "dddd"]]
+    rewards = composite.segment_rewards(mean_and_length, counting_video(2, 3, 6), prompts, (2,), 0, same_frame)
+    # Segments of frames 0-1 (mean 0.5) and 2-5 (mean 3.5): 2 on average, although the longer one has more frames.
+    np.testing.assert_allclose(rewards["red"], [[2, 12, 22], [102, 112, 122]], rtol=1e-6)
+    np.testing.assert_array_equal(rewards["length"], [[2, 2, 2], [3, 3, 3]])
+
+
+def test_each_segment_is_one_call_with_its_own_sentences():
+    calls = []
+
+    def scorer(pixels, prompts):
+        calls.append((pixels.shape, list(prompts), pixels[:, 0, 0, 0, 0].tolist()))
+        return {"red": pixels[:, 0, 0, 0, 0]}
+
+    composite.segment_rewards(
+        scorer, counting_video(2, 2, 13), [["a", "b"], ["c", "d"]], (2,), 4, composite.latent_to_pixel
+    )
+    # Latent frame 2 is pixel 5; clips of four frames around pixels 2 and 9.
+    assert calls == [
+        ((4, 4, 2, 2, 3), ["a", "a", "c", "c"], [0, 10, 100, 110]),
+        ((4, 4, 2, 2, 3), ["b", "b", "d", "d"], [7, 17, 107, 117]),
+    ]
+
+
+def test_a_score_that_is_not_finite_names_component_prompt_and_trajectory():
+    def scorer(pixels, prompts):
+        values = pixels[:, 0, 0, 0, 0]
+        return {"VQ": values, "MQ": jnp.where(values == 111, jnp.nan, values)}
+
+    with pytest.raises(FloatingPointError, match=r"MQ is nan for prompt 1 \('c'\), trajectory 1 of 2"):
+        composite.segment_rewards(scorer, counting_video(2, 2, 4) + 1, [["a", "b"], ["c", "d"]], (2,), 0, same_frame)
+
+
+def test_prompt_sequences_of_different_lengths_are_an_error():
+    with pytest.raises(ValueError, match="different lengths"):
+        composite.segment_rewards(mean_and_length, counting_video(2, 1, 4), [["a", "b"], ["c"]], (2,), 0, same_frame)
+
+
+def test_video_too_short_to_score_is_an_error():
+    with pytest.raises(ValueError, match="no prompt segment"):
+        composite.segment_rewards(mean_and_length, counting_video(1, 1, 2), [["a", "b"]], (1,), 0, same_frame)
+
+
+def test_composite_is_the_weighted_sum():
+    components = {"VQ": jnp.array([[1.0, 2.0]]), "MQ": jnp.array([[10.0, 20.0]]), "TA": jnp.array([[5.0, 5.0]])}
+    np.testing.assert_array_equal(composite.composite(components, {"VQ": 2.0, "MQ": 0.5}), [[7.0, 14.0]])
+
+
+def test_a_weight_without_a_component_is_an_error():
+    with pytest.raises(ValueError, match="'HPS': the scorer has only VQ, MQ"):
+        composite.composite({"VQ": jnp.ones((1, 1)), "MQ": jnp.ones((1, 1))}, {"VQ": 1.0, "HPS": 1.0})
+    with pytest.raises(ValueError, match="no reward weights"):
+        composite.composite({"VQ": jnp.ones((1, 1))}, {})
+
+
+def test_score_rollout_separates_branches_and_anchor():
+    pixels = counting_video(2, 4, 6)
+    scores = composite.score_rollout(
+        mean_and_length, pixels[:, :3], pixels[:, 3], [["a", "b"], ["cc", "dd"]], {"red": 1.0, "length": 10.0},
+        (2,), 0, same_frame,
+    )  # fmt: skip
+    np.testing.assert_allclose(scores.branches, [[12, 22, 32], [122, 132, 142]], rtol=1e-6)
+    np.testing.assert_allclose(scores.anchor, [42, 152], rtol=1e-6)
+    branches, anchor = scores.components["length"]
+    np.testing.assert_array_equal(branches, [[1, 1, 1], [2, 2, 2]])
+    np.testing.assert_array_equal(anchor, [1, 2])
+
+
+def test_score_window_is_the_local_signal_of_the_fork_segment():
+    pixels, prompts, switches = counting_video(1, 3, 10), [["a", "bb", "ccc"]], (4, 8)
+    segment = composite.segment_for_frame(5, switches)
+    scores = composite.score_window(
+        mean_and_length, pixels[:, :2], pixels[:, 2], [p[segment] for p in prompts], {"red": 1.0, "length": 1.0}, (3, 6)
+    )
+    np.testing.assert_allclose(scores.branches, [[4 + 2, 14 + 2]], rtol=1e-6)
+    np.testing.assert_allclose(scores.anchor, [24 + 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (-1, 2), (8, 11)])
+def test_local_window_outside_the_video_is_an_error(window):
+    pixels = counting_video(1, 3, 10)
+    with pytest.raises(ValueError, match="local window"):
+        composite.score_window(mean_and_length, pixels[:, :2], pixels[:, 2], ["a"], {"red": 1.0}, window)

@@ -1,0 +1,178 @@
+"""Pretrains the toy generator that ships with the package, from scratch, by flow matching on the toy world.
+
+    python tools/pretrain_toy.py --output=kvpo_jax/assets/toy_generator.safetensors
+
+Every video is walked through block by block, exactly as at deployment: a clean pass (sigma 0) writes the KV cache,
+noisy copies of the block are denoised under the same context, and at a prompt switch the last frames are recached.
+Half of the blocks see the deployment window and half a routed one, so that a routed history is something that the
+generator knows how to read. Gradients flow through the cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+
+from kvpo_jax import checkpoint, flow, kv_cache, rollout, routing
+from kvpo_jax.data import toy_world
+from kvpo_jax.models.wan import Wan, WanConfig, init_variables
+
+_OUTPUT = flags.DEFINE_string("output", None, "safetensors file to write", required=True)
+_STEPS = flags.DEFINE_integer("steps", 2000, "optimiser steps")
+_BATCH = flags.DEFINE_integer("batch", 8, "videos per step")
+_COPIES = flags.DEFINE_integer("copies", 2, "noise levels per block")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 2e-3, "peak learning rate (AdamW, warm-up, cosine decay)")
+_EMA = flags.DEFINE_float("ema", 0.995, "decay of the weights that are saved")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the weights and of the data")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_config():
+    """configs/tiny.py, the one home of the toy's sizes."""
+    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def make_loss(config, cfg: WanConfig, copies: int):
+    """(params, latents float[P, frames, Y, X, C], text float[P, M, K, text_dim], key) -> scalar flow-matching loss."""
+    video, model = config.video, Wan(cfg)
+    window = routing.window(config)
+    frames_in_block = video.block_frames
+    levels = flow.schedule(config.sampler.steps, config.sampler.shift, "euler", 0.0).sigma[:-1]
+    tokens = cfg.tokens_per_frame(video.height, video.width)
+    bounds = (0, *video.switch_frames, video.blocks * frames_in_block)
+
+    def loss(params, latents, text, key):
+        network = lambda *args: model.apply({"params": params}, *args)
+        encode = lambda t: model.apply({"params": params}, t, method="encode_text")
+        p = latents.shape[0]
+        cache = kv_cache.empty(
+            cfg.num_layers, (p,), video.blocks * frames_in_block, tokens, cfg.num_heads, cfg.head_dim,
+            window.sink, cfg.dtype,
+        )  # fmt: skip
+
+        def block(cache, xs, text_kv):
+            start, block_key = xs
+            noise_key, level_key, mix_key, row_key, choose_key = jax.random.split(block_key, 5)
+            x = jax.lax.dynamic_slice_in_dim(latents, start, frames_in_block, axis=1)
+            # What each video attends to: the deployment window, or a routed one where there is history enough.
+            bounds = routing.routable(window, start)
+            selected = routing.draw_independent(row_key, window, p, latents.shape[1], *bounds)
+            routed = routing.routed_rows(window, selected, start)
+            use_routed = (bounds[1] - bounds[0] >= window.routed) & jax.random.bernoulli(choose_key, 0.5, (p,))
+            rows = jnp.where(use_routed[:, None], routed, routing.deployment_row(window, start))
+            context = kv_cache.read(rows[:, None], cache)
+
+            # Rows of the batch: every video's clean block, then `copies` noisy ones.
+            from_list = levels[jax.random.randint(level_key, (copies, p), 0, len(levels))]
+            uniform = jax.random.uniform(mix_key, (2, copies, p))
+            sigma = jnp.where(uniform[0] < 0.6, from_list, jnp.maximum(uniform[1], 0.02))
+            noise = jax.random.normal(noise_key, (copies, *x.shape))
+            noisy = flow.add_noise(x, noise, sigma[..., None, None, None, None])
+            rows_of = lambda t: jnp.concatenate([t] * (1 + copies), axis=1)
+            velocity, kv = network(
+                jnp.concatenate([x[None], noisy]).reshape(-1, *x.shape[1:]),
+                jnp.concatenate([jnp.zeros((1, p)), sigma]).reshape(-1),
+                jax.tree.map(rows_of, text_kv),
+                context.replace(
+                    k=rows_of(context.k), v=rows_of(context.v), frame=jnp.concatenate([context.frame] * (1 + copies))
+                ),
+                jnp.full(((1 + copies) * p,), start, jnp.int32),
+            )
+            error = jnp.mean(jnp.square(velocity.reshape(1 + copies, *x.shape)[1:] - (noise - x)))
+            return kv_cache.append(cache, jax.tree.map(lambda t: t[:, :p], kv), start), error
+
+        errors = []
+        for m in range(len(bounds) - 1):
+            text_kv = encode(text[:, m])
+            if m:
+                start = bounds[m] - config.window.recache_frames
+                clean = latents[:, None, start : bounds[m]]
+                cache = kv_cache.append(cache, rollout.recache(network, text_kv, cache, None, clean, start), start)
+            starts = jnp.arange(bounds[m], bounds[m + 1], frames_in_block)
+            keys = jax.random.split(jax.random.fold_in(key, m), len(starts))
+            cache, error = jax.lax.scan(
+                jax.checkpoint(lambda c, xs, kv=text_kv: block(c, xs, kv)), cache, (starts, keys)
+            )
+            errors.append(error)
+        return jnp.mean(jnp.concatenate(errors))
+
+    return loss
+
+
+def main(_):
+    config = tiny_config()
+    sizes = {**config.model}
+    cfg = WanConfig(**sizes)
+    video = config.video
+    params = init_variables(cfg, jax.random.key(_SEED.value))["params"]
+    count = sum(x.size for x in jax.tree.leaves(params))
+    print(f"{count:,} parameters; {_STEPS.value} steps of {_BATCH.value} videos", flush=True)
+
+    schedule = optax.warmup_cosine_decay_schedule(0.0, _LEARNING_RATE.value, 100, _STEPS.value)
+    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=1e-4))
+    state, ema = optimiser.init(params), params
+    loss_fn = make_loss(config, cfg, _COPIES.value)
+    sample = jax.vmap(
+        lambda key, attributes: toy_world.sample_video(
+            key, attributes, video.blocks, video.block_frames, video.switch_frames
+        )
+    )
+
+    @jax.jit
+    def update(params, ema, state, attributes, text, key):
+        data_key, loss_key = jax.random.split(key)
+        latents = toy_world.encode(sample(jax.random.split(data_key, len(attributes)), attributes))
+        loss, grads = jax.value_and_grad(loss_fn)(params, latents, text, loss_key)
+        updates, state = optimiser.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        ema = optax.incremental_update(params, ema, 1 - _EMA.value)
+        return params, ema, state, loss
+
+    rng = np.random.default_rng(_SEED.value)
+    segments = len(video.switch_frames) + 1
+    begin, losses = time.time(), []
+    for step in range(_STEPS.value):
+        attributes = np.stack([toy_world.sample_attributes(rng, "all", segments) for _ in range(_BATCH.value)])
+        text = toy_world.embed([toy_world.describe(a) for a in attributes.reshape(-1, 3)])
+        text = text.reshape(_BATCH.value, segments, *text.shape[1:])
+        key = jax.random.fold_in(jax.random.key(_SEED.value + 1), step)
+        params, ema, state, loss = update(params, ema, state, attributes, text, key)
+        losses.append(float(loss))
+        if step % 50 == 49 or step == 0:
+            seconds = time.time() - begin
+            left = seconds / (step + 1) * (_STEPS.value - step - 1)
+            print(
+                f"step {step + 1:5d}/{_STEPS.value}  loss {np.mean(losses[-50:]):.4f}  "
+                f"{seconds / (step + 1):.2f} s/step  {seconds / 60:.1f} min, {left / 60:.1f} min left",
+                flush=True,
+            )
+    minutes = (time.time() - begin) / 60
+    metadata = {
+        "command": "python tools/pretrain_toy.py " + " ".join(f"--{k}={v}" for k, v in _arguments().items()),
+        "seed": str(_SEED.value),
+        "steps": str(len(losses)),
+        "minutes": f"{minutes:.1f}",
+        "final_loss": f"{np.mean(losses[-200:]):.4f}",
+        "model": str(sizes),
+    }
+    checkpoint.save_weights(Path(_OUTPUT.value), ema, metadata)
+    print(f"wrote {_OUTPUT.value}: {metadata}", flush=True)
+
+
+def _arguments() -> dict[str, object]:
+    return {f.name: f.value for f in (_STEPS, _BATCH, _COPIES, _LEARNING_RATE, _EMA, _SEED)}
+
+
+if __name__ == "__main__":
+    app.run(main)
