@@ -67,14 +67,10 @@ def get_config(preset: str = "paper") -> ConfigDict:
     r.draw = "independent"  # per branch (paper) | "dispersed": shifts of one permutation (release)
 
     c.replay = ConfigDict()
-    c.replay.context = (
-        "anchor"  # anchor: unperturbed cache of the anchor | self_rolled: each branch's own replay (release)
-    )
+    c.replay.context = "anchor"  # the anchor's unperturbed cache | self_rolled: each branch's own (release)
     c.replay.text = "policy"  # whose text keys and values: policy: the replaying one's | rollout: as cached (release)
     c.replay.blocks = 0  # blocks replayed from the pivot on; 0 = the perturbed window
-    c.replay.energy = (
-        "velocity"  # velocity: Eq. 5 | clean: clean-latent error / (2 max(sigma, sigma_floor)^2) (release)
-    )
+    c.replay.energy = "velocity"  # Eq. 5 | clean: clean-latent error / (2 max(sigma, sigma_floor)^2) (release)
     c.replay.sigma_floor = 1.0  # read by energy = "clean" only
     c.replay.grad_steps = 4  # the first so many solver steps carry gradient
     c.replay.chunk = 0  # rows of a replay forward, (branch, block, step) folded; 0 = all at once

@@ -75,7 +75,7 @@ def load(config: ml_collections.ConfigDict) -> Backbone:
     """The backbone that config.backbone names."""
     if config.backbone not in BACKBONES:
         raise ValueError(
-            f"backbone={config.backbone!r} cannot be run: this version trains {', '.join(BACKBONES)}; the text encoder, "
-            "the video decoder and the reward models of the others are not in it yet"
+            f"backbone={config.backbone!r} cannot be run: this version trains {', '.join(BACKBONES)}; the text "
+            "encoder, the video decoder and the reward models of the others are not in it yet"
         )
     return BACKBONES[config.backbone](config)

@@ -21,8 +21,8 @@ from kvpo_jax.types import Array, BlockKV, BlockRecord, Context, KVCache, PyTree
 Network = Callable[..., tuple[Array, BlockKV]]
 
 
-# Every random draw of a run is of one seed: fold_in(fold_in(seed, stream), step), then prompt, frame, ... No stream folds
-# in what must not change it: noise never depends on the branch.
+# Every random draw of a run is of one seed: fold_in(fold_in(seed, stream), step), then prompt, frame, ... No stream
+# folds in what must not change it: noise never depends on the branch.
 STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout")
 
 
@@ -34,6 +34,13 @@ def stream(seed: int, name: str, step: int) -> Array:
 def per_trajectory(text: TextKV, trajectories: int) -> TextKV:
     """TextKV of P prompts, repeated for each of their T trajectories."""
     return jax.tree.map(lambda x: jnp.repeat(x, trajectories, axis=1), text)
+
+
+def encode_text(model: Wan, variables: PyTree, embeddings: Array) -> TextKV:
+    """Text keys and values float[L, P, M, K, H, D] of token embeddings float[P, M, K, text_dim]."""
+    p, m = embeddings.shape[:2]
+    text = model.apply(variables, embeddings.reshape(p * m, *embeddings.shape[2:]), method=Wan.encode_text)
+    return jax.tree.map(lambda x: x.reshape(x.shape[0], p, m, *x.shape[2:]), text)
 
 
 def denoise_block(
@@ -219,11 +226,6 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
     bind = lambda variables: partial(model.apply, variables)
     of_segment = lambda text, segment: jax.tree.map(lambda x: x[:, :, segment], text)
 
-    def encode_text(variables, embeddings):
-        p, m = embeddings.shape[:2]
-        text = model.apply(variables, embeddings.reshape(p * m, *embeddings.shape[2:]), method=Wan.encode_text)
-        return jax.tree.map(lambda x: x.reshape(x.shape[0], p, m, *x.shape[2:]), text)
-
     def shared_block(variables, text, segment, history, noise, start_frame):
         row = routing.deployment_row(window, start_frame)
         rows = jnp.broadcast_to(row, (noise.shape[0], 1, passes, window.slots))
@@ -299,7 +301,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
         return jax.vmap(of_prompt)(prompts)
 
     return Stages(
-        encode_text=jax.jit(shard(encode_text, in_specs=(one, prompts), out_specs=sharding.TEXT)),
+        encode_text=jax.jit(shard(partial(encode_text, model), in_specs=(one, prompts), out_specs=sharding.TEXT)),
         blank=jax.jit(lambda p: empty((p,), window.cache_frames, history_spec), static_argnums=0),
         draw=jax.jit(draw),
         shared_block=jax.jit(keyed_shared_block, donate_argnums=3),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, evaluate, flow, objective, replay, report, rollout, routing, sharding
 from kvpo_jax.models.wan import Wan, init_variables, wan_config
+from kvpo_jax.rewards import composite
 from kvpo_jax.types import Array, PyTree, ReplayTuples, Scores, TextKV
 
 
@@ -163,6 +164,62 @@ def experience_advantages(config: ml_collections.ConfigDict, scores: Scores, loc
 # ---------------------------------------------------------------- the loop
 
 
+def score(
+    config: ml_collections.ConfigDict,
+    backbone: backbone_lib.Backbone,
+    sentences: Sequence[Sequence[str]],
+    branches: Array,
+    anchor: Array,
+    pivot: int,
+) -> tuple[Scores, Scores | None]:
+    """Rewards of the whole videos and, where anchor-relative advantages need them, of the replayed blocks alone.
+
+    branches float[P, G, frames, h, w, 3] and anchor float[P, frames, h, w, 3] are pixels.
+    """
+    whole = composite.score_rollout(
+        backbone.scorer, branches, anchor, sentences, config.reward.weights, config.video.switch_frames,
+        config.reward.clip_frames, backbone.to_pixel,
+    )  # fmt: skip
+    if config.objective.advantage != "anchor":
+        return whole, None
+    fork, end = (f * config.video.block_frames for f in (pivot, pivot + rollout.recorded_blocks(config)))
+    segment = rollout.segment_of(fork, config.video.switch_frames)
+    window = (backbone.to_pixel(fork), backbone.to_pixel(end))
+    of_fork = [sequence[segment] for sequence in sentences]
+    return whole, composite.score_window(backbone.scorer, branches, anchor, of_fork, config.reward.weights, window)
+
+
+def group_metrics(scores: Scores, pixels: Array, energies: Array) -> dict[str, float]:
+    """What the groups of an iteration look like: rewards, win rate over the anchor, diversity, spread of energies."""
+    metrics = {
+        "reward": scores.branches.mean(),
+        "reward_anchor": scores.anchor.mean(),
+        "reward_std_in_group": scores.branches.std(axis=1).mean(),
+        "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
+        "pixel_std_in_group": pixels.std(axis=1).mean(),
+        "energy_old_std_in_group": energies.std(axis=1).mean(),
+    }
+    metrics |= {f"reward_{name}": branches.mean() for name, (branches, _) in scores.components.items()}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def check_finite(metrics: Mapping[str, Array], energies: Array, sentences: Sequence[Sequence[str]]) -> None:
+    """FloatingPointError that names what is not finite: the prompt and branch of an energy, or the gradient."""
+    energies = np.asarray(energies)
+    for prompt, branch in np.argwhere(~np.isfinite(energies))[:1]:
+        raise FloatingPointError(
+            f"the energy of branch {branch} of prompt {sentences[prompt]} is {energies[prompt, branch]}"
+        )
+    for name in ("loss", "grad_norm"):
+        if not np.isfinite(metrics[name]):
+            raise FloatingPointError(f"{name} is {metrics[name]} though every energy is finite")
+
+
+def count(tree: PyTree) -> int:
+    """Numbers in a tree."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def prompt_indices(config: ml_collections.ConfigDict, iteration: int) -> range:
     """Positions in the stream of training prompts that an iteration reads."""
     prompts = config.train.prompts_per_iteration
@@ -221,7 +278,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
     writer = report.MetricWriter(workdir, iteration)
     progress = report.Progress(config.train.iterations)
     print(
-        f"{config.backbone}: {_count(params):,} parameters, {_count(state.lora):,} in LoRA; "
+        f"{config.backbone}: {count(params):,} parameters, {count(state.lora):,} in LoRA; "
         f"{dict(mesh.shape)} devices; iteration {iteration} of {config.train.iterations}",
         flush=True,
     )
@@ -274,7 +331,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                         energies_old=old, energies_ref=reference, on_policy=jnp.asarray(on_policy and epoch == 0),
                     )  # fmt: skip
                     updated, metrics, old = update(state, params, experience)
-                    check_finite(metrics, old, batch.sentences, save)
+                    check_finite(metrics, old, batch.sentences)
                     state = updated
                 iteration += 1
                 synced = iteration % config.train.rollouts_per_sync == 0
@@ -282,7 +339,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                     iteration=jnp.asarray(iteration, jnp.int32), old=state.lora if synced else state.old
                 )
 
-            metrics = {**jax.device_get(metrics), **group_metrics(scores, videos, old, config), "pivot": pivot}
+            metrics = {**jax.device_get(metrics), **group_metrics(scores, pixels, old), "pivot": pivot}
             last = iteration == config.train.iterations
             if last or (config.eval.every and iteration % config.eval.every == 0):
                 online, ema = evaluation(state.lora), evaluation(state.ema)

@@ -7,8 +7,9 @@ It is small enough to pretrain a generator on a laptop, and has what KVPO needs 
 * content that only history knows: no prompt names the look. A block takes over the look of a block of its recent
   past, so which frames the cache holds decides what comes next, and there is something to route.
 
-Pixels are float[..., 12, 12, 3], nominally in [0, 1]. Latents are the pixels folded 2x2 into channels and scaled to a standard
-deviation of about 0.8 (`encode`, `decode`): a fixed stand-in for the video VAE, one latent frame per pixel frame.
+Pixels are float[..., 12, 12, 3], nominally in [0, 1]. Latents are the pixels folded 2x2 into channels and scaled to a
+standard deviation of about 0.8 (`encode`, `decode`): a fixed stand-in for the video VAE, one latent frame per pixel
+frame.
 """
 
 from __future__ import annotations
