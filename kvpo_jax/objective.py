@@ -120,7 +120,7 @@ def gate_scale(gate: str, safe: Array, log_pi: Array) -> Array:
     1 - pi_anchor is left there.
     """
     if gate in ("zero", "mechanism_1"):
-        return safe.astype(log_pi.dtype)
+        return jnp.asarray(safe, log_pi.dtype)
     if gate == "mechanism_2":
         return jnp.where(safe, 1.0, 1.0 - jax.lax.stop_gradient(pi_anchor(log_pi)))
     raise ValueError(f"objective.gate is {gate!r}; expected zero, mechanism_1 or mechanism_2")
