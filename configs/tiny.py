@@ -22,7 +22,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.model = m = ConfigDict()  # the causal Wan DiT; here a small one
     m.dim = 96
     m.ffn_dim = 384
-    m.num_heads = 2
+    m.num_heads = 4
     m.num_layers = 3
     m.freq_dim = 64  # width of the sinusoid of the noise level
     m.text_dim = 16  # width of a text token; the toy's is its vocabulary
@@ -39,8 +39,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.lora.alpha = 8.0  # the update of a Linear is alpha / rank * B A
 
     c.video = v = ConfigDict()
-    v.height = 6  # latent
-    v.width = 6
+    v.height = 4  # latent
+    v.width = 4
     v.blocks = 12  # B
     v.block_frames = 3  # F
     v.switch_frames = (12, 24)  # latent frames at which the next prompt segment begins

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ CHOICES = {
     "sampler.solver": ("euler", "renoise"),
     "rollout.draw": ("independent", "dispersed"),
     "replay.context": ("anchor", "self_rolled"),
+    "replay.text": ("policy", "rollout"),
     "replay.energy": ("velocity", "clean"),
     "objective.tau_unit": ("group_std", "absolute"),
     "objective.advantage": ("group", "anchor"),
@@ -303,3 +305,22 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
         return None
     return done.stdout.strip()
+
+
+# ---------------------------------------------------------------- of every command
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Leaves every --config.FIELD=VALUE in place: the fields are known once the configuration is loaded."""
+    flags.FLAGS.set_gnu_getopt()
+    try:
+        return flags.FLAGS(argv, known_only=True)
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or under ~/.cache/kvpo_jax."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kvpo_jax/xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

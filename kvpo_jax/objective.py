@@ -7,6 +7,7 @@ differently is a function of its own here; `advantages` and `loss` choose by the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import chex
 import jax
@@ -17,7 +18,15 @@ from flax import struct
 from kvpo_jax.types import Array, Scores
 
 EPS = 1e-8
-LOG_RATIO_BOUND = 20.0  # release; exp of it is far outside any clip range, so it only keeps exp finite
+LOG_RATIO_BOUND = 20.0  # release; keeps exp finite, and takes the gradient only of a ratio above 4.8e8 or below 2.1e-9
+
+
+def spread(values: Array) -> Array:
+    """Population std of float[G], float[]; exactly 0 where all values are equal.
+
+    Their rounded mean need not be equal to them: at G = 8 the residue would be normalised to an advantage of up to 0.9.
+    """
+    return (values - values[0]).std()
 
 
 # ---------------------------------------------------------------- advantages
@@ -26,14 +35,14 @@ LOG_RATIO_BOUND = 20.0  # release; exp of it is far outside any clip range, so i
 def group_advantage(rewards: Array, eps: float = EPS) -> Array:
     """Eq. 9: (r - mean) / (population std + eps), float[G]."""
     chex.assert_rank(rewards, 1)
-    return (rewards - rewards.mean()) / (rewards.std() + eps)
+    shifted = rewards - rewards[0]  # as in `spread`: exactly 0 where all are equal
+    return (shifted - shifted.mean()) / (spread(rewards) + eps)
 
 
 def anchor_advantage(rewards: Array, anchor: Array, eps: float = EPS) -> Array:
     """Release: (r - r_anchor) / (unbiased std over branches and anchor + eps), float[G]; not centred."""
     chex.assert_rank([rewards, anchor], [1, 0])
-    spread = jnp.std(jnp.append(rewards, anchor), ddof=1)
-    return (rewards - anchor) / (spread + eps)
+    return (rewards - anchor) / (jnp.std(jnp.append(rewards, anchor), ddof=1) + eps)
 
 
 def component_advantage(components: Mapping[str, tuple[Array, Array]], weights: Mapping[str, float]) -> Array:
@@ -48,8 +57,8 @@ def normalize_advantage(advantage: Array, normalize: str) -> Array:
     """
     if normalize == "none":
         return advantage
-    spread = advantage.std()
-    scale = jnp.where(spread <= EPS, 1.0, spread)
+    deviation = spread(advantage)
+    scale = jnp.where(deviation <= EPS, 1.0, deviation)
     if normalize == "std":
         return advantage / scale
     if normalize == "zscore":
@@ -66,15 +75,16 @@ def fuse_advantages(local: Array, whole: Array, normalize: str, local_weight: fl
 
 
 def temperature(energies_old: Array, tau: float, unit: str) -> Array:
-    """tau in units of energy: as it is ("absolute"), or times the old energies' population std ("group_std").
+    """tau in units of energy, float[]: as it is ("absolute"), or times the old energies' spread ("group_std").
 
-    A group without spread has temperature tau, whatever the unit: its policy is uniform at any temperature.
+    Carries no gradient. A group without spread has temperature tau, whatever the unit: its old policy is uniform at
+    any temperature.
     """
     if unit == "absolute":
         return jnp.asarray(tau, energies_old.dtype)
     if unit == "group_std":
-        spread = jax.lax.stop_gradient(energies_old).std()
-        return tau * jnp.where(spread > 0, spread, 1.0)
+        deviation = spread(jax.lax.stop_gradient(energies_old))
+        return tau * jnp.where(deviation > 0, deviation, 1.0)
     raise ValueError(f"objective.tau_unit is {unit!r}; expected group_std or absolute")
 
 
@@ -96,7 +106,10 @@ def clipped_surrogate(log_rho: Array, advantages: Array, clip_low: float, clip_h
 
 
 def kl_divergence(log_pi: Array, log_pi_ref: Array) -> Array:
-    """Eq. 15: sum_g pi (log pi - log pi_ref), float[]."""
+    """Eq. 15: sum_g pi (log pi - log pi_ref), float[].
+
+    The release has log(pi + 1e-10), which guards a log that here is never taken; the difference is at most G * 1e-10.
+    """
     return jnp.sum(jnp.exp(log_pi) * (log_pi - log_pi_ref))
 
 
@@ -109,7 +122,10 @@ def anchor_gate(rewards: Array, anchor: Array) -> Array:
 
 
 def pi_anchor(log_pi: Array) -> Array:
-    """Release, mechanism_2: the share of an anchor with logit 0 among the branches' logits log pi. It is always 1/2."""
+    """Release, mechanism_2: the share of an anchor with logit 0 among the branches' logits log pi, float[].
+
+    Always 1/2, because the branches' exp(log pi) sum to 1.
+    """
     return jax.nn.softmax(jnp.append(log_pi, 0.0))[-1]
 
 
@@ -119,11 +135,21 @@ def gate_scale(gate: str, safe: Array, log_pi: Array) -> Array:
     zero (paper) and mechanism_1 (release): nothing is left where no branch beats the anchor. mechanism_2 (release):
     1 - pi_anchor is left there.
     """
+    chex.assert_shape(jnp.asarray(safe), ())
     if gate in ("zero", "mechanism_1"):
         return jnp.asarray(safe, log_pi.dtype)
     if gate == "mechanism_2":
         return jnp.where(safe, 1.0, 1.0 - jax.lax.stop_gradient(pi_anchor(log_pi)))
     raise ValueError(f"objective.gate is {gate!r}; expected zero, mechanism_1 or mechanism_2")
+
+
+def effective_kl_strength(energies_old: Array, tau: Array, beta: float) -> Array:
+    """beta * std(E_old) / tau, float[]: beta over tau in stds of the group's energies.
+
+    How strongly the KL holds back a shift of the energies by one such std, against a PPO gradient of |A| = 1
+    (docs/algorithm.md). beta / config.tau with tau_unit = "group_std".
+    """
+    return beta * spread(energies_old) / tau
 
 
 # ---------------------------------------------------------------- what the trainer calls
@@ -133,10 +159,18 @@ def gate_scale(gate: str, safe: Array, log_pi: Array) -> Array:
 class Diagnostics:
     """Of one group, float[] each; with leading axes after a vmap.
 
-    ratio_deviation: largest |rho - 1|. log_ratio_std. clip_fraction: share of branches outside the clip range.
-    kl: Eq. 15. entropy: of pi, at most log G. surrogate: Eq. 8. gate: share of the loss that is kept. tau: in units of
-    energy. energy and energy_std: mean and population std of the group's energies. kl_strength: beta / (tau in stds of
-    the group's energies), the strength of the KL against the PPO term (docs/algorithm.md).
+    Attributes:
+      ratio_deviation: largest |rho - 1|, exactly 0 on policy.
+      log_ratio_std: population std of log rho.
+      clip_fraction: share of branches whose ratio is outside the clip range.
+      kl: Eq. 15.
+      entropy: of pi, at most log G.
+      surrogate: Eq. 8, before the gate.
+      gate: share of the loss that is kept.
+      tau: in units of energy.
+      energy: mean of the group's energies.
+      energy_std: their population std.
+      effective_kl_strength: see the function of that name.
     """
 
     ratio_deviation: Array
@@ -149,7 +183,7 @@ class Diagnostics:
     tau: Array
     energy: Array
     energy_std: Array
-    kl_strength: Array
+    effective_kl_strength: Array
 
     def means(self) -> dict[str, Array]:
         """name -> mean over all leading axes."""
@@ -163,20 +197,23 @@ def advantages(
 
     Args:
       config: section `objective`.
-      weights: component -> weight of the composite reward.
+      weights: component -> weight of the composite reward; read by advantage = "anchor".
       scores: of the whole videos.
-      local: of the chunk that holds the fork; read by advantage = "anchor" (None: global only).
+      local: of the chunk that holds the fork; read by advantage = "anchor" (None: it adds nothing).
     """
+    chex.assert_rank([scores.branches, scores.anchor], [2, 1])
     if config.advantage == "group":
         out = jax.vmap(group_advantage)(scores.branches)
     elif config.advantage == "anchor":
         of = jax.vmap(lambda s: component_advantage(s.components, weights))
         fuse = jax.vmap(
-            lambda part, whole: fuse_advantages(
-                part, whole, config.fusion_normalize, config.local_weight, config.global_weight
+            partial(
+                fuse_advantages, normalize=config.fusion_normalize, local_weight=config.local_weight,
+                global_weight=config.global_weight,
             )
-        )
-        out = of(scores) if local is None else fuse(of(local), of(scores))
+        )  # fmt: skip
+        whole = of(scores)
+        out = fuse(jnp.zeros_like(whole) if local is None else of(local), whole)
     else:
         raise ValueError(f"objective.advantage is {config.advantage!r}; expected group or anchor")
     return jnp.clip(out, -config.advantage_clip, config.advantage_clip) if config.advantage_clip else out
@@ -199,6 +236,8 @@ def loss(
 ) -> tuple[Array, Diagnostics]:
     """Eq. 16 with the gate: scale * (L_PPO + beta KL(pi || pi_ref)) of one group, float[], and its diagnostics.
 
+    The release's log-probabilities are -energies at tau = 1, "absolute".
+
     Args:
       config: section `objective`.
       energies: float[G] under the policy that is trained; the only argument that carries gradient.
@@ -209,7 +248,8 @@ def loss(
     """
     chex.assert_equal_shape([energies, energies_old, energies_ref, advantages])
     tau = temperature(energies_old, config.tau, config.tau_unit)
-    log_pi, log_pi_old, log_pi_ref = (log_policy(e, tau) for e in (energies, energies_old, energies_ref))
+    log_pi = log_policy(energies, tau)
+    log_pi_old, log_pi_ref = (jax.lax.stop_gradient(log_policy(e, tau)) for e in (energies_old, energies_ref))
     log_rho = log_ratio(log_pi, log_pi_old)
     surrogate = clipped_surrogate(log_rho, advantages, config.clip_low, config.clip_high)
     kl = kl_divergence(log_pi, log_pi_ref)
@@ -225,7 +265,7 @@ def loss(
         gate=scale,
         tau=tau,
         energy=energies.mean(),
-        energy_std=energies.std(),
-        kl_strength=config.beta * energies_old.std() / tau,
+        energy_std=spread(energies),
+        effective_kl_strength=effective_kl_strength(energies_old, tau, config.beta),
     )
     return scale * (surrogate + config.beta * kl), diagnostics

@@ -257,7 +257,7 @@ def finish(workdir: Path | str, config, backbone, reference, online, ema, second
       workdir: the run directory.
       config: its configuration.
       backbone: see `backbone.Backbone`; tells the held-out prompts.
-      reference, online, ema: `evaluate.Heldout` of the three policies.
+      reference, online, ema: `heldout.Heldout` of the three policies.
       seconds: what they were spent on, with "total".
     """
     path, shown = Path(workdir), range(min(PICTURED, len(reference.reward)))
@@ -341,13 +341,13 @@ def _t_inside(t: float, freedom: int) -> float:
     return 2 / math.pi * (theta + sine * total) if odd else sine * total
 
 
-def final_table(rewards: Mapping[str, Mapping[str, np.ndarray]], seconds: Mapping[str, float]) -> str:
+def final_table(rewards: Mapping[str, Mapping[str, np.ndarray]], seconds: Mapping[str, float] | None = None) -> str:
     """The table that a run ends with.
 
     Args:
       rewards: policy -> column -> float[n], for the same n prompts and noise. The first policy is the one that the
         others are compared with, the first column the reward that the gain is of.
-      seconds: what -> seconds; "total" is their frame.
+      seconds: what -> seconds; "total" is their frame. None leaves the line out.
     """
     policies, columns = list(rewards), list(rewards[next(iter(rewards))])
     first = rewards[policies[0]]
@@ -362,7 +362,9 @@ def final_table(rewards: Mapping[str, Mapping[str, np.ndarray]], seconds: Mappin
         rows.append([*row, f"{gain:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{win_rate(first[columns[0]], reward):.0%}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
-    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     count = len(first[columns[0]])
     heading = f"held-out prompt sequences: {count}, with the same noise for every policy"
+    if seconds is None:
+        return "\n".join([heading, "", *lines])
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     return "\n".join([heading, "", *lines, "", f"seconds: {seconds['total']:.1f} in all ({parts})"])

@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import checkpoint, evaluate, flow, objective, replay, report, rollout, routing, sharding
+from kvpo_jax import checkpoint, flow, heldout, objective, replay, report, rollout, routing, sharding
 from kvpo_jax.models.wan import Wan, init_variables, wan_config
 from kvpo_jax.rewards import composite
 from kvpo_jax.types import Array, PyTree, ReplayTuples, Scores, TextKV
@@ -128,7 +128,8 @@ def make_update(config: ml_collections.ConfigDict, mesh: Mesh, optimiser: optax.
         value, diagnostics = jax.vmap(of_group)(e, old, experience.energies_ref, experience.advantages, experience.safe)
         return jnp.mean(value), (diagnostics, old)
 
-    @jax.jit
+    # Without out_shardings the second call could see other placements than the first, and compile again.
+    @partial(jax.jit, out_shardings=(jax.sharding.NamedSharding(mesh, sharding.REPLICATED), None, None))
     def update(state, params, experience):
         (value, (diagnostics, old)), grads = jax.value_and_grad(loss, has_aux=True)(state.lora, params, experience)
         updates, optimiser_state = optimiser.update(grads, state.optimiser, state.lora)
@@ -283,9 +284,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
         flush=True,
     )
 
-    def evaluation(lora: PyTree) -> evaluate.Heldout:
+    def evaluation(lora: PyTree) -> heldout.Heldout:
         with clock.time("evaluation"):
-            return evaluate.heldout(config, backbone, mesh, stages, {"params": params, "lora": lora})
+            return heldout.evaluate(config, backbone, mesh, stages, {"params": params, "lora": lora})
 
     def save() -> None:
         checkpoint.save(checkpoints, int(state.iteration), state, {"seconds": clock.seconds})
@@ -299,7 +300,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
 
             # Step 1: CHR-based exploration with the old policy, and step 2: what the replay needs of it.
             with clock.time("rollout"):
-                batch = evaluate.prompt_batch(backbone, mesh, "train", prompt_indices(config, iteration))
+                batch = heldout.prompt_batch(backbone, mesh, "train", prompt_indices(config, iteration))
                 pivot = draw_pivot(config, iteration)
                 behaviour = {"params": params, "lora": state.old}
                 text = stages.encode_text(behaviour, batch.embeddings)
@@ -336,7 +337,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                 iteration += 1
                 synced = iteration % config.train.rollouts_per_sync == 0
                 state = state.replace(
-                    iteration=jnp.asarray(iteration, jnp.int32), old=state.lora if synced else state.old
+                    iteration=sharding.place(jnp.asarray(iteration, jnp.int32), mesh),
+                    old=state.lora if synced else state.old,
                 )
 
             metrics = {**jax.device_get(metrics), **group_metrics(scores, pixels, old), "pivot": pivot}

@@ -18,7 +18,7 @@ RANKS = [
     {"flow", "routing", "kv_cache", "objective", "data", "models.layers"},
     {"models"},
     {"rollout", "replay", "rewards", "backbone", "checkpoint", "report", "sharding"},
-    {"train", "generate", "evaluate"},
+    {"train", "generate", "evaluate", "heldout"},
     {"main"},
 ]
 

@@ -1,4 +1,4 @@
-"""The toy world: one coloured shape that drifts over a torus of 12x12 pixels, told what to be by a prompt sequence.
+"""The toy world: one coloured shape that drifts over a torus of 8x8 pixels, told what to be by a prompt sequence.
 
 It is small enough to pretrain a generator on a laptop, and has what KVPO needs of a world:
 
@@ -7,7 +7,7 @@ It is small enough to pretrain a generator on a laptop, and has what KVPO needs 
 * content that only history knows: no prompt names the look. A block takes over the look of a block of its recent
   past, so which frames the cache holds decides what comes next, and there is something to route.
 
-Pixels are float[..., 12, 12, 3], nominally in [0, 1]. Latents are the pixels folded 2x2 into channels and scaled to a
+Pixels are float[..., 8, 8, 3], nominally in [0, 1]. Latents are the pixels folded 2x2 into channels and scaled to a
 standard deviation of about 0.8 (`encode`, `decode`): a fixed stand-in for the video VAE, one latent frame per pixel
 frame.
 """
@@ -24,9 +24,8 @@ from flax import struct
 
 from kvpo_jax.types import Array
 
-SIZE = 12  # pixels per side
+SIZE = 8  # pixels per side
 SPEED = 1.0  # pixels per frame
-START = SIZE / 2 - 0.5  # where the shape is before the first frame: a few-step sampler cannot choose among many places
 BACKGROUND = 0.5
 LATENT_SCALE = 0.16  # pixels per unit of latent
 
@@ -123,27 +122,27 @@ def sample_prompts(seed: int | tuple[int, ...], split: str, segments: int) -> li
 
 
 def _coverage(center: Array, shape: Array) -> Array:
-    """float[..., 12, 12]: how much of each pixel the shape covers; center float[..., 2], shape int32[...]."""
+    """float[..., 8, 8]: how much of each pixel the shape covers; center float[..., 2], shape int32[...]."""
     grid = jnp.arange(SIZE, dtype=jnp.float32)
     offset = lambda axis: (grid - center[..., axis, None] + SIZE / 2) % SIZE - SIZE / 2
     dy, dx = jnp.abs(offset(0))[..., :, None], jnp.abs(offset(1))[..., None, :]
-    disk = 3.0 - jnp.sqrt(dy**2 + dx**2 + 1e-6)
-    square = 2.6 - jnp.maximum(dy, dx)
-    cross = jnp.maximum(jnp.minimum(3.4 - dy, 1.2 - dx), jnp.minimum(3.4 - dx, 1.2 - dy))
+    disk = 2.2 - jnp.sqrt(dy**2 + dx**2 + 1e-6)
+    square = 2.0 - jnp.maximum(dy, dx)
+    cross = jnp.maximum(jnp.minimum(2.6 - dy, 0.7 - dx), jnp.minimum(2.6 - dx, 0.7 - dy))
     distance = jnp.stack(jnp.broadcast_arrays(disk, square, cross), axis=-3)
     inside = jnp.take_along_axis(distance, shape[..., None, None, None], axis=-3)[..., 0, :, :]
     return jnp.clip(inside + 0.5, 0.0, 1.0)
 
 
 def _blur(image: Array, sigma: Array) -> Array:
-    """Periodic Gaussian blur of float[..., 12, 12] by sigma float[...] pixels."""
+    """Periodic Gaussian blur of float[..., 8, 8] by sigma float[...] pixels."""
     frequency = 2 * jnp.pi * jnp.fft.fftfreq(SIZE)
     decay = jnp.exp(-0.5 * (sigma[..., None, None] ** 2) * (frequency[:, None] ** 2 + frequency[None, :] ** 2))
     return jnp.fft.ifft2(jnp.fft.fft2(image) * decay).real
 
 
 def render(center: Array, colour: Array, shape: Array, look: Look = CLEAN) -> Array:
-    """Pixels float[..., 12, 12, 3] without speckle; center float[..., 2] (y, x), colour and shape int32[...]."""
+    """Pixels float[..., 8, 8, 3] without speckle; center float[..., 2] (y, x), colour and shape int32[...]."""
     palette = jnp.asarray(tuple(COLOURS.values())) - BACKGROUND
     batch = jnp.broadcast_shapes(center.shape[:-1], jnp.shape(colour), jnp.shape(shape))
     cover = _coverage(jnp.broadcast_to(center, (*batch, 2)), jnp.broadcast_to(shape, batch))
@@ -164,7 +163,7 @@ def sample_looks(key: Array, blocks: int) -> Look:
         saturation=jnp.where(clean, 1.0, 0.25 + 0.75 * u[:, 0]),
         blur=jnp.where(clean, 0.0, 1.4 * u[:, 1]),
         speckle=jnp.where(clean, 0.0, 0.06 * u[:, 2]),
-        jitter=jnp.where(clean, 0.0, 1.0 * u[:, 3]),
+        jitter=jnp.where(clean, 0.0, 0.6 * u[:, 3]),
     )
     index = jnp.arange(blocks)
     back = jax.random.randint(source_key, (blocks,), 1, jnp.clip(index, 1, 6) + 1)
@@ -179,17 +178,17 @@ def sample_looks(key: Array, blocks: int) -> Look:
 
 
 def sample_video(key: Array, attributes: Array, blocks: int, block_frames: int, switch_frames: Sequence[int]) -> Array:
-    """Pixels float[blocks * block_frames, 12, 12, 3] of one random video that follows int32[M, 3] attributes.
+    """Pixels float[blocks * block_frames, 8, 8, 3] of one random video that follows int32[M, 3] attributes.
 
     Speckle is not clipped, so a pixel may leave [0, 1] a little: the generator learns the noise as it is.
     """
-    look_key, jitter_key, speckle_key = jax.random.split(key, 3)
+    start_key, look_key, jitter_key, speckle_key = jax.random.split(key, 4)
     frames = blocks * block_frames
     segment = jnp.sum(jnp.arange(frames)[:, None] >= jnp.asarray(switch_frames, jnp.int32)[None, :], axis=1)
     colour, shape, direction = attributes[segment].T
     look = jax.tree.map(lambda x: jnp.repeat(x, block_frames), sample_looks(look_key, blocks))
     velocity = SPEED * jnp.asarray(tuple(DIRECTIONS.values()))[direction]
-    track = START + jnp.cumsum(velocity, axis=0)
+    track = jax.random.uniform(start_key, (2,), maxval=SIZE) + jnp.cumsum(velocity, axis=0)
     track = track + look.jitter[:, None] * jax.random.normal(jitter_key, track.shape)
     pixels = render(track % SIZE, colour, shape, look)
     return pixels + look.speckle[:, None, None, None] * jax.random.normal(speckle_key, pixels.shape)
@@ -199,12 +198,12 @@ def sample_video(key: Array, attributes: Array, blocks: int, block_frames: int, 
 
 
 def encode(pixels: Array) -> Array:
-    """float[..., 12, 12, 3] pixels -> float[..., 6, 6, 12] latents."""
+    """float[..., 8, 8, 3] pixels -> float[..., 4, 4, 12] latents."""
     folded = einops.rearrange(pixels, "... (y py) (x px) c -> ... y x (py px c)", py=2, px=2)
     return (folded - BACKGROUND) / LATENT_SCALE
 
 
 def decode(latents: Array) -> Array:
-    """float[..., 6, 6, 12] latents -> float[..., 12, 12, 3] pixels in [0, 1]."""
+    """float[..., 4, 4, 12] latents -> float[..., 8, 8, 3] pixels in [0, 1]."""
     pixels = latents * LATENT_SCALE + BACKGROUND
     return jnp.clip(einops.rearrange(pixels, "... y x (py px c) -> ... (y py) (x px) c", py=2, px=2), 0.0, 1.0)

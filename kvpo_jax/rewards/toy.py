@@ -34,7 +34,7 @@ def wrap(displacement: Array) -> Array:
 
 
 def centroid(pixels: Array) -> Array:
-    """Centre of the object on the torus, float[..., 2] (y, x) in [0, SIZE), of pixels float[..., 12, 12, 3].
+    """Centre of the object on the torus, float[..., 2] (y, x) in [0, SIZE), of pixels float[..., 8, 8, 3].
 
     Circular mean of the chroma along the frame's dominant colour. The projection is signed, so that background noise
     mostly cancels, and the power keeps what is left of it small; on clean frames the centre is within 0.05 pixels.
@@ -52,11 +52,11 @@ def centroid(pixels: Array) -> Array:
 
 @jax.jit
 def _score(pixels: Array, attributes: Array) -> dict[str, Array]:
-    """`score` on arrays: pixels float[n, frames, 12, 12, 3], attributes int32[n, 3] -> float[n] each."""
+    """`score` on arrays: pixels float[n, frames, 8, 8, 3], attributes int32[n, 3] -> float[n] each."""
     chroma = pixels - BACKGROUND
     center = centroid(pixels)  # [n, frames, 2]
     colours, shapes = jnp.arange(len(COLOURS))[:, None], jnp.arange(len(SHAPES))[None, :]
-    templates = render(center[:, :, None, None], colours, shapes) - BACKGROUND  # [n, frames, colour, shape, 12, 12, 3]
+    templates = render(center[:, :, None, None], colours, shapes) - BACKGROUND  # [n, frames, colour, shape, 8, 8, 3]
     overlap = jnp.einsum("nfyxc,nfksyxc->nfks", chroma, templates)
     template_energy = jnp.sum(templates**2, axis=(-3, -2, -1))
     energy = jnp.sum(chroma**2, axis=(-3, -2, -1))[..., None, None]
@@ -99,7 +99,7 @@ def score(pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
     moves. TA: mean of colour, shape and motion match with the prompt, of what is visible.
 
     Args:
-      pixels: float[n, frames, 12, 12, 3], frames >= 3 and all of one prompt (a turn costs MQ).
+      pixels: float[n, frames, 8, 8, 3], frames >= 3 and all of one prompt (a turn costs MQ).
       prompts: n sentences of the toy world; ValueError names the word that does not fit.
 
     A clip with a pixel that is not finite scores NaN.

@@ -1,0 +1,92 @@
+"""Held-out evaluation: the same prompts and the same noise for the reference, the online and the EMA policy.
+
+python -m kvpo_jax.evaluate --workdir=runs/tiny-...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+
+from kvpo_jax import rollout, sharding
+from kvpo_jax.backbone import Backbone
+from kvpo_jax.rewards import composite
+from kvpo_jax.types import Array, PyTree
+
+
+@struct.dataclass
+class Heldout:
+    """Videos of one policy on the held-out prompts.
+
+    Attributes:
+      pixels: float[n, frames, h, w, 3].
+      reward: float[n], the composite reward.
+      components: name -> float[n].
+    """
+
+    pixels: np.ndarray
+    reward: np.ndarray
+    components: dict[str, np.ndarray]
+
+
+@struct.dataclass
+class PromptBatch:
+    """P prompt sequences, ready for the rollout.
+
+    Attributes:
+      embeddings: float[P, M, K, text_dim].
+      changed: bool[P, M], where a segment's sentence differs from the one before it.
+      sentences: P sequences of M sentences (static).
+    """
+
+    embeddings: Array
+    changed: np.ndarray
+    sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
+
+
+def prompt_batch(backbone: Backbone, mesh: Mesh, split: str, indices: Sequence[int]) -> PromptBatch:
+    """The prompt sequences of a split by their index."""
+    sentences = tuple(tuple(backbone.prompts(split, index)) for index in indices)
+    flat = backbone.embed([s for sequence in sentences for s in sequence])
+    embeddings = flat.reshape(len(sentences), -1, *flat.shape[1:])
+    changed = np.array([[m == 0 or s[m] != s[m - 1] for m in range(len(s))] for s in sentences])
+    return PromptBatch(sharding.place(embeddings, mesh, sharding.PROMPTS), changed, sentences)
+
+
+def evaluate(
+    config: ml_collections.ConfigDict, backbone: Backbone, mesh: Mesh, stages: rollout.Stages, variables: PyTree
+) -> Heldout:
+    """Generates and scores every held-out prompt; the noise depends on the prompt's index alone."""
+    if config.eval.prompts % config.eval.batch or config.eval.batch % mesh.shape["data"]:
+        raise ValueError(
+            f"eval.prompts={config.eval.prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the "
+            f"mesh's {mesh.shape['data']} shards of prompts"
+        )
+    decode = jax.jit(backbone.decode)
+    score = partial(
+        composite.segment_rewards,
+        backbone.scorer,
+        switch_frames=config.video.switch_frames,
+        clip_frames=config.reward.clip_frames,
+        to_pixel=backbone.to_pixel,
+    )
+    pixels, components = [], []
+    for first in range(0, config.eval.prompts, config.eval.batch):
+        batch = prompt_batch(backbone, mesh, "heldout", range(first, first + config.eval.batch))
+        text = stages.encode_text(variables, batch.embeddings)
+        key = rollout.stream(0, "heldout", first)
+        latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
+        videos = decode(jnp.concatenate(latents, axis=1))
+        scores = score(pixels=videos[:, None], prompts=batch.sentences)
+        pixels.append(np.asarray(videos))
+        components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
+    merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
+    reward = np.asarray(composite.composite(merged, config.reward.weights))
+    return Heldout(np.concatenate(pixels), reward, merged)

@@ -1,0 +1,117 @@
+"""The noise schedule, the algebra of the flow convention, and the two solvers."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax import flow
+
+STEPS = (1.0, 0.75, 0.5, 0.25)
+SHAPE = (2, 3, 4, 4, 2)
+
+
+def normals(seed: int, count: int):
+    """`count` arrays float32[SHAPE]."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(count, *SHAPE)), jnp.float32)
+
+
+# ---------------------------------------------------------------- the schedule
+
+
+def test_warp_by_hand():
+    # 5 s / (1 + 4 s) at s = 1, 3/4, 1/2, 1/4
+    np.testing.assert_allclose(flow.warp(np.array(STEPS), 5.0), [1, 15 / 16, 5 / 6, 5 / 8], rtol=1e-15)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
+def test_warp_keeps_the_ends_and_the_order(shift):
+    s = np.linspace(0, 1, 101)
+    warped = flow.warp(s, shift)
+    assert warped[0] == 0 and warped[-1] == 1
+    assert np.all(np.diff(warped) > 0) and np.all(warped >= s)
+    if shift == 1.0:
+        np.testing.assert_array_equal(warped, s)
+
+
+def test_schedule_of_the_distilled_backbones():
+    schedule = flow.schedule(STEPS, 5.0, "renoise", context_step=0.001)
+    # The cached latent has 5 * 0.001 / 1.004 of noise; the network is told that it has none.
+    np.testing.assert_allclose(schedule.sigma, [1, 0.9375, 5 / 6, 0.625, 0.005 / 1.004], rtol=1e-6)
+    np.testing.assert_allclose(schedule.told, [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-6)
+    assert schedule.sigma.dtype == schedule.told.dtype == jnp.float32
+    assert schedule.solver == "renoise"
+
+
+def test_schedule_that_caches_the_clean_latent():
+    schedule = flow.schedule(STEPS, 1.0, "euler", context_step=0.0)
+    np.testing.assert_array_equal(schedule.sigma, [*STEPS, 0])
+    np.testing.assert_array_equal(schedule.told, schedule.sigma)
+
+
+@pytest.mark.parametrize("steps", [(), (0.5, 0.75), (1.0, 0.5, 0.5), (1.1, 0.5), (1.0, 0.0), (1.0, -0.5)])
+def test_levels_that_do_not_fall_are_an_error(steps):
+    with pytest.raises(ValueError, match="sampler.steps"):
+        flow.schedule(steps, 1.0, "euler", 0.0)
+
+
+def test_an_unknown_solver_is_an_error_that_names_the_known_ones():
+    with pytest.raises(ValueError, match="sampler.solver is 'heun'.*euler, renoise"):
+        flow.schedule(STEPS, 1.0, "heun", 0.0)
+
+
+# ---------------------------------------------------------------- the convention
+
+
+def test_convention_by_hand():
+    # clean 2, noise -1: velocity -3, and at sigma 1/4 the latent is 3/4 * 2 + 1/4 * -1 = 5/4
+    assert flow.add_noise(2.0, -1.0, 0.25) == 1.25
+    assert flow.to_clean(1.25, -3.0, 0.25) == 2.0
+    assert flow.to_velocity(1.25, 2.0, 0.25) == -3.0
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.9375, 0.625, 0.005])
+def test_round_trips(sigma):
+    x_clean, noise = normals(0, 2)
+    x = flow.add_noise(x_clean, noise, sigma)
+    velocity = noise - x_clean
+    np.testing.assert_allclose(flow.to_clean(x, velocity, sigma), x_clean, atol=1e-6)
+    # The division by sigma magnifies the rounding of x.
+    np.testing.assert_allclose(flow.to_velocity(x, x_clean, sigma), velocity, atol=1e-6 / sigma)
+    np.testing.assert_allclose(flow.to_clean(x, flow.to_velocity(x, x_clean, sigma), sigma), x_clean, atol=1e-6)
+
+
+def test_ends_of_the_path():
+    x_clean, noise = normals(1, 2)
+    np.testing.assert_array_equal(flow.add_noise(x_clean, noise, 0.0), x_clean)
+    np.testing.assert_array_equal(flow.add_noise(x_clean, noise, 1.0), noise)
+
+
+# ---------------------------------------------------------------- the solvers
+
+
+def test_steps_by_hand():
+    # x 1, velocity -2 at sigma 3/4: euler to 1/4 is 1 + (-1/2)(-2) = 2 whatever the noise;
+    # renoise finds the clean latent 1 + 3/2 = 5/2 and mixes 3/4 * 5/2 + 1/4 * 10 = 35/8
+    assert flow.step("euler", 1.0, -2.0, 0.75, 0.25, 10.0) == 2.0
+    assert flow.step("renoise", 1.0, -2.0, 0.75, 0.25, 10.0) == 4.375
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_euler_over_the_exact_velocity_lands_on_the_clean_latent(shift):
+    x_clean, noise, unread = normals(2, 3)
+    sigma = flow.schedule(STEPS, shift, "euler", 0.0).sigma
+    x = noise
+    for now, then in zip(sigma[:-1], sigma[1:], strict=True):
+        np.testing.assert_allclose(x, flow.add_noise(x_clean, noise, now), atol=1e-6)
+        x = flow.step("euler", x, noise - x_clean, now, then, unread)
+    np.testing.assert_allclose(x, x_clean, atol=1e-6)
+
+
+def test_renoise_leaves_the_path_for_that_of_the_new_noise():
+    x_clean, noise, fresh = normals(3, 3)
+    x = flow.add_noise(x_clean, noise, 0.75)
+    stepped = flow.step("renoise", x, noise - x_clean, 0.75, 0.5, fresh)
+    np.testing.assert_allclose(stepped, flow.add_noise(x_clean, fresh, 0.5), atol=1e-6)
+    # With the same noise again it is an euler step.
+    again = flow.step("renoise", x, noise - x_clean, 0.75, 0.5, noise)
+    np.testing.assert_allclose(again, flow.step("euler", x, noise - x_clean, 0.75, 0.5, noise), atol=1e-6)

@@ -1,0 +1,293 @@
+"""The training loop on a generator of random weights: exact resume, many devices, gate, ratio, compile-once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import checkpoint, heldout, objective, rollout, sharding, train
+from kvpo_jax import config as config_lib
+from kvpo_jax.models.wan import init_variables, wan_config
+from kvpo_jax.types import Scores
+
+PROMPTS, BRANCHES = 4, 4
+FIELDS = {
+    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
+    "lora.rank": 2, "lora.alpha": 2.0, "video.blocks": 8, "video.switch_frames": (12,),
+    "rollout.branches": BRANCHES, "rollout.window_blocks": 2,
+    "train.iterations": 4, "train.prompts_per_iteration": PROMPTS, "train.checkpoint_every": 1, "train.keep": 10,
+    "eval.prompts": 4, "eval.batch": 4, "eval.every": 0, "mesh.data": 1, "mesh.branch": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A generator whose every parameter is random: zero inits would hide what depends on them."""
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    params = init_variables(wan_config(make_config(path)), jax.random.key(0))["params"]
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    params = jax.tree.map(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape), params, noise)
+    checkpoint.save_weights(path, params, {})
+    return path
+
+
+def make_config(weights: Path, **fields):
+    config = config_lib.load("configs/tiny.py")
+    arguments = {**FIELDS, "weights": weights, **{k.replace("__", "."): v for k, v in fields.items()}}
+    return config_lib.override(config, [f"--config.{name}={value}" for name, value in arguments.items()])
+
+
+def saved_state(workdir: Path, config, step: int) -> train.TrainState:
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, PROMPTS, BRANCHES)
+    like = train.init_state(config, train.make_optimiser(config.train), mesh)
+    with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
+        found, state, _ = checkpoint.restore_latest(checkpoints, like)
+    assert found == step
+    return state
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def lines(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(weights, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    config = make_config(weights, train__epochs=2, train__rollouts_per_sync=2)
+    return config, workdir, train.train_and_evaluate(config, workdir)
+
+
+def test_run_leaves_what_other_tools_read(uninterrupted):
+    config, workdir, summary = uninterrupted
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert set(summary["heldout"]) == {
+        "reference", "online", "ema", "gain", "gain_ci95", "win_rate", "num_prompts"
+    }  # fmt: skip
+    assert summary["heldout"]["num_prompts"] == config.eval.prompts
+    np.testing.assert_allclose(
+        summary["heldout"]["gain"], summary["heldout"]["online"] - summary["heldout"]["reference"], atol=1e-6
+    )
+    assert {"total", "compile", "rollout", "reward", "update"} <= set(summary["seconds"])
+    assert (workdir / "report" / "before_after.png").stat().st_size > 1000
+    assert [row["iteration"] for row in lines(workdir)] == [0, 1, 2, 3]
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_the_policy_moves_and_the_reference_does_not(uninterrupted):
+    config, workdir, _ = uninterrupted
+    state = saved_state(workdir, config, 4)
+    fresh = train.init_state(config, train.make_optimiser(config.train), sharding.make_mesh(1, 1, PROMPTS, BRANCHES))
+    assert_equal(state.reference, fresh.lora)
+    assert_equal(state.old, state.lora)  # synced after every second rollout
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.lora, fresh.lora)
+    assert all(jax.tree.leaves(changed))
+    assert any(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), state.lora, state.ema)))
+
+
+def test_stopped_and_resumed_is_uninterrupted(uninterrupted, weights, tmp_path):
+    """Stopped after one iteration, between two syncs of the old policy, and resumed: every bit is the same."""
+    config, workdir, _ = uninterrupted
+    first = make_config(weights, train__epochs=2, train__rollouts_per_sync=2, train__iterations=1)
+    train.train_and_evaluate(first, tmp_path)
+    train.train_and_evaluate(config, tmp_path)
+    assert_equal(saved_state(tmp_path, config, 4), saved_state(workdir, config, 4))
+    expected = lines(workdir)
+    resumed = lines(tmp_path)
+    held = lambda row: {k: v for k, v in row.items() if not k.startswith("heldout")}  # iteration 0 was a last one once
+    assert [held(row) for row in resumed] == [held(row) for row in expected]
+    assert resumed[1:] == expected[1:]
+
+
+@pytest.fixture(scope="module")
+def experience(weights):
+    """One rollout, by the initial policy on one device, and everything that an update needs."""
+    return make_experience(make_config(weights))
+
+
+def make_experience(config):
+    mesh = sharding.make_mesh(
+        config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, config.rollout.branches
+    )
+    backbone = backbone_lib.load(config)
+    params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    stages = rollout.build(config, mesh)
+    optimiser = train.make_optimiser(config.train)
+    state = train.init_state(config, optimiser, mesh)
+    batch = heldout.prompt_batch(backbone, mesh, "train", range(PROMPTS))
+    behaviour = {"params": params, "lora": state.old}
+    text = stages.encode_text(behaviour, batch.embeddings)
+    selected = stages.draw(jax.random.key(1), jnp.arange(PROMPTS), 15)
+    videos = rollout.rollout(stages, config, mesh, behaviour, text, batch.changed, jax.random.key(2), selected, 5)
+    reference = jax.jit(train.make_energies(config, mesh))(
+        params, state.reference, batch.embeddings, text, videos.replay
+    )
+    advantages = jax.vmap(objective.group_advantage)(jax.random.normal(jax.random.key(3), (PROMPTS, BRANCHES)))
+    experience = train.Experience(
+        tuples=videos.replay, embeddings=batch.embeddings, text=text, advantages=advantages,
+        safe=jnp.ones(PROMPTS, bool), energies_old=reference, energies_ref=reference, on_policy=jnp.asarray(True),
+    )  # fmt: skip
+    return config, mesh, params, optimiser, state, experience
+
+
+def test_ratio_is_exactly_one_on_policy_and_not_after_a_step(experience):
+    config, mesh, params, optimiser, state, batch = experience
+    update = train.make_update(config, mesh, optimiser)
+    after, metrics, old = update(state, params, batch)
+    assert metrics["ratio_deviation"] == 0
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    _, metrics, _ = update(after, params, batch.replace(energies_old=old, on_policy=jnp.asarray(False)))
+    assert metrics["ratio_deviation"] > 0
+    assert update._cache_size() == 1
+
+
+def test_both_ways_to_the_old_energies_agree(experience):
+    """The energies that the update finds at theta = old are those of a forward pass with the old policy."""
+    config, mesh, params, optimiser, state, batch = experience
+    _, _, old = train.make_update(config, mesh, optimiser)(state, params, batch)
+    np.testing.assert_allclose(old, batch.energies_ref, rtol=2e-6)
+
+
+def test_closed_gate_leaves_lora_and_optimiser_alone(experience):
+    config, mesh, params, optimiser, state, batch = experience
+    update = train.make_update(config, mesh, optimiser)
+    state, _, _ = update(state, params, batch)  # so that there is momentum
+    after, metrics, _ = update(state, params, batch.replace(safe=jnp.zeros(PROMPTS, bool)))
+    assert metrics["grad_norm"] == 0
+    assert metrics["skipped_update"] == 1
+    assert_equal(after, state)
+
+
+def test_a_gated_prompt_has_no_say(experience):
+    """With the gate of prompt 0 closed, its advantages change nothing."""
+    config, mesh, params, optimiser, state, batch = experience
+    update = train.make_update(config, mesh, optimiser)
+    safe = jnp.arange(PROMPTS) > 0
+    a, _, _ = update(state, params, batch.replace(safe=safe))
+    b, _, _ = update(state, params, batch.replace(safe=safe, advantages=batch.advantages.at[0].multiply(-3)))
+    assert_equal(a.lora, b.lora)
+
+
+def test_the_update_raises_the_probability_of_better_branches(experience):
+    config, mesh, params, optimiser, state, batch = experience
+    after, _, _ = train.make_update(config, mesh, optimiser)(state, params, batch)
+    energies = jax.jit(train.make_energies(config, mesh))(
+        params, after.lora, batch.embeddings, batch.text, batch.tuples
+    )
+    tau = jax.vmap(lambda e: objective.temperature(e, config.objective.tau, config.objective.tau_unit))(
+        batch.energies_ref
+    )
+    log_pi = lambda e: jax.vmap(objective.log_policy)(e, tau)
+    gain = np.asarray(log_pi(energies) - log_pi(batch.energies_ref))
+    assert np.mean(gain * batch.advantages) > 0
+
+
+@pytest.mark.parametrize(("data", "branch"), [(2, 4), (4, 2)])
+def test_one_device_is_eight_devices(experience, weights, data, branch):
+    """The same rollout, energies, gradient step and LoRA, to 1e-6."""
+    config, mesh, params, optimiser, state, batch = experience
+    after, metrics, old = train.make_update(config, mesh, optimiser)(state, params, batch)
+    config = make_config(weights, mesh__data=data, mesh__branch=branch)
+    _, mesh, params, optimiser, state, batch_ = make_experience(config)
+    assert len(mesh.devices.reshape(-1)) == 8
+    np.testing.assert_allclose(batch_.tuples.z, batch.tuples.z, atol=1e-5)
+    # From the same experience, so that what is compared is the update.
+    on_mesh = lambda like: like.sharding if isinstance(like.sharding, jax.sharding.NamedSharding) else None
+    placed = jax.tree.map(lambda ours, like: jax.device_put(np.asarray(ours), on_mesh(like)), batch, batch_)
+    after_, metrics_, old_ = train.make_update(config, mesh, optimiser)(state, params, placed)
+    np.testing.assert_allclose(old_, old, rtol=1e-6)
+    np.testing.assert_allclose(metrics_["grad_norm"], metrics["grad_norm"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after_.lora, after.lora)
+
+
+def test_only_lora_is_trained(experience):
+    config, _, _, optimiser, state, _ = experience
+    assert jax.tree.structure(optimiser.init(state.lora)) == jax.tree.structure(state.optimiser)
+    assert len(jax.tree.leaves(state.lora)) == 2 * 10  # A and B of the ten Linears of a block, stacked over layers
+    assert all(config.lora.rank in leaf.shape[1:] for leaf in jax.tree.leaves(state.lora))
+
+
+def test_a_reward_that_is_not_finite_stops_the_run_with_its_name(weights, tmp_path, monkeypatch):
+    bad = lambda pixels, prompts: {
+        name: jnp.full(len(prompts), jnp.nan if name == "MQ" else 0.5) for name in ("VQ", "MQ", "TA")
+    }
+    monkeypatch.setattr(backbone_lib.toy, "score", bad)
+    with pytest.raises(FloatingPointError, match="MQ"):
+        train.train_and_evaluate(make_config(weights), tmp_path)
+
+
+def test_controls_change_the_advantages_only(weights):
+    config = make_config(weights)
+    key = jax.random.key(0)
+    branches = jax.random.uniform(key, (PROMPTS, BRANCHES))
+    scores = Scores(branches, branches[:, 0], {"VQ": (branches, branches[:, 0])})
+    plain = train.experience_advantages(config, scores, None, key)
+    config.objective.negate_advantages = True
+    np.testing.assert_array_equal(train.experience_advantages(config, scores, None, key), -plain)
+    config.objective.update(negate_advantages=False, shuffle_advantages=True)
+    shuffled = train.experience_advantages(config, scores, None, key)
+    assert np.any(shuffled != plain)
+    np.testing.assert_array_equal(np.sort(shuffled, axis=1), np.sort(plain, axis=1))
+
+
+def test_release_preset_trains(weights, tmp_path):
+    """Every field of the release preset, through the same loop."""
+    release = config_lib.load("configs/tiny.py:release")
+    fields = {**FIELDS, "weights": weights, "train.iterations": 2, "replay.blocks": 3, "model.num_layers": 2}
+    config = config_lib.override(release, [f"--config.{k}={v}" for k, v in fields.items()])
+    summary = train.train_and_evaluate(config, tmp_path)
+    assert np.isfinite(summary["heldout"]["gain"])
+    assert lines(tmp_path)[0]["ratio_deviation"] == 0
+
+
+# ---------------------------------------------------------------- the command
+
+
+def start(weights: Path, workdir: Path, **fields) -> subprocess.Popen:
+    arguments = {**FIELDS, "weights": weights, **{k.replace("__", "."): v for k, v in fields.items()}}
+    command = [sys.executable, "-m", "kvpo_jax.main", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in arguments.items()]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+
+
+def wait_for_lines(workdir: Path, count: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 300
+    path = workdir / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
+    """The real command, killed in the middle of an iteration, then run again with the same arguments."""
+    iterations = {"train__iterations": 6}
+    whole = start(weights, tmp_path / "whole", **iterations)
+    assert whole.wait(600) == 0, whole.stdout.read()
+    process = start(weights, tmp_path / "killed", **iterations)
+    wait_for_lines(tmp_path / "killed", 2, process)
+    process.send_signal(sent)
+    code = process.wait(120)
+    assert code == (0 if sent == signal.SIGTERM else -sent)
+    again = start(weights, tmp_path / "killed", **iterations)
+    assert again.wait(600) == 0, again.stdout.read()
+    config = make_config(weights, **iterations)
+    assert_equal(saved_state(tmp_path / "killed", config, 6), saved_state(tmp_path / "whole", config, 6))
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")

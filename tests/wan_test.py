@@ -1,0 +1,362 @@
+"""The transformer at a small size with every parameter random, and its layers against NumPy."""
+
+import dataclasses
+from functools import partial
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax.models import layers
+from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
+from kvpo_jax.types import Context
+
+CFG = WanConfig(
+    dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=5, text_len=4, channels=3,
+    lora_rank=2, lora_alpha=3.0,
+)  # fmt: skip
+BATCH, FRAMES, HEIGHT, WIDTH, SLOTS = 2, 3, 4, 6, 5
+TOKENS = CFG.tokens_per_frame(HEIGHT, WIDTH)
+START = 7  # first frame of the block, after the frames of its context
+PROMPT = 2  # tokens of the prompts; the others are padding
+
+
+def random_variables(cfg: WanConfig, seed: int):
+    """Every parameter random: the zeros and ones of the initialisation would hide what depends on them."""
+    like = jax.eval_shape(partial(init_variables, cfg), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), like)
+
+
+@chex.dataclass(frozen=True)
+class Inputs:
+    """The arguments of one call."""
+
+    x: jax.Array
+    sigma: jax.Array
+    text: jax.Array
+    context: Context
+    start_frame: jax.Array
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return random_variables(CFG, 0)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    rng = np.random.default_rng(1)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kv = (CFG.num_layers, BATCH, SLOTS, TOKENS, CFG.num_heads, CFG.head_dim)
+    # Slot 1 of row 0 and slots 3 and 4 of row 1 are empty, but hold numbers.
+    frame = jnp.array([[0, -1, 2, 5, 6], [0, 1, 4, -1, -1]])
+    return Inputs(
+        x=normal(BATCH, FRAMES, HEIGHT, WIDTH, CFG.channels),
+        sigma=jnp.array([0.9, 0.3]),
+        text=normal(BATCH, CFG.text_len, CFG.text_dim).at[:, PROMPT:].set(0),
+        context=Context(k=normal(*kv), v=normal(*kv), frame=frame),
+        start_frame=jnp.full(BATCH, START),
+    )
+
+
+def network(cfg: WanConfig):
+    """(variables, Inputs, own_keys) -> velocity, BlockKV."""
+    model = Wan(cfg)
+
+    def apply(variables, inputs, own_keys=None):
+        text = model.apply(variables, inputs.text, method=Wan.encode_text)
+        return model.apply(
+            variables, inputs.x, inputs.sigma, text, inputs.context, inputs.start_frame, own_keys=own_keys
+        )
+
+    return apply
+
+
+forward = jax.jit(network(CFG))
+
+
+def relative_l2(a, b) -> float:
+    a, b = (np.asarray(x, np.float64) for x in (a, b))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def test_shapes(variables, inputs):
+    velocity, kv = forward(variables, inputs)
+    assert velocity.shape == inputs.x.shape and velocity.dtype == jnp.float32
+    expected = (CFG.num_layers, BATCH, FRAMES, TOKENS, CFG.num_heads, CFG.head_dim)
+    assert kv.k.shape == kv.v.shape == expected
+    text = Wan(CFG).apply(variables, inputs.text, method=Wan.encode_text)
+    assert text.k.shape == text.v.shape == (CFG.num_layers, BATCH, CFG.text_len, CFG.num_heads, CFG.head_dim)
+
+
+def test_other_lengths_need_other_shapes_only(variables, inputs):
+    """A context of any size and a block of any length, with the same parameters."""
+    context = empty_context(CFG, BATCH, 1, TOKENS)
+    velocity, kv = jax.jit(network(CFG))(variables, inputs.replace(x=inputs.x[:, :1], context=context))
+    assert velocity.shape == (BATCH, 1, HEIGHT, WIDTH, CFG.channels)
+    assert kv.k.shape[2] == 1
+
+
+def test_a_context_of_another_shape_is_an_error(variables, inputs):
+    context = inputs.context.replace(frame=inputs.context.frame[:, :-1])
+    with pytest.raises(AssertionError):
+        forward(variables, inputs.replace(context=context))
+
+
+def test_an_unknown_remat_is_an_error(variables, inputs):
+    with pytest.raises(ValueError, match="model.remat is 'all'"):
+        network(dataclasses.replace(CFG, remat="all"))(variables, inputs)
+
+
+# ---------------------------------------------------------------- what is read, and what is not
+
+
+def test_masked_frames_have_no_influence(variables, inputs):
+    context = inputs.context
+    empty = (context.frame < 0)[None, :, :, None, None, None]
+    other = context.replace(k=jnp.where(empty, 50.0, context.k), v=jnp.where(empty, -70.0, context.v))
+    assert not np.array_equal(other.k, context.k)
+    chex.assert_trees_all_equal(forward(variables, inputs.replace(context=other)), forward(variables, inputs))
+
+
+def test_every_frame_that_is_not_masked_is_read(variables, inputs):
+    plain, _ = forward(variables, inputs)
+    for slot in range(SLOTS):
+        context = inputs.context.replace(v=inputs.context.v.at[:, :, slot].add(1.0))
+        velocity, _ = forward(variables, inputs.replace(context=context))
+        changed = np.any(np.asarray(velocity != plain), axis=(1, 2, 3, 4))
+        np.testing.assert_array_equal(changed, inputs.context.frame[:, slot] >= 0)
+
+
+def test_the_order_of_the_context_does_not_matter(variables, inputs):
+    order = jnp.array([3, 0, 4, 2, 1])
+    context = inputs.context
+    permuted = Context(k=context.k[:, :, order], v=context.v[:, :, order], frame=context.frame[:, order])
+    ours, theirs = forward(variables, inputs.replace(context=permuted)), forward(variables, inputs)
+    chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_the_frame_numbers_of_the_context_only_say_what_is_empty(variables, inputs):
+    """Keys are stored rotated: a context needs no position of its own."""
+    frame = jnp.where(inputs.context.frame < 0, -1, 99)
+    other = inputs.replace(context=inputs.context.replace(frame=frame))
+    chex.assert_trees_all_equal(forward(variables, other), forward(variables, inputs))
+
+
+def test_rows_of_a_batch_do_not_meet(variables, inputs):
+    """Changing everything of row 1 leaves row 0 bit for bit as it was."""
+    kv = lambda x: x.at[:, 1].add(1.0)
+    row = lambda x: x.at[1].add(1)
+    changed = Inputs(
+        x=row(inputs.x),
+        sigma=row(inputs.sigma),
+        text=row(inputs.text),
+        context=Context(k=kv(inputs.context.k), v=kv(inputs.context.v), frame=row(inputs.context.frame)),
+        start_frame=row(inputs.start_frame),
+    )
+    (velocity, new), (plain, old) = forward(variables, changed), forward(variables, inputs)
+    np.testing.assert_array_equal(velocity[0], plain[0])
+    np.testing.assert_array_equal(new.k[:, 0], old.k[:, 0])
+    assert relative_l2(velocity[1], plain[1]) > 1e-2
+
+
+def test_attention_is_bidirectional_within_the_block(variables, inputs):
+    plain, _ = forward(variables, inputs)
+    for frame in range(FRAMES):
+        velocity, _ = forward(variables, inputs.replace(x=inputs.x.at[:, frame].add(1.0)))
+        assert np.all(np.any(np.asarray(velocity != plain), axis=(2, 3, 4)))
+
+
+def test_own_frames_that_are_queries_only(variables, inputs):
+    """They see the others and are not seen: the recache at a prompt switch."""
+    own_keys = jnp.array([False, True, True])
+    changed = inputs.replace(x=inputs.x.at[:, 0].add(1.0))
+    (plain, _), (velocity, _) = (forward(variables, i, own_keys) for i in (inputs, changed))
+    np.testing.assert_array_equal(velocity[:, 1:], plain[:, 1:])
+    assert relative_l2(velocity[:, 0], plain[:, 0]) > 1e-2
+    later, _ = forward(variables, inputs.replace(x=inputs.x.at[:, 2].add(1.0)), own_keys)
+    assert np.all(np.any(np.asarray(later != plain), axis=(2, 3, 4)))
+    chex.assert_trees_all_equal(forward(variables, inputs, jnp.ones(FRAMES, bool)), forward(variables, inputs))
+
+
+def test_only_relative_time_matters(variables, inputs):
+    """A block and its context, both moved by 11 frames: the same velocity, for the keys carry the positions."""
+    written = inputs.replace(x=inputs.x[:, ::-1], context=empty_context(CFG, BATCH, SLOTS, TOKENS))
+
+    def continued(start):
+        _, kv = forward(variables, written.replace(start_frame=jnp.full(BATCH, start)))
+        pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - FRAMES), (0, 0), (0, 0), (0, 0)))
+        frame = jnp.broadcast_to(jnp.array([start, start + 1, start + 2, -1, -1]), (BATCH, SLOTS))
+        context = Context(k=pad(kv.k), v=pad(kv.v), frame=frame)
+        return forward(variables, inputs.replace(context=context, start_frame=jnp.full(BATCH, start + 4)))[0]
+
+    np.testing.assert_allclose(continued(11), continued(0), atol=1e-5)
+    apart = forward(variables, inputs.replace(start_frame=inputs.start_frame + 1))[0]
+    assert relative_l2(apart, forward(variables, inputs)[0]) > 1e-4
+
+
+def test_padding_of_the_text_is_attended_to(variables, inputs):
+    model = Wan(CFG)
+    text = model.apply(variables, inputs.text, method=Wan.encode_text)
+    # Padding is zeros going in, and the same non-zero constant in every prompt coming out.
+    for kv in (text.k, text.v):
+        padding = kv[:, :, PROMPT:]
+        np.testing.assert_allclose(padding, jnp.broadcast_to(padding[:, :1, :1], padding.shape), atol=1e-6)
+        assert float(jnp.abs(padding).max()) > 0.01
+    apply = lambda text: model.apply(variables, inputs.x, inputs.sigma, text, inputs.context, inputs.start_frame)[0]
+    cut = jax.tree.map(lambda x: x[:, :, :PROMPT], text)
+    assert relative_l2(jax.jit(apply)(cut), jax.jit(apply)(text)) > 1e-3
+
+
+def test_noise_level_and_text_are_read(variables, inputs):
+    plain, _ = forward(variables, inputs)
+    assert relative_l2(forward(variables, inputs.replace(sigma=inputs.sigma + 0.01))[0], plain) > 1e-3
+    assert relative_l2(forward(variables, inputs.replace(text=inputs.text[::-1]))[0], plain) > 1e-3
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+LINEARS = {
+    "blocks/self_q": (24, 24), "blocks/self_k": (24, 24), "blocks/self_v": (24, 24), "blocks/self_o": (24, 24),
+    "blocks/cross_q": (24, 24), "text_kv/k": (24, 24), "text_kv/v": (24, 24), "blocks/cross_o": (24, 24),
+    "blocks/ffn_0": (24, 32), "blocks/ffn_2": (32, 24),
+}  # fmt: skip
+
+
+def flat(tree) -> dict[str, jax.Array]:
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def test_the_ten_linears_of_a_block_have_lora_and_nothing_else_has(variables):
+    shapes = {name: x.shape for name, x in flat(variables["lora"]).items()}
+    expected = {}
+    for name, (fan_in, features) in LINEARS.items():
+        expected |= {f"{name}/a": (2, fan_in, 2), f"{name}/b": (2, 2, features)}
+    assert shapes == expected
+    # Their kernels, and those of the Linears outside the blocks.
+    kernels = {name.removesuffix("/kernel") for name in flat(variables["params"]) if name.endswith("/kernel")}
+    outside = {"patch_embedding", "text_embedding_0", "text_embedding_2", "time_embedding_0", "time_embedding_2"}
+    assert kernels == set(LINEARS) | outside | {"time_projection_1", "head"}
+
+
+def test_no_rank_no_collection():
+    like = jax.eval_shape(partial(init_variables, dataclasses.replace(CFG, lora_rank=0)), jax.random.key(0))
+    assert set(like) == {"params"}
+
+
+def test_a_fresh_adapter_changes_nothing(variables, inputs):
+    fresh = jax.jit(partial(init_variables, CFG))(jax.random.key(3))["lora"]
+    for name, x in flat(fresh).items():
+        if name.endswith("/b"):
+            assert not np.any(x), name
+        else:
+            # Uniform in +-1/sqrt(in), anew in every layer.
+            bound = LINEARS[name.removesuffix("/a")][0] ** -0.5
+            assert 0.8 * bound < np.abs(x).max() <= bound, name
+            assert not np.array_equal(x[0], x[1]), name
+    plain = jax.jit(network(dataclasses.replace(CFG, lora_rank=0)))
+    ours = forward({"params": variables["params"], "lora": fresh}, inputs)
+    chex.assert_trees_all_equal(ours, plain({"params": variables["params"]}, inputs))
+
+
+def test_lora_is_an_update_of_the_kernel(variables, inputs):
+    """W + alpha / r A B, merged in every Linear."""
+    params, lora = flat(variables["params"]), flat(variables["lora"])
+    for name in LINEARS:
+        update = jnp.einsum("lir,lro->lio", lora[f"{name}/a"], lora[f"{name}/b"])
+        params[f"{name}/kernel"] += CFG.lora_alpha / CFG.lora_rank * update
+    merged = {"params": flax.traverse_util.unflatten_dict(params, sep="/")}
+    plain = jax.jit(network(dataclasses.replace(CFG, lora_rank=0)))
+    ours, theirs = forward(variables, inputs), plain(merged, inputs)
+    chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=0)
+    assert relative_l2(plain({"params": variables["params"]}, inputs)[0], ours[0]) > 1e-2
+
+
+# ---------------------------------------------------------------- memory and precision
+
+
+def test_remat_changes_neither_value_nor_gradient(variables, inputs):
+    def loss(cfg, lora):
+        velocity, kv = network(cfg)({"params": variables["params"], "lora": lora}, inputs)
+        return jnp.mean(jnp.square(velocity)) + jnp.mean(kv.k * kv.v)
+
+    value, gradient = {}, {}
+    for remat in ("none", "block"):
+        function = jax.jit(jax.value_and_grad(partial(loss, dataclasses.replace(CFG, remat=remat))))
+        value[remat], gradient[remat] = function(variables["lora"])
+    np.testing.assert_allclose(value["block"], value["none"], rtol=1e-6)
+    for name, ours in flat(gradient["block"]).items():
+        theirs = flat(gradient["none"])[name]
+        assert np.any(theirs), name
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max(), err_msg=name)
+
+
+def test_bfloat16_is_near_float32(variables, inputs):
+    cfg = dataclasses.replace(CFG, dtype="bfloat16")
+    like = jax.eval_shape(partial(init_variables, cfg), jax.random.key(0))
+    half = jax.tree.map(lambda x, like: x.astype(like.dtype), variables, like)
+    dtypes = {name: x.dtype for name, x in flat(half["params"]).items()}
+    assert dtypes["blocks/self_q/kernel"] == dtypes["head/kernel"] == jnp.bfloat16
+    assert dtypes["blocks/modulation"] == dtypes["blocks/norm3/scale"] == jnp.float32
+    assert all(x.dtype == jnp.float32 for x in flat(half["lora"]).values())
+    velocity, kv = jax.jit(network(cfg))(half, inputs)
+    exact, exact_kv = forward(variables, inputs)
+    assert velocity.dtype == jnp.float32 and kv.k.dtype == kv.v.dtype == jnp.bfloat16
+    assert relative_l2(velocity, exact) < 2e-2
+    assert relative_l2(kv.k, exact_kv.k) < 2e-2
+    assert relative_l2(kv.v, exact_kv.v) < 2e-2
+
+
+# ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("head_dim", [12, 16, 24, 128])
+def test_rope_is_a_complex_product(head_dim):
+    """Against Wan's table of complex128, 1024 positions long, one part of the channels per axis."""
+    frames, height, width, start = 2, 3, 4, (0, 1000)
+    part = head_dim // 6 * 2  # channels of y and of x; time has the rest
+    table = lambda channels: np.exp(1j * np.outer(np.arange(1024), 10000.0 ** (-np.arange(0, channels, 2) / channels)))
+    time, space = table(head_dim - 2 * part), table(part)
+    expected = np.empty((2, frames, height, width, head_dim // 2), np.complex128)
+    for b, f, y, x in np.ndindex(expected.shape[:-1]):
+        expected[b, f, y, x] = np.concatenate([time[start[b] + f], space[y], space[x]])
+    expected = expected.reshape(2, -1, head_dim // 2)
+
+    cos, sin = layers.rope_table(jnp.array(start), frames, height, width, head_dim)
+    np.testing.assert_allclose(cos, expected.real, atol=1e-6)
+    np.testing.assert_allclose(sin, expected.imag, atol=1e-6)
+
+    x = np.random.default_rng(0).normal(size=(2, frames * height * width, 2, head_dim)).astype(np.float32)
+    rotated = x.astype(np.float64).view(np.complex128) * expected[:, :, None]
+    np.testing.assert_allclose(layers.apply_rope(jnp.asarray(x), cos, sin), rotated.view(np.float64), atol=1e-6)
+
+
+def test_sinusoid_against_float64():
+    t = np.array([0.0, 1.0, 625.0, 937.5, 1000.0])
+    angle = t[:, None] * 10000.0 ** (-np.arange(32) / 32)
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], axis=1)
+    # float32 knows an angle of 1000 to 6e-5 / 2.
+    np.testing.assert_allclose(layers.sinusoid(jnp.asarray(t), 64), expected, atol=4e-5)
+
+
+def test_norms_by_hand():
+    # mean 2, variance 1; mean square of (1, -1, 5, 3) is 9
+    np.testing.assert_allclose(layers.layer_norm(jnp.array([1.0, 3.0]), 0.0), [-1, 1], atol=1e-6)
+    norm = layers.RMSNorm(eps=0.0)
+    scaled = norm.apply({"params": {"scale": jnp.array([1.0, 2.0, 3.0, 6.0])}}, jnp.array([1.0, -1.0, 5.0, 3.0]))
+    np.testing.assert_allclose(scaled, [1 / 3, -2 / 3, 5, 6], atol=1e-6)
+
+
+def test_attention_by_hand():
+    # Logits q k / sqrt(1) = log 1, log 3, and a masked key: weights 1/4 and 3/4 of the values 8 and 4.
+    q, k, v = (jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1) for x in ([1], [0, np.log(3), 9], [8, 4, 100]))
+    ours = layers.attention(q, k, v, jnp.array([[True, True, False]]))
+    np.testing.assert_allclose(ours.reshape(-1), [5.0], atol=1e-6)
