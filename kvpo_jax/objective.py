@@ -251,7 +251,7 @@ def loss(
     log_pi = log_policy(energies, tau)
     log_pi_old, log_pi_ref = (jax.lax.stop_gradient(log_policy(e, tau)) for e in (energies_old, energies_ref))
     log_rho = log_ratio(log_pi, log_pi_old)
-    surrogate = clipped_surrogate(log_rho, advantages, config.clip_low, config.clip_high)
+    surrogate = clipped_surrogate(log_rho, jax.lax.stop_gradient(advantages), config.clip_low, config.clip_high)
     kl = kl_divergence(log_pi, log_pi_ref)
     scale = gate_scale(config.gate, safe, log_pi)
     rho = jnp.exp(log_rho)

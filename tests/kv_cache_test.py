@@ -23,7 +23,7 @@ def frames_kv(frames, batch: int, mark=0.0) -> BlockKV:
     """BlockKV of absolute frames for `batch` trajectories; i / 10 tells trajectories apart, l / 100 layers."""
     base = value(np.asarray(frames, np.float32), mark)[None, None, :]
     base = base + 0.1 * np.arange(batch)[None, :, None] + 0.01 * np.arange(LAYERS)[:, None, None]
-    k = jnp.broadcast_to(jnp.asarray(base)[..., None, None, None], (*base.shape, TOKENS, HEADS, HEAD_DIM))
+    k = np.broadcast_to(base[..., None, None, None], (*base.shape, TOKENS, HEADS, HEAD_DIM)).astype(np.float32)
     return BlockKV(k=k, v=-k)
 
 

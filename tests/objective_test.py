@@ -280,8 +280,8 @@ def test_gradient_against_finite_differences(section, unit, gate, safe):
 def test_only_the_trained_energies_carry_gradient(section):
     section.tau_unit = "group_std"
     energies, old, reference, advantages = group()
-    loss = lambda old, reference: objective.loss(section, energies, old, reference, advantages, True)[0]
-    for gradient in jax.grad(loss, argnums=(0, 1))(old, reference):
+    loss = lambda *constants: objective.loss(section, energies, *constants, True)[0]
+    for gradient in jax.grad(loss, argnums=(0, 1, 2))(old, reference, advantages):
         np.testing.assert_array_equal(gradient, 0)
 
 

@@ -26,7 +26,7 @@ def _clips(look, speed):
 
 
 def clips(saturation=1.0, blur=0.0, speckle=0.0, jitter=0.0, speed=1.0):
-    """float[48, 12, 12, 12, 3]: every combination once, from the same random starts and noise whatever the look."""
+    """float[48, 12, 8, 8, 3]: every combination once, from the same random starts and noise whatever the look."""
     return _clips(Look(saturation, blur, speckle, jitter), speed)
 
 

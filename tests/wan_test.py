@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from kvpo_jax.models import layers
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
@@ -31,7 +32,7 @@ def random_variables(cfg: WanConfig, seed: int):
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), like)
 
 
-@chex.dataclass(frozen=True)
+@struct.dataclass
 class Inputs:
     """The arguments of one call."""
 
@@ -77,6 +78,7 @@ def network(cfg: WanConfig):
 
 
 forward = jax.jit(network(CFG))
+without_lora = jax.jit(network(dataclasses.replace(CFG, lora_rank=0)))
 
 
 def relative_l2(a, b) -> float:
@@ -99,7 +101,7 @@ def test_shapes(variables, inputs):
 def test_other_lengths_need_other_shapes_only(variables, inputs):
     """A context of any size and a block of any length, with the same parameters."""
     context = empty_context(CFG, BATCH, 1, TOKENS)
-    velocity, kv = jax.jit(network(CFG))(variables, inputs.replace(x=inputs.x[:, :1], context=context))
+    velocity, kv = forward(variables, inputs.replace(x=inputs.x[:, :1], context=context))
     assert velocity.shape == (BATCH, 1, HEIGHT, WIDTH, CFG.channels)
     assert kv.k.shape[2] == 1
 
@@ -253,7 +255,7 @@ def test_no_rank_no_collection():
 
 
 def test_a_fresh_adapter_changes_nothing(variables, inputs):
-    fresh = jax.jit(partial(init_variables, CFG))(jax.random.key(3))["lora"]
+    fresh = jax.jit(lambda key: init_variables(CFG, key)["lora"])(jax.random.key(3))
     for name, x in flat(fresh).items():
         if name.endswith("/b"):
             assert not np.any(x), name
@@ -262,9 +264,8 @@ def test_a_fresh_adapter_changes_nothing(variables, inputs):
             bound = LINEARS[name.removesuffix("/a")][0] ** -0.5
             assert 0.8 * bound < np.abs(x).max() <= bound, name
             assert not np.array_equal(x[0], x[1]), name
-    plain = jax.jit(network(dataclasses.replace(CFG, lora_rank=0)))
     ours = forward({"params": variables["params"], "lora": fresh}, inputs)
-    chex.assert_trees_all_equal(ours, plain({"params": variables["params"]}, inputs))
+    chex.assert_trees_all_equal(ours, without_lora({"params": variables["params"]}, inputs))
 
 
 def test_lora_is_an_update_of_the_kernel(variables, inputs):
@@ -274,10 +275,9 @@ def test_lora_is_an_update_of_the_kernel(variables, inputs):
         update = jnp.einsum("lir,lro->lio", lora[f"{name}/a"], lora[f"{name}/b"])
         params[f"{name}/kernel"] += CFG.lora_alpha / CFG.lora_rank * update
     merged = {"params": flax.traverse_util.unflatten_dict(params, sep="/")}
-    plain = jax.jit(network(dataclasses.replace(CFG, lora_rank=0)))
-    ours, theirs = forward(variables, inputs), plain(merged, inputs)
+    ours, theirs = forward(variables, inputs), without_lora(merged, inputs)
     chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=0)
-    assert relative_l2(plain({"params": variables["params"]}, inputs)[0], ours[0]) > 1e-2
+    assert relative_l2(without_lora({"params": variables["params"]}, inputs)[0], ours[0]) > 1e-2
 
 
 # ---------------------------------------------------------------- memory and precision

@@ -1,0 +1,328 @@
+"""Trajectory Velocity Energy by hand, and against a loop over branches, blocks and steps."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from kvpo_jax import config as config_lib
+from kvpo_jax import flow, replay, rollout, sharding
+from kvpo_jax.models.wan import Wan, WanConfig, init_variables, wan_config
+from kvpo_jax.types import Context, KVCache, PyTree, ReplayTuples, TextKV
+
+PROMPTS, BRANCHES, WINDOW, STEPS, FRAMES = 2, 3, 2, 4, 3
+PIVOT, FORK = 5, 15
+FIELDS = {
+    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
+    "model.text_dim": 4, "model.text_len": 3, "model.channels": 2, "lora.rank": 2, "lora.alpha": 2.0,
+    "video.height": 4, "video.width": 2, "video.blocks": PIVOT + WINDOW, "video.switch_frames": (12,),
+    "rollout.branches": BRANCHES, "rollout.window_blocks": WINDOW, "replay.blocks": WINDOW,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """A rollout with random weights: the policy that made it and another one, and the unperturbed caches.
+
+    Attributes:
+      config: with FIELDS.
+      variables: of the policy of the rollout.
+      policy: another one, of the same base.
+      text: float[L, P, M, K, H, D].
+      tuples: of two perturbed blocks.
+      same: of a rollout whose branches are its anchor.
+      histories: the cache before each block of the window, from plain generation.
+    """
+
+    config: ml_collections.ConfigDict
+    variables: PyTree
+    policy: PyTree
+    text: TextKV
+    tuples: ReplayTuples
+    same: ReplayTuples
+    histories: list[KVCache]
+
+    @property
+    def schedule(self) -> flow.Schedule:
+        s = self.config.sampler
+        return flow.schedule(s.steps, s.shift, s.solver, s.context_step)
+
+    def settings(self, **fields) -> ml_collections.ConfigDict:
+        """Section `replay` of the config with other fields."""
+        section = ml_collections.ConfigDict(self.config.replay)
+        section.update(fields)
+        return section
+
+    def energies(self, policy: PyTree, tuples: ReplayTuples, **fields) -> jax.Array:
+        return energies(Hashable(self.settings(**fields)), self.schedule, policy, self.text, tuples)
+
+    def value_and_gradient(self, policy: PyTree, tuples: ReplayTuples, **fields):
+        """Energies, and the gradient in LoRA of a sum in which every branch has its own weight."""
+        return value_and_gradient(Hashable(self.settings(**fields)), self.schedule, policy, self.text, tuples)
+
+
+class Hashable(ml_collections.FrozenConfigDict):
+    """A section as a static argument."""
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    config = config_lib.override(
+        config_lib.load("configs/tiny.py"), [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    )
+    mesh = sharding.make_mesh(1, 1, PROMPTS, BRANCHES)
+    stages = rollout.build(config, mesh)
+    # Every parameter random: the zeros and ones of the initialisation would hide what depends on them.
+    like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype), like)
+    other = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), variables["lora"])
+    text = stages.encode_text(variables, rng.normal(size=(PROMPTS, 2, 3, 4)).astype(np.float32))
+    run = (stages, config, variables, text, np.ones((PROMPTS, 2), bool), jax.random.key(7))
+
+    def roll(config, selected):
+        stages, _, *rest = run
+        return rollout.rollout(stages, config, mesh, *rest, selected, PIVOT).replay
+
+    one_block = config_lib.override(config, ["--config.rollout.window_blocks=1"])
+    identity = jnp.broadcast_to(jnp.arange(6, 12, dtype=jnp.int32), (PROMPTS, BRANCHES, 6))
+    return World(
+        config=config,
+        variables=variables,
+        policy={"params": variables["params"], "lora": other},
+        text=text,
+        tuples=roll(config, stages.draw(jax.random.key(0), jnp.arange(PROMPTS), FORK)),
+        same=roll(one_block, identity),
+        histories=[rollout.generate(*run, PIVOT + block)[1] for block in range(WINDOW)],
+    )
+
+
+MODEL = WanConfig(
+    dim=16, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=4, text_len=3, channels=2,
+    lora_rank=2, lora_alpha=2.0,
+)  # fmt: skip
+
+
+@partial(jax.jit, static_argnums=0)
+def energies(settings, schedule, policy, text, tuples):
+    network = partial(Wan(MODEL).apply, policy)
+    frozen = partial(Wan(MODEL).apply, jax.lax.stop_gradient(policy))
+    return replay.energies_function(settings)(network, frozen, settings, schedule, text, tuples)
+
+
+@partial(jax.jit, static_argnums=0)
+def value_and_gradient(settings, schedule, policy, text, tuples):
+    def weighted(lora):
+        out = energies(settings, schedule, {"params": policy["params"], "lora": lora}, text, tuples)
+        return jnp.sum(out * jnp.linspace(-1.0, 2.0, out.size).reshape(out.shape)), out
+
+    (_, out), gradient = jax.value_and_grad(weighted, has_aux=True)(policy["lora"])
+    return out, gradient
+
+
+@jax.jit
+def apply(policy, *arguments):
+    return Wan(MODEL).apply(policy, *arguments)
+
+
+def assert_gradients_close(ours, theirs, rtol):
+    """Within `rtol` of the largest entry."""
+    scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs))
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def gather(frames, *caches) -> Context:
+    """Row 0 of a Context of the absolute `frames` (one prompt), from (cache, prompt) pairs, the first that has it."""
+    k, v = [], []
+    for frame in frames:
+        cache, prompt, slot = next(
+            (c, p, int(np.flatnonzero(c.frame[p] == frame)[0])) for c, p in caches if frame in np.asarray(c.frame[p])
+        )
+        k.append(cache.k[:, prompt, slot])
+        v.append(cache.v[:, prompt, slot])
+    return Context(k=jnp.stack(k, 1)[:, None], v=jnp.stack(v, 1)[:, None], frame=jnp.asarray(frames, jnp.int32)[None])
+
+
+def window_frames(block: int) -> list[int]:
+    """The deployment window of a block of the perturbed window: the sink, and the last nine frames."""
+    start = FORK + block * FRAMES
+    return [0, 1, 2, *range(start - 9, start)]
+
+
+def text_of(world, prompt: int, segment: int) -> TextKV:
+    return jax.tree.map(lambda x: x[:, prompt : prompt + 1, segment], world.text)
+
+
+def residuals(world, policy, tuples, segments=(1, 1)) -> np.ndarray:
+    """v - u, float[P, G, W, S, F, Y, X, C], under the caches of plain generation, one forward after the other."""
+    out = np.empty(tuples.z.shape)
+    for p, b in np.ndindex(PROMPTS, WINDOW):
+        context = gather(window_frames(b), (world.histories[b], p))
+        for g, s in np.ndindex(BRANCHES, STEPS):
+            z, sigma = tuples.z[p, g, b, s][None], jnp.array([world.config.sampler.steps[s]])
+            start = jnp.array([FORK + b * FRAMES])
+            velocity, _ = apply(policy, z, sigma, text_of(world, p, segments[b]), context, start)
+            out[p, g, b, s] = velocity[0] - tuples.u[p, g, b, s]
+    return out
+
+
+@pytest.fixture(scope="module")
+def residual(world) -> np.ndarray:
+    return residuals(world, world.policy, world.tuples)
+
+
+def step_means(residual) -> np.ndarray:
+    """(1/d) |v - u|^2, float[P, G, W, S]."""
+    return np.square(residual).mean(axis=(4, 5, 6, 7))
+
+
+# ---------------------------------------------------------------- the energy of a step
+
+
+def test_step_energy_by_hand():
+    velocity, u = jnp.full((3, 2, 2, 2, 1), 5.0), jnp.full((3, 2, 2, 2, 1), 3.0)
+    sigma = jnp.array([1.0, 0.5, 0.1])
+    # |v - u|^2 = 4 everywhere; sigma^2 4 / (2 max(sigma, floor)^2)
+    by_hand = {("velocity", 1.0): [4, 4, 4], ("clean", 1.0): [2, 0.5, 0.02], ("clean", 0.2): [2, 2, 0.5]}
+    for (energy, floor), expected in by_hand.items():
+        np.testing.assert_allclose(replay.step_energy(energy, velocity, u, sigma, floor), expected, rtol=1e-6)
+
+
+def test_unknown_names_are_errors_that_list_the_known_ones(world):
+    with pytest.raises(ValueError, match="replay.energy is 'l1'.*velocity, clean"):
+        replay.step_energy("l1", jnp.zeros((1, 1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1, 1)), jnp.ones(1), 1.0)
+    with pytest.raises(ValueError, match="replay.context is 'branch'.*anchor, self_rolled"):
+        replay.energies_function(world.settings(context="branch"))
+
+
+# ---------------------------------------------------------------- energies
+
+
+@pytest.mark.parametrize("context", replay.CONTEXTS)
+def test_the_anchor_has_no_energy(world, context):
+    """Branches that were not perturbed, under the policy that made them: it predicts what they followed."""
+    assert float(world.energies(world.variables, world.same, context=context).max()) < 1e-10
+    assert float(world.energies(world.policy, world.same, context=context).min()) > 1e-3
+
+
+def test_energies_are_the_mean_squared_residuals_summed(world, residual):
+    expected = step_means(residual).sum(axis=(2, 3))
+    np.testing.assert_allclose(world.energies(world.policy, world.tuples), expected, rtol=1e-5)
+    assert np.ptp(expected) > 0.01
+
+
+def test_each_block_reads_the_text_of_its_segment(world):
+    tuples = world.tuples.replace(segment=jnp.array([0, 1]))
+    expected = step_means(residuals(world, world.policy, tuples, segments=(0, 1))).sum(axis=(2, 3))
+    np.testing.assert_allclose(world.energies(world.policy, tuples), expected, rtol=1e-5)
+
+
+def test_the_perturbed_steps_are_what_the_policy_of_the_rollout_does_not_predict(world):
+    """In the first block: only the routed steps have energy. Later the branches read their own frames."""
+    means = step_means(residuals(world, world.variables, world.tuples))
+    perturbed = world.config.rollout.perturbed_steps
+    assert means[:, :, 0, perturbed:].max() < 1e-10
+    assert means[:, :, 0, :perturbed].min() > 1e-5
+    assert means[:, :, 1:].min() > 1e-8
+
+
+def test_noise_on_u_raises_the_energy_by_its_mean_square(world):
+    noise = np.random.default_rng(1).normal(size=world.same.u.shape).astype(np.float32)
+    raised = world.energies(world.variables, world.same.replace(u=world.same.u + noise))
+    np.testing.assert_allclose(raised, step_means(noise).sum(axis=(2, 3)), rtol=1e-5)
+
+
+def test_clean_energy_weighs_the_steps(world, residual):
+    # sigma^2 / (2 max(sigma, 0.6)^2) at 1, 3/4, 1/2, 1/4
+    weight = np.array([1 / 2, 1 / 2, 25 / 72, 25 / 288])
+    expected = (weight * step_means(residual)).sum(axis=(2, 3))
+    ours = world.energies(world.policy, world.tuples, energy="clean", sigma_floor=0.6)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_branches_do_not_meet(world):
+    order = jnp.array([2, 0, 1])
+    permuted = world.tuples.replace(z=world.tuples.z[:, order], u=world.tuples.u[:, order])
+    ours, theirs = (world.energies(world.policy, tuples) for tuples in (permuted, world.tuples))
+    np.testing.assert_allclose(ours, theirs[:, order], rtol=1e-6)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def test_the_gradient_is_that_of_the_residuals(world):
+    """A directional derivative against central differences."""
+    rng = np.random.default_rng(2)
+    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), world.policy["lora"])
+    step = 1e-2
+    moved = lambda t: {
+        "params": world.policy["params"],
+        "lora": jax.tree.map(lambda x, d: x + t * d, world.policy["lora"], direction),
+    }
+    weighted = lambda e: float(jnp.sum(e * jnp.linspace(-1.0, 2.0, e.size).reshape(e.shape)))
+    ahead, behind = (weighted(world.energies(moved(t), world.tuples)) for t in (step, -step))
+    _, gradient = world.value_and_gradient(world.policy, world.tuples)
+    products = jax.tree.map(lambda g, d: float(jnp.sum(g * d)), gradient, direction)
+    assert sum(jax.tree.leaves(products)) == pytest.approx((ahead - behind) / (2 * step), rel=2e-2)
+
+
+def test_chunks_change_neither_energies_nor_gradients(world):
+    """Seven rows at a time: 48 are six chunks and six rows over."""
+    whole, gradient = world.value_and_gradient(world.policy, world.tuples)
+    chunked, chunked_gradient = world.value_and_gradient(world.policy, world.tuples, chunk=7)
+    np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+    assert_gradients_close(chunked_gradient, gradient, 1e-6)
+
+
+def test_steps_without_gradient_are_constants(world, residual):
+    """The energies are all there; their gradient is that of the first two steps alone."""
+    whole, _ = world.value_and_gradient(world.policy, world.tuples)
+    ours, gradient = world.value_and_gradient(world.policy, world.tuples, grad_steps=2)
+    np.testing.assert_allclose(ours, whole, rtol=1e-6)
+    # With the model's own velocities as targets, the last two steps add nothing to energy or gradient.
+    u = world.tuples.u.at[:, :, :, 2:].add(residual[:, :, :, 2:])
+    truncated, expected = world.value_and_gradient(world.policy, world.tuples.replace(u=u))
+    np.testing.assert_allclose(truncated, step_means(residual)[..., :2].sum(axis=(2, 3)), rtol=1e-5)
+    # The velocities of the loop are those of the batch up to rounding, which the gradient feels.
+    assert_gradients_close(gradient, expected, 1e-5)
+
+
+# ---------------------------------------------------------------- the release's context
+
+
+def test_self_rolled_replays_begin_with_the_anchor_context(world, residual):
+    t = world.tuples
+    first = t.replace(
+        z=t.z[:, :, :1], u=t.u[:, :, :1], rows=t.rows[:1], start_frame=t.start_frame[:1], segment=t.segment[:1],
+        noise=t.noise[:, :1],
+    )  # fmt: skip
+    ours = world.energies(world.policy, first, context="self_rolled")
+    np.testing.assert_allclose(ours, step_means(residual)[:, :, 0].sum(axis=-1), rtol=1e-5)
+
+
+def test_self_rolled_replays_go_on_with_what_the_replaying_model_wrote(world, residual):
+    """The second block reads keys of the model's own clean prediction of the first, from its last step."""
+    t, sigma = world.tuples, world.config.sampler.steps
+    expected = step_means(residual)[:, :, 0].sum(axis=-1)
+    for p, g in np.ndindex(PROMPTS, BRANCHES):
+        text, fork = text_of(world, p, 1), (world.histories[0], p)
+        velocity = t.u[p, g, 0, -1] + residual[p, g, 0, -1]
+        clean = (t.z[p, g, 0, -1] - sigma[-1] * velocity)[None]
+        _, kv = apply(world.policy, clean, jnp.zeros(1), text, gather(window_frames(0), fork), jnp.array([FORK]))
+        written = KVCache(k=kv.k, v=kv.v, frame=jnp.array([[15, 16, 17]]))
+        context = gather(window_frames(1), (written, 0), fork)
+        for s in range(STEPS):
+            z, start = t.z[p, g, 1, s][None], jnp.array([FORK + FRAMES])
+            velocity, _ = apply(world.policy, z, jnp.array([sigma[s]]), text, context, start)
+            expected[p, g] += np.mean(np.square(velocity[0] - t.u[p, g, 1, s]))
+    ours = world.energies(world.policy, t, context="self_rolled")
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert np.any(np.abs(ours - world.energies(world.policy, t)) > 1e-3)

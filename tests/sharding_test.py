@@ -1,0 +1,182 @@
+"""One device and eight: the mesh, the order of trajectories, and rollouts and energies that do not depend on either."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax import config as config_lib
+from kvpo_jax import rollout, sharding, train
+from kvpo_jax.models.wan import init_variables, wan_config
+from kvpo_jax.types import ReplayTuples, Rollout
+
+PROMPTS, BRANCHES, FRAMES = 4, 8, 3
+PIVOT = 5
+FIELDS = {
+    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
+    "model.text_dim": 4, "model.text_len": 3, "model.channels": 2, "lora.rank": 2, "lora.alpha": 2.0,
+    "video.height": 4, "video.width": 2, "video.blocks": 7, "video.switch_frames": (12, 18),
+    "rollout.branches": BRANCHES, "rollout.window_blocks": 1,
+}  # fmt: skip
+MESHES = ((2, 4), (4, 2), (1, 8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one mesh made of the same seed and weights; the arrays are NumPy's, for any mesh to read.
+
+    Attributes:
+      rollout: from pivot 5; the prompts switch before the fork and after it.
+      identity: the same with the draws that are the deployment window.
+      energies: float[P, G] of another policy, on the tuples of the run on one device.
+      compilations: of each stage.
+    """
+
+    rollout: Rollout
+    identity: Rollout
+    energies: np.ndarray
+    compilations: dict[str, int]
+
+
+def run(data: int, branch: int, tuples: ReplayTuples | None = None) -> Run:
+    config = config_lib.override(
+        config_lib.load("configs/tiny.py"), [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    )
+    mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
+    stages = rollout.build(config, mesh)
+    # Every parameter random: the zeros and ones of the initialisation would hide what depends on them.
+    like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    normal = lambda x: (0.25 * rng.normal(size=x.shape)).astype(x.dtype)
+    variables, other = jax.tree.map(normal, like), jax.tree.map(normal, like["lora"])
+    variables = sharding.place(variables, mesh)
+    embeddings = rng.normal(size=(PROMPTS, 3, 3, 4)).astype(np.float32)
+    text = stages.encode_text(variables, sharding.place(embeddings, mesh, sharding.PROMPTS))
+    changed = np.array([[False, True, True], [False, True, False], [False, False, True], [False, False, False]])
+
+    def roll(selected):
+        out = rollout.rollout(stages, config, mesh, variables, text, changed, jax.random.key(7), selected, PIVOT)
+        return jax.tree.map(np.asarray, out)
+
+    perturbed = roll(stages.draw(jax.random.key(0), np.arange(PROMPTS), PIVOT * FRAMES))
+    identity = roll(np.broadcast_to(np.arange(6, 12, dtype=np.int32), (PROMPTS, BRANCHES, 6)))
+    energies = jax.jit(train.make_energies(config, mesh))(
+        variables["params"], other, embeddings, jax.tree.map(np.asarray, text), tuples or perturbed.replay
+    )
+    return Run(perturbed, identity, np.asarray(energies), stages.compilations())
+
+
+@pytest.fixture(scope="module")
+def one_device() -> Run:
+    return run(1, 1)
+
+
+@pytest.fixture(scope="module", params=MESHES, ids=str)
+def eight_devices(request, one_device) -> Run:
+    return run(*request.param, one_device.rollout.replay)
+
+
+# ---------------------------------------------------------------- independence of the mesh
+
+
+def test_rollouts_do_not_depend_on_the_mesh(one_device, eight_devices):
+    for (path, ours), theirs in zip(
+        jax.tree.leaves_with_path(eight_devices.rollout), jax.tree.leaves(one_device.rollout), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
+        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0, err_msg=name)
+    # Were all branches the same, their order would not show.
+    branches = one_device.rollout.branches
+    assert all(np.abs(branches[:, g] - branches[:, h]).max() > 1e-3 for g in range(BRANCHES) for h in range(g))
+
+
+def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
+    assert one_device.energies.shape == (PROMPTS, BRANCHES) and one_device.energies.min() > 1e-3
+    np.testing.assert_allclose(eight_devices.energies, one_device.energies, rtol=1e-6)
+    assert len(np.unique(one_device.energies)) == PROMPTS * BRANCHES
+
+
+def test_every_shard_carries_the_same_anchor(eight_devices):
+    """Branches that are not perturbed are the anchor bit for bit, also those that another device holds."""
+    out = eight_devices.identity
+    np.testing.assert_array_equal(out.branches, np.broadcast_to(out.anchor[:, None], out.branches.shape))
+
+
+def test_nothing_compiles_twice_on_a_mesh(eight_devices):
+    assert set(eight_devices.compilations.values()) == {1}, eight_devices.compilations
+
+
+# ---------------------------------------------------------------- the mesh
+
+
+@pytest.mark.parametrize(
+    "data, branch, prompts, branches, expected",
+    [
+        (1, 1, 4, 8, (1, 1)),
+        (2, 4, 4, 8, (2, 4)),
+        (0, 0, 8, 8, (8, 1)),  # all devices over prompts
+        (0, 0, 4, 8, (4, 2)),  # the rest over branches
+        (0, 0, 6, 8, (2, 4)),  # 2 divides 6 prompts and 8 devices
+        (0, 0, 3, 8, (1, 8)),
+        (0, 0, 3, 3, (1, 1)),  # what divides nothing stays idle
+        (0, 4, 8, 8, (2, 4)),
+        (2, 0, 2, 8, (2, 4)),
+        (2, 0, 2, 6, (2, 2)),
+    ],
+)
+def test_make_mesh(data, branch, prompts, branches, expected):
+    mesh = sharding.make_mesh(data, branch, prompts, branches)
+    assert mesh.axis_names == ("data", "branch") and mesh.devices.shape == expected
+    assert [device.id for device in mesh.devices.flat] == list(range(mesh.size))
+
+
+@pytest.mark.parametrize(
+    "data, branch, prompts, branches, message",
+    [
+        (3, 1, 4, 8, "mesh.data=3 does not divide train.prompts_per_iteration=4"),
+        (1, 3, 4, 8, "mesh.branch=3 does not divide rollout.branches=8"),
+        (4, 4, 4, 8, "mesh.data=4 x mesh.branch=4 needs 16 of 8 devices"),
+        (16, 0, 16, 8, "mesh.data=16 .* needs .* of 8 devices"),
+        (0, 16, 4, 16, "mesh.branch=16 needs .* of 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_an_error(data, branch, prompts, branches, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(data, branch, prompts, branches)
+
+
+# ---------------------------------------------------------------- the order of trajectories
+
+
+@pytest.mark.parametrize(
+    "branch, order",
+    [
+        (1, [-1, 0, 1, 2, 3, 4, 5, 6, 7]),
+        (2, [-1, 0, 1, 2, 3, -1, 4, 5, 6, 7]),
+        (4, [-1, 0, 1, -1, 2, 3, -1, 4, 5, -1, 6, 7]),
+        (8, [-1, 0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5, -1, 6, -1, 7]),
+    ],
+)
+def test_every_shard_begins_with_an_anchor(branch, order):
+    mesh = sharding.make_mesh(1, branch, PROMPTS, BRANCHES)
+    ours, branches = sharding.trajectories(mesh, BRANCHES)
+    np.testing.assert_array_equal(ours, order)
+    np.testing.assert_array_equal(ours[branches], range(8))
+    x = jnp.broadcast_to(jnp.asarray(order), (2, len(order)))[..., None] + jnp.array([0.0, 0.5])
+    np.testing.assert_array_equal(sharding.branches_of(x, mesh, BRANCHES)[1], np.arange(8)[:, None] + [0.0, 0.5])
+
+
+def test_placed_and_constrained_arrays_lie_where_they_should():
+    mesh = sharding.make_mesh(4, 2, PROMPTS, BRANCHES)
+    tree = {"a": np.ones((4, 8)), "b": np.ones((4, 2, 3))}
+    for placed in (
+        sharding.place(tree, mesh, sharding.TRAJECTORIES),
+        jax.jit(lambda t: sharding.constrain(t, mesh, sharding.TRAJECTORIES))(tree),
+    ):
+        assert {name: x.addressable_shards[0].data.shape for name, x in placed.items()} == {"a": (1, 4), "b": (1, 1, 3)}
+    everywhere = sharding.place(tree, mesh)
+    assert all(x.sharding.is_fully_replicated and len(x.addressable_shards) == 8 for x in everywhere.values())
