@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import struct
 from jax.sharding import Mesh
 
@@ -288,14 +289,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
         with clock.time("evaluation"):
             return heldout.evaluate(config, backbone, mesh, stages, {"params": params, "lora": lora})
 
-    def save() -> None:
+    def save(state: TrainState) -> None:
         checkpoint.save(checkpoints, int(state.iteration), state, {"seconds": clock.seconds})
 
     before = evaluation(state.reference)
     online = ema = None  # evaluations of the state's policies, where there are any
-    with terminated() as stop:
+    with terminated() as stop, saved_on_error(checkpoints, lambda: save(good)):
         while iteration < config.train.iterations and not stop.is_set():
-            online = ema = None
+            good, online, ema = state, None, None
             key = partial(rollout.stream, config.seed, step=iteration)
 
             # Step 1: CHR-based exploration with the old policy, and step 2: what the replay needs of it.
@@ -355,9 +356,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                 clips = np.concatenate([anchor_pixels[:1], pixels[0]])
                 writer.write_videos(iteration - 1, "branches", list(zip(names, clips, strict=True)))
             if last or iteration % config.train.checkpoint_every == 0:
-                save()
+                save(state)
         if stop.is_set():
-            save()
+            save(state)
     checkpoints.wait_until_finished()
     checkpoints.close()
     writer.close()
@@ -367,6 +368,17 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
 
     online, ema = online or evaluation(state.lora), ema or evaluation(state.ema)
     return report.finish(workdir, config, backbone, before, online, ema, clock.seconds)
+
+
+@contextmanager
+def saved_on_error(checkpoints: ocp.CheckpointManager, save: Callable[[], None]):
+    """Saves the last good state before a FloatingPointError leaves the loop."""
+    try:
+        yield
+    except FloatingPointError:
+        save()
+        checkpoints.wait_until_finished()
+        raise
 
 
 @contextmanager

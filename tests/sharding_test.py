@@ -61,8 +61,8 @@ def run(data: int, branch: int, tuples: ReplayTuples | None = None) -> Run:
         out = rollout.rollout(stages, config, mesh, variables, text, changed, jax.random.key(7), selected, PIVOT)
         return jax.tree.map(np.asarray, out)
 
-    perturbed = roll(stages.draw(jax.random.key(0), np.arange(PROMPTS), PIVOT * FRAMES))
-    identity = roll(np.broadcast_to(np.arange(6, 12, dtype=np.int32), (PROMPTS, BRANCHES, 6)))
+    selected = stages.draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)
+    perturbed, identity = roll(selected), roll(selected.at[:].set(jnp.arange(6, 12)))
     energies = jax.jit(train.make_energies(config, mesh))(
         variables["params"], other, embeddings, jax.tree.map(np.asarray, text), tuples or perturbed.replay
     )
@@ -97,7 +97,7 @@ def test_rollouts_do_not_depend_on_the_mesh(one_device, eight_devices):
 def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
     assert one_device.energies.shape == (PROMPTS, BRANCHES) and one_device.energies.min() > 1e-3
     np.testing.assert_allclose(eight_devices.energies, one_device.energies, rtol=1e-6)
-    assert len(np.unique(one_device.energies)) == PROMPTS * BRANCHES
+    assert np.all(np.std(one_device.energies, axis=1) > 1e-3)
 
 
 def test_every_shard_carries_the_same_anchor(eight_devices):

@@ -222,13 +222,20 @@ def test_only_lora_is_trained(experience):
     assert all(config.lora.rank in leaf.shape[1:] for leaf in jax.tree.leaves(state.lora))
 
 
-def test_a_reward_that_is_not_finite_stops_the_run_with_its_name(weights, tmp_path, monkeypatch):
-    bad = lambda pixels, prompts: {
-        name: jnp.full(len(prompts), jnp.nan if name == "MQ" else 0.5) for name in ("VQ", "MQ", "TA")
-    }
-    monkeypatch.setattr(backbone_lib.toy, "score", bad)
+def test_a_reward_that_is_not_finite_stops_the_run_and_loses_nothing(weights, tmp_path, monkeypatch):
+    """NaN from the second iteration on: an error that names the component, after the first one has been saved."""
+    config = make_config(weights, train__checkpoint_every=100)
+    segments = len(config.video.switch_frames) + 1
+    calls = iter(range(1000))
+
+    def score(pixels, prompts):
+        good = next(calls) < 2 * segments  # the evaluation before, and the first iteration
+        return {name: jnp.full(len(prompts), 0.5 if good or name != "MQ" else jnp.nan) for name in ("VQ", "MQ", "TA")}
+
+    monkeypatch.setattr(backbone_lib.toy, "score", score)
     with pytest.raises(FloatingPointError, match="MQ"):
-        train.train_and_evaluate(make_config(weights), tmp_path)
+        train.train_and_evaluate(config, tmp_path)
+    assert saved_state(tmp_path, config, 1).iteration == 1
 
 
 def test_controls_change_the_advantages_only(weights):
