@@ -13,12 +13,10 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, heldout, report, rollout, sharding, train
 from kvpo_jax import config as config_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "run directory", required=True)
-
 
 def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    workdir = Path(_WORKDIR.value)
+    workdir = Path(flags.FLAGS.workdir)
     try:
         config = config_lib.resolve(None, workdir, arguments[1:])
     except ValueError as error:
@@ -46,4 +44,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "run directory", required=True)
     app.run(main, flags_parser=config_lib.parse_flags)

@@ -144,7 +144,8 @@ def test_each_wrong_word_costs_a_third_of_alignment(word, offset):
     other = COMBINATIONS.copy()
     other[:, word] = (other[:, word] + offset) % (4, 3, 4)[word]
     right, wrong = (toy.score(clips(), [describe(a) for a in attributes]) for attributes in (COMBINATIONS, other))
-    np.testing.assert_allclose(right["TA"] - wrong["TA"], 1 / 3, atol=0.075)
+    # Shapes of a few pixels resemble each other, the more so between pixel positions.
+    np.testing.assert_allclose(right["TA"] - wrong["TA"], 1 / 3, atol=0.1 if word == 1 else 0.05)
     np.testing.assert_array_equal(right["VQ"], wrong["VQ"])
     np.testing.assert_array_equal(right["MQ"], wrong["MQ"])
 
