@@ -69,7 +69,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.replay = ConfigDict()
     c.replay.context = "anchor"  # the anchor's unperturbed cache | self_rolled: each branch's own (release)
     c.replay.text = "policy"  # whose text keys and values: policy: the replaying one's | rollout: as cached (release)
-    c.replay.blocks = 0  # blocks replayed from the pivot on; 0 = the perturbed window
+    c.replay.blocks = 0  # blocks replayed from the pivot on; never fewer than the perturbed window
     c.replay.energy = "velocity"  # Eq. 5 | clean: clean-latent error / (2 max(sigma, sigma_floor)^2) (release)
     c.replay.sigma_floor = 1.0  # read by energy = "clean" only
     c.replay.grad_steps = 4  # the first so many solver steps carry gradient

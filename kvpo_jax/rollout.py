@@ -177,8 +177,8 @@ def segment_of(frame: int, switch_frames: Sequence[int]) -> int:
 
 
 def recorded_blocks(config: ml_collections.ConfigDict) -> int:
-    """W of the replay: config.replay.blocks, or the perturbed window."""
-    return config.replay.blocks or config.rollout.window_blocks
+    """Blocks that are replayed from the pivot on: at least the perturbed window, or config.replay.blocks."""
+    return max(config.replay.blocks, config.rollout.window_blocks)
 
 
 def block_noise(key: Array, prompts: int, start_frame: Array, shape: tuple[int, ...]) -> Array:
