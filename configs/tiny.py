@@ -30,6 +30,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     m.channels = 12  # latent channels
     m.patch = (1, 2, 2)
     m.eps = 1e-6
+    m.sparse_memory = 0  # of sink and bank frames, how many a head attends to (MemFlow); 0 = all
     m.dtype = "float32"  # activations and base weights; LoRA masters are always float32
     m.remat = "none"  # what the backward pass recomputes: none | block
     c.weights = ""  # base weights; empty is the toy generator that ships with the package
@@ -57,7 +58,12 @@ def get_config(preset: str = "paper") -> ConfigDict:
     w.near = 3  # of these, the most recent frames, never routed; past - near slots are routed
     w.excluded = 3  # youngest past frames that are not routable
     w.cache_frames = 36  # ring capacity of the history, sink included
+    w.keep_sink = True  # whether a routed context keeps the sink; if not, its slots are routed too (MemFlow's release)
     w.recache_frames = 12  # frames whose keys and values are made anew at a prompt switch
+    w.global_sink = True  # the sink outlives a prompt switch; if not, it is attended to as zeros afterwards (LongLive)
+    w.bank = 0  # frames of MemFlow's narrative memory; 0 = none (LongLive)
+    w.bank_interval = 3  # blocks between the frames that are recorded into it
+    w.bank_reinsert = False  # the newest frame enters before every block, not once (release)
 
     c.rollout = r = ConfigDict()
     r.branches = 8  # G

@@ -52,6 +52,7 @@ MINIMUM = {
     "model.dim": 1, "model.num_heads": 1, "model.num_layers": 1, "lora.rank": 1,
     "video.height": 1, "video.width": 1, "video.blocks": 1, "video.block_frames": 1,
     "sampler.shift": 0.0, "sampler.context_step": 0.0, "window.sink": 0, "window.recache_frames": 0,
+    "window.bank": 0, "window.bank_interval": 1, "model.sparse_memory": 0,
     "rollout.branches": 2, "rollout.window_blocks": 1, "rollout.perturbed_steps": 0,
     "replay.sigma_floor": 0.0, "replay.blocks": 0, "replay.grad_steps": 1, "replay.chunk": 0,
     "objective.beta": 0.0, "objective.clip_low": 0.0, "objective.clip_high": 0.0, "objective.advantage_clip": 0.0,

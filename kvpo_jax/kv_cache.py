@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from kvpo_jax import memory_bank
 from kvpo_jax.types import Array, BlockKV, Context, KVCache
 
 
@@ -79,15 +80,26 @@ def read(frames: Array, history: KVCache, page: KVCache | None = None) -> Contex
         v = jnp.where(select, _take(page.v, jnp.maximum(slots, 0), 2), v)
         found |= own
     flat = lambda x: x.reshape(x.shape[0], p * t, *x.shape[3:])
-    return Context(k=flat(k), v=flat(v), frame=jnp.where(found, frames, -1).reshape(p * t, a))
+    frame = jnp.where(found, frames, -1).reshape(p * t, a)
+    return Context(k=flat(k), v=flat(v), frame=frame, chunk=(frame >= 0) & (frame < history.sink))
 
 
 def repeat(cache: KVCache, trajectories: int) -> KVCache:
     """Pages with frame int32[P, T, slots] that all hold what `cache`, frame int32[P, slots], holds."""
     kv = lambda x: jnp.repeat(x[:, :, None], trajectories, axis=2)
-    return cache.replace(k=kv(cache.k), v=kv(cache.v), frame=jnp.repeat(cache.frame[:, None], trajectories, axis=1))
+    return cache.replace(
+        k=kv(cache.k),
+        v=kv(cache.v),
+        frame=jnp.repeat(cache.frame[:, None], trajectories, axis=1),
+        bank=memory_bank.repeat(cache.bank, trajectories),
+    )
 
 
 def trajectory(pages: KVCache, index: int) -> KVCache:
     """The cache with frame int32[P, slots] of one trajectory of pages with frame int32[P, T, slots]."""
-    return pages.replace(k=pages.k[:, :, index], v=pages.v[:, :, index], frame=pages.frame[:, index])
+    return pages.replace(
+        k=pages.k[:, :, index],
+        v=pages.v[:, :, index],
+        frame=pages.frame[:, index],
+        bank=memory_bank.trajectory(pages.bank, index),
+    )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from kvpo_jax import flow, kv_cache, rollout
+from kvpo_jax import flow, kv_cache, memory_bank, rollout
 from kvpo_jax.types import Array, Context, ReplayTuples, TextKV
 
 ENERGIES = ("velocity", "clean")
@@ -45,7 +45,9 @@ def _replay_rows(
 
     def forward(xs):
         x, sigma, start, row = xs
-        read = Context(k=context.k[:, row], v=context.v[:, row], frame=context.frame[row])
+        read = Context(
+            k=context.k[:, row], v=context.v[:, row], frame=context.frame[row], chunk=context.chunk[row]
+        )  # fmt: skip
         return network(x, sigma, pick(text, row), read, start)[0]
 
     rows = (x, sigma, start, row)
@@ -118,7 +120,11 @@ def anchor_energies(
     rows = jnp.broadcast_to(tuples.rows.reshape(1, 1, -1), (p, 1, tuples.rows.size))
     context = kv_cache.read(rows, tuples.history, kv_cache.repeat(tuples.page, 1))
     by_block = lambda x: x.reshape(x.shape[0], p * w, -1, *x.shape[3:])
-    context = Context(k=by_block(context.k), v=by_block(context.v), frame=context.frame.reshape(p * w, -1))
+    by_row = lambda x: x.reshape(p * w, -1)
+    context = Context(
+        k=by_block(context.k), v=by_block(context.v), frame=by_row(context.frame), chunk=by_row(context.chunk)
+    )  # fmt: skip
+    context = memory_bank.attend(context, tuples.bank)
     text = jax.tree.map(lambda x: x[:, :, tuples.segment].reshape(x.shape[0], p * w, *x.shape[3:]), text)
     context_of = jnp.broadcast_to(jnp.arange(p * w).reshape(p, 1, w), (p, g, w))
     return _energies(
@@ -146,7 +152,8 @@ def self_rolled_energies(
     for b in range(w):
         start = tuples.start_frame[b]
         rows = jnp.broadcast_to(tuples.rows[b], (p, g, tuples.rows.shape[1]))
-        context = kv_cache.read(rows, tuples.history, page)
+        bank = jax.tree.map(lambda x, b=b: x[:, :, b], tuples.bank)
+        context = memory_bank.attend(kv_cache.read(rows, tuples.history, page), memory_bank.repeat(bank, g))
         prompt = rollout.per_trajectory(jax.tree.map(lambda x, b=b: x[:, :, tuples.segment[b]], text), g)
         energy, velocity = _energies(
             network, frozen, replay, schedule, prompt, context, jnp.arange(p * g).reshape(p, g, 1),

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from kvpo_jax import flow, kv_cache, routing, sharding
+from kvpo_jax import flow, kv_cache, memory_bank, routing, sharding
 from kvpo_jax.models.wan import Wan, wan_config
 from kvpo_jax.types import Array, BlockKV, BlockRecord, Context, KVCache, PyTree, ReplayTuples, Rollout, TextKV
 
@@ -60,7 +60,8 @@ def denoise_block(
       schedule: noise levels of the S solver steps and of the cache-writing pass.
       text: TextKV of P prompts.
       history: frames that the trajectories of a prompt share, frame int32[P, slots].
-      page: frames that each trajectory wrote itself, frame int32[P, T, slots], or None.
+      page: frames that each trajectory wrote itself, frame int32[P, T, slots], or None. Its memory bank, or without a
+        page the history's, is attended to as it stands.
       rows: int32[P, T, S+1, A], what each pass attends to (routing.py).
       noise: float[P, S+1, F, Y, X, C]: the initial latent, then what `renoise` adds before each later pass. Shared by
         the trajectories: they differ in their rows alone.
@@ -69,6 +70,7 @@ def denoise_block(
     p, t, passes, _ = rows.shape
     chex.assert_axis_dimension(noise, 1, passes)
     text = per_trajectory(text, t)
+    bank = (history if page is None else page).bank
     noise = jnp.repeat(jnp.moveaxis(noise, 1, 0), t, axis=1)  # [S+1, P*T, F, Y, X, C]
     start = jnp.full((p * t,), start_frame, jnp.int32)
     # The level and the noise of the *next* pass; the last pass has none, and what is made of it is dropped.
@@ -77,7 +79,7 @@ def denoise_block(
     def one_pass(carry, xs):
         x, _ = carry
         row, sigma, told, sigma_next, noise_next = xs
-        context = kv_cache.read(row, history, page)
+        context = memory_bank.attend(kv_cache.read(row, history, page), bank)
         velocity, kv = network(x, jnp.full((p * t,), told), text, context, start)
         return (flow.step(schedule.solver, x, velocity, sigma, sigma_next, noise_next), kv), (x, velocity)
 
@@ -118,11 +120,24 @@ def recache(
     sink = jnp.arange(history.sink)
     row = jnp.where(start_frame >= history.sink, sink, -1)
     context = kv_cache.read(jnp.broadcast_to(row, (p, t, history.sink)), history, page)
+    context = memory_bank.attend(context, (history if page is None else page).bank)
     index = jnp.arange(frames)
     own_keys = (index >= history.sink) | (start_frame + index < history.sink)
     flat = latents.reshape(p * t, *latents.shape[2:])
     start = jnp.full((p * t,), start_frame, jnp.int32)
     return network(flat, jnp.zeros(p * t), per_trajectory(text, t), context, start, own_keys)[1]
+
+
+def forget(changed: Array, cache: KVCache, frames: int | None = None) -> KVCache:
+    """The cache with zero keys and values for the prompts bool[P] that changed, or for its first `frames` slots only.
+
+    The frames stay resident and are attended to as zeros, as LongLive without `global_sink` leaves its sink.
+    """
+    select = changed.reshape(1, -1, *[1] * (cache.k.ndim - 2))
+    slot = jnp.arange(cache.frame.shape[-1])[:, None, None, None]
+    select &= slot < (cache.frame.shape[-1] if frames is None else frames)
+    zero = lambda x: jnp.where(select, 0, x)
+    return cache.replace(k=zero(cache.k), v=zero(cache.v))
 
 
 def replace_where(changed: Array, new: BlockKV, history: KVCache, page: KVCache | None, start_frame: Array) -> BlockKV:
@@ -216,23 +231,36 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
     passes = len(config.sampler.steps) + 1
     tokens = cfg.tokens_per_frame(video.height, video.width)
     noise_shape = (passes, video.block_frames, video.height, video.width, cfg.channels)
+    has_bank = config.window.bank > 0
     order, _ = sharding.trajectories(mesh, config.rollout.branches)
     routed_pass = np.arange(passes) < config.rollout.perturbed_steps
     routed_pass[-1] = config.rollout.perturb_write
 
-    history_spec, page_spec = sharding.history_spec(window.sink), sharding.page_spec(window.sink)
+    history_spec = sharding.history_spec(window.sink, has_bank)
+    page_spec = sharding.page_spec(window.sink, has_bank)
     one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
     record_spec = BlockRecord(z=each, u=each, x_clean=each)
     bind = lambda variables: partial(model.apply, variables)
     of_segment = lambda text, segment: jax.tree.map(lambda x: x[:, :, segment], text)
 
+    def admit(cache, text):
+        if not has_bank:
+            return cache
+        return cache.replace(bank=memory_bank.admit(cache.bank, text, config.window.bank_reinsert))
+
+    def write(cache, kv, start_frame):
+        cache = kv_cache.append(cache, kv, start_frame)
+        if not has_bank:
+            return cache
+        return cache.replace(bank=memory_bank.record(cache.bank, kv, start_frame, config.window.bank_interval))
+
     def shared_block(variables, text, segment, history, noise, start_frame):
         row = routing.deployment_row(window, start_frame)
         rows = jnp.broadcast_to(row, (noise.shape[0], 1, passes, window.slots))
-        record, kv = denoise_block(
-            bind(variables), schedule, of_segment(text, segment), history, None, rows, noise, start_frame
-        )
-        return record.x_clean[:, 0], kv_cache.append(history, kv, start_frame)
+        text = of_segment(text, segment)
+        history = admit(history, text)
+        record, kv = denoise_block(bind(variables), schedule, text, history, None, rows, noise, start_frame)
+        return record.x_clean[:, 0], write(history, kv, start_frame)
 
     def branch_block(variables, text, segment, history, page, selected, routed, noise, start_frame):
         default = routing.deployment_row(window, start_frame)
@@ -240,17 +268,25 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
             routed[:, :, :, None], routing.routed_rows(window, selected, start_frame)[:, :, None, :], default
         )
         noise = sharding.vary_over_branch(noise)
-        record, kv = denoise_block(
-            bind(variables), schedule, of_segment(text, segment), history, page, rows, noise, start_frame
-        )
-        return record, kv_cache.append(page, kv, start_frame)
+        text = of_segment(text, segment)
+        page = admit(page, text)
+        record, kv = denoise_block(bind(variables), schedule, text, history, page, rows, noise, start_frame)
+        return record, write(page, kv, start_frame)
 
     def shared_recache(variables, text, segment, changed, history, latents, start_frame):
+        if not config.window.global_sink:
+            history = forget(changed, history)
         new = recache(bind(variables), of_segment(text, segment), history, None, latents[:, None], start_frame)
         new = replace_where(changed, new, history, None, start_frame)
         return kv_cache.append(history, new, start_frame)
 
     def branch_recache(variables, text, segment, changed, history, page, latents, start_frame):
+        if not config.window.global_sink:
+            # The history is shared with the replay and stays; a page that holds the sink hides it.
+            old_sink = jnp.broadcast_to(jnp.arange(window.sink), (*page.frame.shape[:2], window.sink))
+            sink = kv_cache.read(old_sink, history, page)
+            page = kv_cache.append(page, BlockKV(k=sink.k, v=sink.v), 0)
+            page = forget(changed, page, window.sink)
         new = recache(bind(variables), of_segment(text, segment), history, page, latents, start_frame)
         new = replace_where(changed, new, history, page, start_frame)
         return kv_cache.append(page, new, start_frame)
@@ -283,12 +319,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
         cache = kv_cache.empty(
             cfg.num_layers, batch, slots, tokens, cfg.num_heads, cfg.head_dim, window.sink, jnp.dtype(cfg.dtype)
         )
+        if has_bank:
+            cache = cache.replace(bank=memory_bank.empty(cache, config.window.bank))
         named = jax.tree.map(lambda s: NamedSharding(mesh, s), spec)
         return jax.tree.map(jax.lax.with_sharding_constraint, cache, named)
 
     def fork(history):
         slots = window.sink + max(config.window.recache_frames, recorded_blocks(config) * video.block_frames)
-        return empty((history.frame.shape[0], len(order)), slots, page_spec)
+        page = empty((history.frame.shape[0], len(order)), slots, page_spec)
+        return page.replace(bank=memory_bank.repeat(history.bank, len(order)))
 
     def draw(key, prompts, fork_frame):
         draw_rows = routing.DRAWS[config.rollout.draw]
@@ -397,7 +436,7 @@ def rollout(
     page = stages.fork(history)
     trajectories = page.frame.shape[1]
     latents = [jnp.repeat(x[:, None], trajectories, axis=1) for x in prefix]
-    records, anchor_page = [], None
+    records, banks, anchor_page = [], [], None
     for block in range(pivot, config.video.blocks):
         frame = block * frames
         segment = segment_of(frame, switches)
@@ -415,6 +454,7 @@ def rollout(
         latents.append(record.x_clean)
         if block < pivot + recorded:
             records.append((block, record))
+            banks.append(memory_bank.trajectory(page.bank, 0))
 
     video = jnp.concatenate(latents, axis=2)
     window = routing.window(config)
@@ -428,8 +468,9 @@ def rollout(
         replay=ReplayTuples(
             z=jnp.stack([of_branches(r.z) for _, r in records], axis=2),
             u=jnp.stack([of_branches(r.u) for _, r in records], axis=2),
-            history=history,
-            page=anchor_page,
+            history=history.replace(bank=None),
+            page=anchor_page.replace(bank=None),
+            bank=jax.tree.map(lambda *x: jnp.stack(x, axis=2), *banks),
             rows=jnp.stack([routing.deployment_row(window, start) for start in starts]),
             start_frame=jnp.asarray(starts, jnp.int32),
             segment=jnp.asarray([segment_of(start, switches) for start in starts], jnp.int32),

@@ -3,7 +3,7 @@
 Routing is data. A row is int32[A] of absolute frame indices, ascending, -1 (empty) at the end, with
 A = sink + past; the network is handed the keys and values of a row and never learns whether it was routed.
 
-    row        = [ sink | routed (past - near) | near ]      in a perturbed pass of a branch
+    row        = [ sink | routed (past - near) | near ]      in a perturbed pass of a branch (see Window.keep_sink)
     deployment = [ sink |        the last `past` frames ]    everywhere else
 """
 
@@ -31,6 +31,8 @@ class Window:
       excluded: how many of the youngest past frames cannot be drawn (near in the paper; near plus the block in the
         release, which leaves a gap between the pool and the near frames).
       cache_frames: frames that the history holds, sink included; older ones cannot be drawn.
+      keep_sink: whether a routed row keeps the sink; if not, its slots are routed too and its frames may be drawn
+        (MemFlow's release).
     """
 
     sink: int
@@ -38,10 +40,16 @@ class Window:
     near: int
     excluded: int
     cache_frames: int
+    keep_sink: bool = True
+
+    @property
+    def kept(self) -> int:
+        """Sink frames of a routed row, and the first frame that can be drawn."""
+        return self.sink if self.keep_sink else 0
 
     @property
     def routed(self) -> int:
-        return self.past - self.near
+        return self.slots - self.kept - self.near
 
     @property
     def slots(self) -> int:
@@ -57,7 +65,7 @@ def window(config: ml_collections.ConfigDict) -> Window:
             f"config.window: near={w.near}, past={w.past}, excluded={w.excluded}, cache_frames={w.cache_frames}; "
             "expected 0 <= near < past, excluded >= near and cache_frames >= sink + past"
         )
-    return Window(w.sink, w.past, w.near, w.excluded, w.cache_frames)
+    return Window(w.sink, w.past, w.near, w.excluded, w.cache_frames, w.keep_sink)
 
 
 def _ascending(frames: Array, valid: Array) -> Array:
@@ -75,9 +83,9 @@ def deployment_row(window: Window, start_frame: Array) -> Array:
 
 
 def routed_rows(window: Window, selected: Array, start_frame: Array) -> Array:
-    """int32[..., A] from CHR draws int32[..., routed]: the sink, the draws, the `near` frames before start_frame."""
+    """int32[..., A] from CHR draws int32[..., routed]: the sink if kept, the draws, the `near` last frames."""
     chex.assert_axis_dimension(selected, -1, window.routed)
-    shared = jnp.concatenate([jnp.arange(window.sink), start_frame - window.near + jnp.arange(window.near)])
+    shared = jnp.concatenate([jnp.arange(window.kept), start_frame - window.near + jnp.arange(window.near)])
     shared = jnp.broadcast_to(shared, (*selected.shape[:-1], shared.size))
     rows = jnp.concatenate([shared, selected], axis=-1)
     return _ascending(rows, rows >= 0)
@@ -91,7 +99,8 @@ def routable(window: Window, fork: Array | int, last_start: Array | int | None =
     """
     last_start = fork if last_start is None else last_start
     resident = last_start - (window.cache_frames - window.sink)
-    return jnp.maximum(window.sink, resident), jnp.asarray(fork - window.excluded)
+    # While the ring has not evicted anything everything is resident; afterwards the sink's own slots are set apart.
+    return jnp.where(resident <= window.sink, window.kept, resident), jnp.asarray(fork - window.excluded)
 
 
 def _permutation(key: Array, frames: int, start: Array, stop: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from kvpo_jax.types import Array, KVCache, PyTree, ReplayTuples, TextKV
+from kvpo_jax.types import Array, KVCache, MemoryBank, PyTree, ReplayTuples, TextKV
 
 REPLICATED = Spec()
 PROMPTS = Spec("data")
@@ -24,23 +24,27 @@ TRAJECTORIES = Spec("data", "branch")
 TEXT = TextKV(k=Spec(None, "data"), v=Spec(None, "data"))
 
 
-def history_spec(sink: int) -> KVCache:
-    """Specs of a cache with frame int32[P, slots]."""
-    return KVCache(k=Spec(None, "data"), v=Spec(None, "data"), frame=PROMPTS, sink=sink)
+def _cache_spec(frame: Spec, sink: int, bank: bool) -> KVCache:
+    kv = Spec(None, *frame)
+    return KVCache(k=kv, v=kv, frame=frame, bank=MemoryBank(*[kv] * 8) if bank else None, sink=sink)
 
 
-def page_spec(sink: int) -> KVCache:
-    """Specs of a cache with frame int32[P, T, slots]."""
-    kv = Spec(None, "data", "branch")
-    return KVCache(k=kv, v=kv, frame=TRAJECTORIES, sink=sink)
+def history_spec(sink: int, bank: bool = False) -> KVCache:
+    """Specs of a cache with frame int32[P, slots], with or without a memory bank."""
+    return _cache_spec(PROMPTS, sink, bank)
 
 
-def replay_spec(sink: int) -> ReplayTuples:
+def page_spec(sink: int, bank: bool = False) -> KVCache:
+    """Specs of a cache with frame int32[P, T, slots], with or without a memory bank."""
+    return _cache_spec(TRAJECTORIES, sink, bank)
+
+
+def replay_spec(sink: int, bank: bool = False) -> ReplayTuples:
     """Specs of ReplayTuples."""
     cache = history_spec(sink)
     return ReplayTuples(
-        z=TRAJECTORIES, u=TRAJECTORIES, history=cache, page=cache,
-        rows=REPLICATED, start_frame=REPLICATED, segment=REPLICATED, noise=PROMPTS,
+        z=TRAJECTORIES, u=TRAJECTORIES, history=cache, page=cache, rows=REPLICATED, start_frame=REPLICATED,
+        segment=REPLICATED, noise=PROMPTS, bank=history_spec(sink, bank).bank,
     )  # fmt: skip
 
 

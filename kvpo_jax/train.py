@@ -109,7 +109,7 @@ def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[...
         return energies(network, frozen, config.replay, schedule, text, tuples)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
-    in_specs = (one, one, prompts, sharding.TEXT, sharding.replay_spec(config.window.sink))
+    in_specs = (one, one, prompts, sharding.TEXT, sharding.replay_spec(config.window.sink, config.window.bank > 0))
     return sharding.shard(of_shard, mesh, in_specs=in_specs, out_specs=sharding.TRAJECTORIES)
 
 

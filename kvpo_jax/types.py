@@ -61,11 +61,39 @@ class Context:
       k: float[L, batch, A, N, H, D], after the key norm and RoPE.
       v: float[L, batch, A, N, H, D].
       frame: int32[batch, A], absolute frame of each entry; -1 is empty and masked.
+      chunk: bool[batch, A], entries of the far past (sink and bank), of which sparse memory activation picks some; None
+        where a network without it reads the context.
     """
 
     k: Array
     v: Array
     frame: Array
+    chunk: Array | None = None
+
+
+@struct.dataclass
+class MemoryBank:
+    """MemFlow's narrative bank (see memory_bank.py); "..." are the axes of a KVCache's `frame` but the last.
+
+    Attributes:
+      k: float[L, ..., slots, N, H, D], after the key norm and RoPE.
+      v: float[L, ..., slots, N, H, D].
+      frame: int32[L, ..., slots], the absolute frame in each slot, -1 empty; layers choose for themselves.
+      new_k: float[L, ..., N, H, D], of the frame that was recorded last.
+      new_v: float[L, ..., N, H, D].
+      new_frame: int32[L, ...].
+      recorded: int32[L, ...], frames recorded so far.
+      pending: bool[L, ...], whether the last one has still to enter.
+    """
+
+    k: Array
+    v: Array
+    frame: Array
+    new_k: Array
+    new_v: Array
+    new_frame: Array
+    recorded: Array
+    pending: Array
 
 
 @struct.dataclass
@@ -76,12 +104,14 @@ class KVCache:
       k: float[L, ..., slots, N, H, D], with the axes of `frame` between L and N.
       v: float[L, ..., slots, N, H, D].
       frame: int32[..., slots], the absolute frame held by each slot; -1 is empty.
+      bank: the far past as MemFlow keeps it, or None.
       sink: number of leading slots that are never evicted (static).
     """
 
     k: Array
     v: Array
     frame: Array
+    bank: MemoryBank | None = None
     sink: int = struct.field(pytree_node=False, default=3)
 
 
@@ -113,6 +143,7 @@ class ReplayTuples:
       start_frame: int32[W].
       segment: int32[W], prompt segment of each block.
       noise: float[P, W, F, Y, X, C], noise of the cache-writing pass (read by self-rolled replays only).
+      bank: MemoryBank [L, P, W, ...], what the anchor attended to at each block; None without a bank.
     """
 
     z: Array
@@ -123,6 +154,7 @@ class ReplayTuples:
     start_frame: Array
     segment: Array
     noise: Array
+    bank: MemoryBank | None = None
 
 
 @struct.dataclass

@@ -3,6 +3,7 @@
 Every size comes from the files in KVPO_GOLDEN_DIR (default tests/golden). Tolerance 2e-5 on values of scale 1 to 5.
 """
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,15 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
-from kvpo_jax import flow, kv_cache, replay, rollout, routing
+from kvpo_jax import flow, kv_cache, memory_bank, objective, replay, rollout, routing, train
 from kvpo_jax.models.wan import Wan, WanConfig
 from kvpo_jax.models.wan_weights import from_official, to_ours, wan_table
-from kvpo_jax.types import BlockKV, KVCache, ReplayTuples
+from kvpo_jax.rewards import composite
+from kvpo_jax.types import BlockKV, KVCache, MemoryBank, ReplayTuples
 
 pytestmark = pytest.mark.golden
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
@@ -58,6 +61,19 @@ def release_window(sizes: dict, nearest: int, capacity: int) -> routing.Window:
     """The release counts the current block in its window and in its m nearest frames; ours counts past frames."""
     frames, sink = sizes["num_frame_per_block"], sizes["sink_size"]
     return routing.Window(sink, sizes["local_attn_size"] - sink - frames, nearest - frames, nearest, capacity)
+
+
+def bank_of(data, prefix: str, recorded: int, newest: int, frames, pending: bool, cfg: WanConfig) -> MemoryBank:
+    """A released memory bank as ours; `frames` int[L, slots] are the absolute frames of its slots."""
+    stack = lambda name: np.stack([data[f"{prefix}.{name}.{layer}"] for layer in range(cfg.num_layers)])
+    heads = lambda x, *lead: x.reshape(cfg.num_layers, 1, *lead, -1, cfg.num_heads, cfg.head_dim)
+    frames = np.asarray(frames)
+    full = lambda value: jnp.full((cfg.num_layers, 1), value)
+    return MemoryBank(
+        k=heads(stack("k"), frames.shape[1]), v=heads(stack("v"), frames.shape[1]), frame=frames[:, None],
+        new_k=heads(stack("k_new")), new_v=heads(stack("v_new")), new_frame=full(newest), recorded=full(recorded),
+        pending=full(pending),
+    )  # fmt: skip
 
 
 def history_of(data, prefix: str, fork: int, capacity: int, cfg: WanConfig, sink: int) -> KVCache:
@@ -280,3 +296,320 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
     # The text keys and values come from the cache of the rollout.
     for name in plans[f"{CHR[case]}_params_with_no_gradient"]:
         assert not ours(name).any(), name
+
+
+RECACHE = ("cap33_h24_gsTrue", "cap33_h24_gsFalse", "cap18_h24_gsTrue", "cap33_h9_gsTrue", "cap33_h9_gsFalse")
+
+
+@pytest.mark.parametrize("case", RECACHE)
+def test_recache(golden_dir, sizes, cfg, schedule, case):
+    """A prompt switch: the caches after it, and the two blocks that follow, with and without the global sink."""
+    data = np.load(golden_dir / "recache.npz")
+    get = lambda name: data[f"{case}.{name}"]
+    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+    capacity, past = get("kv_after_recache.k.0").shape[1] // tokens, get("history").shape[1]
+    window = release_window(sizes, frames, capacity)
+    variables = {"params": load_params(golden_dir / "longlive_weights.npz", cfg)}
+    network = partial(Wan(cfg).apply, variables)
+    encode = lambda name: Wan(cfg).apply(variables, jnp.asarray(data[name]), method="encode_text")
+    old, new = encode("prompt_embeds_old"), encode("prompt_embeds_new")
+    # The released history was written from clean latents under the old prompt; what it holds of them is not saved.
+    # Only the sink of it survives, so the clean pass of the sink's block is all that has to be made here.
+    history = kv_cache.empty(cfg.num_layers, (1,), capacity, tokens, cfg.num_heads, cfg.head_dim, sink, jnp.float32)
+    start = int(get("recache_start_frame"))
+    after = history_of(data, f"{case}.kv_after_recache", past, capacity, cfg, sink)
+    if start:
+        kept = kv_cache.read(jnp.arange(sink)[None, None], after)
+        history = kv_cache.append(history, BlockKV(k=kept.k, v=kept.v), 0)
+        if case.endswith("gsFalse"):
+            history = rollout.forget(jnp.ones(1, bool), history)
+            np.testing.assert_array_equal(kept.k, 0)
+    latents = jnp.asarray(latent(get("recache_input")))[None]
+    velocity = []
+
+    def recorded(*args):
+        out = network(*args)
+        velocity.append(out[0])
+        return out
+
+    kv = rollout.recache(recorded, new, history, None, latents, start)
+    np.testing.assert_allclose(velocity[0][0], latent(get("recache_flow"))[0], **TOLERANCE)
+    history = kv_cache.append(history, kv, start)
+    asked = jnp.arange(start, past)[None, None]
+    ours, theirs = kv_cache.read(asked, history), kv_cache.read(asked, after)
+    np.testing.assert_allclose(ours.k, theirs.k, **TOLERANCE)
+    np.testing.assert_allclose(ours.v, theirs.v, **TOLERANCE)
+
+    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    start_noise = blocks_of(get("next.init_noise"), frames)
+    for block, first in enumerate(get("next.start_frame")):
+        noise = jnp.concatenate([start_noise[block][None], latent(get("next.noise")[block])])[None]
+        row = routing.deployment_row(window, first)
+        rows = jnp.broadcast_to(row, (1, 1, noise.shape[1], window.slots))
+        record, kv = step(new, history, None, rows, noise, first)
+        history = kv_cache.append(history, kv, first)
+        np.testing.assert_allclose(record.u[0, 0], latent(get("next.flow")[block, :-1]), **TOLERANCE)
+        np.testing.assert_allclose(record.x_clean[0, 0], latent(get("next.x0")[block, -2]), **TOLERANCE)
+    assert not np.allclose(old.k, new.k)
+
+
+@pytest.mark.parametrize("case", ["sma0", "sma1", "sma0_cap18"])
+def test_memflow_block(golden_dir, sizes, cfg, schedule, case):
+    """A whole video with the memory bank, free-running: flows, clean latents, what each layer's bank holds."""
+    data = np.load(golden_dir / "memflow_block.npz")
+    get = lambda name: data[f"{case}.{name}"]
+    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+    slots = get("bank_frames").shape[-1]
+    interval = int(np.diff(get("recorded_frames"))[0]) // frames
+    capacity = 18 if case.endswith("cap18") else 33
+    window = release_window(sizes, frames, capacity)
+    cfg = dataclasses.replace(cfg, sparse_memory=slots if case.startswith("sma1") else 0)
+    variables = {"params": load_params(golden_dir / "memflow_weights.npz", cfg)}
+    network = partial(Wan(cfg).apply, variables)
+    text = Wan(cfg).apply(variables, jnp.asarray(get("prompt_embeds")), method="encode_text")
+    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    history = kv_cache.empty(cfg.num_layers, (1,), capacity, tokens, cfg.num_heads, cfg.head_dim, sink, jnp.float32)
+    history = history.replace(bank=memory_bank.empty(history, slots))
+    start_noise = blocks_of(get("init_noise"), frames)
+    for block, first in enumerate(get("start_frame")):
+        history = history.replace(bank=memory_bank.admit(history.bank, text, reinsert=True))
+        np.testing.assert_array_equal(history.bank.frame[:, 0], get("bank_frames")[block])
+        noise = jnp.concatenate([start_noise[block][None], latent(get("noise")[block])])[None]
+        row = routing.deployment_row(window, first)
+        rows = jnp.broadcast_to(row, (1, 1, noise.shape[1], window.slots))
+        record, kv = step(text, history, None, rows, noise, first)
+        history = kv_cache.append(history, kv, first)
+        history = history.replace(bank=memory_bank.record(history.bank, kv, first, interval))
+        np.testing.assert_allclose(record.z[0, 0], latent(get("noisy")[block, :-1]), **TOLERANCE)
+        np.testing.assert_allclose(record.u[0, 0], latent(get("flow")[block, :-1]), **TOLERANCE)
+        np.testing.assert_allclose(record.x_clean[0, 0], latent(get("x0")[block, -2]), **TOLERANCE)
+    theirs = bank_of(data, f"{case}.bank_final", 0, 0, get("bank_frames")[-1], False, cfg)
+    for name in ("k", "v", "new_k", "new_v"):
+        np.testing.assert_allclose(getattr(history.bank, name), getattr(theirs, name), **TOLERANCE)
+
+
+MEMFLOW_CHR = {"A": "A_m3_cap33_fork15", "B": "B_m4_cap33_fork33_bankfull", "C": "C_m3_cap18_fork27_rolled"}
+
+
+@pytest.mark.parametrize("case", MEMFLOW_CHR)
+def test_memflow_chr(golden_dir, sizes, cfg, schedule, case):
+    """Anchor and branches of a perturbed window under the memory bank.
+
+    The release draws cache *slots* and drops the sink; which frame a slot holds moves once the cache has rolled. The
+    rows here name the frames that it really read.
+    """
+    data = np.load(golden_dir / f"memflow_chr_{MEMFLOW_CHR[case]}.npz")
+    fork, capacity, nearest = int(data["fork_frame"]), int(data["capacity"]), int(data["m_nearest"])
+    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+    window = dataclasses.replace(release_window(sizes, nearest, capacity), keep_sink=False)
+    selected = data["selected"]
+    branches, slots = len(selected), data["branch0.bank_frames"].shape[-1]
+    assert selected.shape[1] == window.routed
+    variables = {"params": load_params(golden_dir / "memflow_weights.npz", cfg)}
+    network = partial(Wan(cfg).apply, variables)
+    text = Wan(cfg).apply(variables, jnp.asarray(data["prompt_embeds"]), method="encode_text")
+    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    history = history_of(data, "fork_kv", fork, capacity, cfg, sink)
+    newest = (fork // frames - 1) // 3 * 3 * frames
+    recorded = newest // (3 * frames) + 1
+    # The frames in the saved bank do not matter to the network; any that are there will do.
+    saved = np.where(np.arange(slots) < recorded, 0, -1)[None].repeat(cfg.num_layers, 0)
+    bank = bank_of(data, "fork_bank", recorded, newest, saved, fork - frames == newest, cfg)
+    page = kv_cache.empty(
+        cfg.num_layers, (1, 1 + branches), capacity, tokens, cfg.num_heads, cfg.head_dim, sink, jnp.float32
+    )
+    page = page.replace(bank=memory_bank.repeat(bank, 1 + branches))
+    start_noise = blocks_of(data["init_noise_window"], frames)
+    for block, noise in enumerate(data["shared.noise"]):
+        first = fork + block * frames
+        page = page.replace(bank=memory_bank.admit(page.bank, text, reinsert=True))
+        noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
+        default = routing.deployment_row(window, first)
+        evicted = max(0, first + frames - capacity)
+        held = np.where(selected < sink, selected, selected + evicted)
+        routed = routing.routed_rows(window, jnp.asarray(held), first)
+        routed = routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
+        rows = jnp.concatenate([default[None], routed])
+        rows = jnp.broadcast_to(rows[None, :, None], (1, 1 + branches, noise.shape[1], window.slots))
+        record, kv = step(text, history, page, rows, noise, first)
+        page = kv_cache.append(page, kv, first)
+        page = page.replace(bank=memory_bank.record(page.bank, kv, first, 3))
+        for trajectory, name in enumerate(["anchor", *(f"branch{g}" for g in range(branches))]):
+            np.testing.assert_allclose(record.z[0, trajectory], latent(data[f"{name}.noisy"][block, :-1]), **TOLERANCE)
+            clean = latent(data[f"{name}.output"][0])[block * frames : (block + 1) * frames]
+            np.testing.assert_allclose(record.x_clean[0, trajectory], clean, **TOLERANCE)
+
+
+def stub_scorer(pixels, sentences):
+    """The reward of rollout_train.json: VQ from the first two channels and the sentence's length, MQ from motion."""
+    length = jnp.asarray([len(s) for s in sentences], jnp.float32)
+    channel = lambda c: pixels[..., c]
+    vq = 20 * channel(0).mean((1, 2, 3)) + 10 * jnp.std(channel(1), axis=(1, 2, 3), ddof=1) + 0.01 * length
+    return {"vq": vq, "mq": 30 * jnp.abs(jnp.diff(channel(2), axis=1)).mean((1, 2, 3))}
+
+
+def stub_decode(latents):
+    """Latents [..., frames, Y, X, C] -> pixels: the first frame once, every other four times."""
+    pixels = 0.5 + 0.1 * latents[..., :3]
+    return jnp.concatenate([pixels[..., :1, :, :, :], jnp.repeat(pixels[..., 1:, :, :, :], 4, axis=-4)], axis=-4)
+
+
+def test_rollout_train(golden_dir, sizes, cfg, schedule):
+    """One whole iteration of the release: rollout with a prompt switch, rewards, replays, two PPO epochs, EMA.
+
+    The release trains every parameter here, not LoRA, and draws new context noise for each replay; otherwise these
+    are the functions of an iteration of ours.
+    """
+    data, facts = np.load(golden_dir / "rollout_train.npz"), json.loads((golden_dir / "rollout_train.json").read_text())
+    hyper, fork, switch, perturb_end = facts["hyper"], facts["fork"], facts["switch"][0], facts["perturb_end"]
+    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+    capacity = 33
+    window = release_window(sizes, facts["m_nearest"], capacity)
+    old = load_params(golden_dir / "longlive_weights.npz", cfg)
+    theta = load_params(golden_dir / "longlive_weights_theta.npz", cfg)
+    initial = jax.tree.map(lambda a, b: (a + b) / 2, old, theta)
+    model = Wan(cfg)
+    network = partial(model.apply, {"params": old})
+    texts = [
+        model.apply({"params": old}, jnp.asarray(data[f"prompt_embeds.{m}"]), method="encode_text") for m in range(2)
+    ]
+    selected = jnp.asarray(data["selected"])
+    branches = len(selected)
+    cache = partial(
+        kv_cache.empty, cfg.num_layers, slots=capacity, tokens=tokens, heads=cfg.num_heads, head_dim=cfg.head_dim,
+        sink=sink, dtype=jnp.float32,
+    )  # fmt: skip
+
+    # The rollout.
+    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    history, page, at_fork = cache((1,)), None, None
+    start_noise, videos, records = blocks_of(data["init_noise"], frames), [], []
+    for block, noise in enumerate(data["step_noise"]):
+        first = block * frames
+        trajectories = 1 if first < fork else 1 + branches
+        if first == fork:
+            page, at_fork = cache((1, trajectories)), history
+            videos = [jnp.repeat(v, trajectories, axis=1) for v in videos]
+        if first == switch:
+            recent = jnp.concatenate(videos[-4:], axis=2)
+            kv = rollout.recache(network, texts[1], history, page, recent, first - recent.shape[2])
+            page = kv_cache.append(page, kv, first - recent.shape[2])
+        noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
+        default = routing.deployment_row(window, first)
+        rows = default[None]
+        if first >= fork:
+            routed = routing.routed_rows(window, selected, first)
+            routed = routed if first < perturb_end else jnp.broadcast_to(default, routed.shape)
+            rows = jnp.concatenate([default[None], routed])
+        rows = jnp.broadcast_to(rows[None, :, None], (1, trajectories, noise.shape[1], window.slots))
+        record, kv = step(texts[int(first >= switch)], history, page, rows, noise, first)
+        if page is None:
+            history = kv_cache.append(history, kv, first)
+        else:
+            page = kv_cache.append(page, kv, first)
+        videos.append(record.x_clean)
+        if fork <= first < switch:
+            records.append(record)
+    video = jnp.concatenate(videos, axis=2)[0]
+    theirs = latent(data["latents_branch0to3_then_anchor"])
+    np.testing.assert_allclose(video, jnp.concatenate([theirs[branches:], theirs[:branches]]), **TOLERANCE)
+    z = jnp.stack([r.z[0, 1:] for r in records], axis=1)  # [G, W, S, ...]
+    u = jnp.stack([r.u[0, 1:] for r in records], axis=1)
+    np.testing.assert_allclose(z, latent(data["traj.noisy"]), **TOLERANCE)
+
+    # Rewards of the whole video and of the fork's chunk, and their advantages.
+    pixels = stub_decode(video)
+    weights = {"vq": 1.0, "mq": 0.1}
+    chunk = next((c["start_frame"], c["start_frame"] + c["new_frames"]) for c in facts["chunks"] if c["chunk_idx"] == 1)
+    group = (pixels[None, 1:], pixels[None, 0])
+    scores = composite.score_rollout(
+        stub_scorer, *group, [facts["prompts"]], weights, [switch], 36, composite.latent_to_pixel
+    )
+    # The release decodes the chunk by itself, so that its first latent frame is one pixel frame again.
+    alone = stub_decode(video[:, slice(*chunk)])
+    local = composite.score_window(
+        stub_scorer, alone[None, 1:], alone[None, 0], facts["prompts"][:1], weights, (0, alone.shape[1])
+    )
+    for ours, name in ((scores, "global"), (local, "local")):
+        np.testing.assert_allclose(ours.branches[0], facts[f"rewards_{name}"], rtol=1e-6)
+        np.testing.assert_allclose(ours.anchor[0], facts[f"anchor_reward_{name}"], rtol=1e-6)
+        for component, value in facts[f"rewards_{name}_components"].items():
+            np.testing.assert_allclose(ours.components[component][0][0], value, rtol=2e-6)
+    settings = ConfigDict(
+        {
+            "advantage": "anchor", "advantage_clip": hyper["adv_clip_max"], "fusion_normalize": hyper["fusion"],
+            "local_weight": hyper["w_local"], "global_weight": hyper["w_global"], "tau": 1.0, "tau_unit": "absolute",
+            "beta": hyper["kl_coef"], "clip_low": hyper["clip_low"], "clip_high": hyper["clip_high"],
+            "gate": hyper["mechanism"],
+        }
+    )  # fmt: skip
+    advantages = objective.advantages(settings, weights, scores, local)[0]
+    # Differences of rewards that agree in six digits: a reward's rounding, over the spread of .001, is .002.
+    np.testing.assert_allclose(advantages, facts["metrics"]["advantage_fused"], atol=5e-3)
+    safe = objective.safe(scores, local)[0]
+    assert bool(safe) == facts["epoch_logs"][0]["policy"]["is_safe_rank"]
+
+    # Replays: each branch is a prompt with one branch, because its context noise is its own.
+    starts = fork + frames * np.arange(z.shape[1])
+    repeated = lambda x, axis: jnp.repeat(x, branches, axis=axis)
+    noises = latent(data["replay_ctx_noise.old_initial_epoch0_epoch1"])
+    text = jax.tree.map(lambda x: repeated(x, 1)[:, :, None], texts[0])
+    replay_settings = ConfigDict({"energy": "clean", "sigma_floor": 1.0, "grad_steps": hyper["grad_steps"], "chunk": 0})
+
+    def energies(params, noise):
+        tuples = ReplayTuples(
+            z=z[:, None], u=u[:, None],
+            history=at_fork.replace(
+                k=repeated(at_fork.k, 1), v=repeated(at_fork.v, 1), frame=repeated(at_fork.frame, 0)
+            ),
+            page=cache((branches,)),
+            rows=jnp.stack([routing.deployment_row(window, start) for start in starts]),
+            start_frame=jnp.asarray(starts, jnp.int32),
+            segment=jnp.zeros(len(starts), jnp.int32),
+            noise=jnp.concatenate([noise, jnp.zeros_like(noise[:, :1])], axis=1),
+        )  # fmt: skip
+        policy, frozen = (partial(model.apply, {"params": p}) for p in (params, jax.lax.stop_gradient(params)))
+        return replay.self_rolled_energies(policy, frozen, replay_settings, schedule, text, tuples)[:, 0]
+
+    evaluated = jax.jit(energies)
+    e_old, e_initial = evaluated(old, noises[0]), evaluated(initial, noises[1])
+
+    def loss(params, noise):
+        e = energies(params, noise)
+        value, diagnostics = objective.loss(
+            settings, e, e_old, e_initial, jnp.asarray(facts["metrics"]["advantage_fused"]), safe
+        )
+        return value, (e, diagnostics)
+
+    trained = ConfigDict(
+        {
+            "learning_rate": hyper["lr"], "warmup": 0, "weight_decay": hyper["weight_decay"],
+            "grad_clip": hyper["max_grad_norm"],
+        }
+    )  # fmt: skip
+    optimiser = train.make_optimiser(trained)
+    params, ema, state = theta, theta, optimiser.init(theta)
+    table = wan_table(cfg.num_layers)
+    pick = lambda tree, name: (lambda path, layer: tree[path] if layer is None else tree[path][layer])(*table[name])
+    named = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    for epoch, log in enumerate(facts["epoch_logs"]):
+        (value, (e, diagnostics)), grads = gradient(params, noises[2 + epoch])
+        np.testing.assert_allclose(-e, log["policy"]["log_pi_theta"], **TOLERANCE)
+        np.testing.assert_allclose(-e_old, log["policy"]["log_pi_old"], **TOLERANCE)
+        np.testing.assert_allclose(value, log["loss_total"], **TOLERANCE)
+        np.testing.assert_allclose(settings.beta * diagnostics.kl, log["policy"]["loss_kl"], **TOLERANCE)
+        np.testing.assert_allclose(optax.global_norm(grads), log["grad_norm"], rtol=1e-4)
+        for name in (n for n in data.files if n.startswith(f"grad_epoch{epoch}.")):
+            parameter = name.removeprefix(f"grad_epoch{epoch}.")
+            theirs = to_ours(table[parameter][0], data[name])
+            np.testing.assert_allclose(pick(named(grads), parameter), theirs, atol=1e-4 * np.abs(theirs).max())
+        updates, state = optimiser.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        ema = optax.incremental_update(params, ema, 1 - hyper["ema_decay"])
+    for kind, tree in (("param", params), ("ema", ema)):
+        for name in (n for n in data.files if n.startswith(f"{kind}_after.")):
+            parameter = name.removeprefix(f"{kind}_after.")
+            np.testing.assert_allclose(
+                pick(named(tree), parameter), to_ours(table[parameter][0], data[name]), **TOLERANCE
+            )

@@ -121,7 +121,6 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def attention(q: Array, k: Array, v: Array, key_mask: Array | None = None) -> Array:
-    """Softmax attention, float[batch, queries, H, D]; key_mask bool[batch, keys] is False where a key is empty."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
+def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """Softmax attention, float[batch, queries, H, D]; mask bool[batch, 1 or H, 1, keys] is False for keys left out."""
     return jax.nn.dot_product_attention(q, k, v, mask=mask)

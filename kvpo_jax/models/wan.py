@@ -36,6 +36,7 @@ class WanConfig:
     channels: int
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    sparse_memory: int = 0
     dtype: str = "float32"
     remat: str = "none"
     lora_rank: int = 0
@@ -91,9 +92,9 @@ class Block(nn.Module):
     def __call__(
         self, carry: tuple[Array, ...], context: tuple[Array, Array], text: TextKV
     ) -> tuple[tuple[Array, ...], BlockKV]:
-        """carry is (x float[batch, F*N, dim], e0 float32[batch, F, 6, dim], (cos, sin), key_mask)."""
+        """carry is (x float[batch, F*N, dim], e0 float32[batch, F, 6, dim], (cos, sin), key_mask, chunk)."""
         cfg = self.cfg
-        x, e0, rope, key_mask = carry
+        x, e0, rope, key_mask, chunk = carry
         dtype, frames = x.dtype, e0.shape[1]
         per_frame = lambda y: einops.rearrange(y, "b (f n) d -> b f n d", f=frames)
         per_token = lambda y: einops.rearrange(y, "b f n d -> b (f n) d")
@@ -109,7 +110,10 @@ class Block(nn.Module):
             jnp.concatenate([einops.rearrange(past, "b a n h d -> b (a n) h d").astype(dtype), own], axis=1)
             for past, own in zip(context, (k, v), strict=True)
         )
-        y = einops.rearrange(attention(q, keys, values, key_mask), "b t h d -> b t (h d)")
+        mask = key_mask[:, None, None, :]
+        if cfg.sparse_memory:
+            mask &= self._activated(q, context[0], chunk, keys.shape[1])
+        y = einops.rearrange(attention(q, keys, values, mask), "b t h d -> b t (h d)")
         y = _linear(cfg, cfg.dim, "self_o")(y)
         x = (x + per_token(per_frame(y.astype(jnp.float32)) * gate1)).astype(dtype)
 
@@ -123,7 +127,20 @@ class Block(nn.Module):
         x = (x + per_token(per_frame(y.astype(jnp.float32)) * gate2)).astype(dtype)
 
         k, v = (einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v))
-        return (x, e0, rope, key_mask), BlockKV(k=k, v=v)
+        return (x, e0, rope, key_mask, chunk), BlockKV(k=k, v=v)
+
+    def _activated(self, q: Array, past: Array, chunk: Array, keys: int) -> Array:
+        """MemFlow's sparse memory activation, bool[batch, H, 1, keys]: False for the chunks that a head leaves out.
+
+        Of the context entries that `chunk` bool[batch, A] marks, each head attends to the `sparse_memory` whose mean
+        key has the largest product with the block's mean query.
+        q is float[batch, F*N, H, D], past float[batch, A, N, H, D].
+        """
+        score = jnp.einsum("bhd,bahd->bha", q.astype(jnp.float32).mean(axis=1), past.astype(jnp.float32).mean(axis=2))
+        order = jnp.argsort(jnp.where(chunk[:, None], -score, jnp.inf), axis=-1, stable=True)
+        keep = (jnp.argsort(order, axis=-1) < self.cfg.sparse_memory) | ~chunk[:, None]
+        keep = jnp.repeat(keep, past.shape[2], axis=-1)
+        return jnp.pad(keep, ((0, 0), (0, 0), (0, keys - keep.shape[-1])), constant_values=True)[:, :, None]
 
 
 class Wan(nn.Module):
@@ -196,6 +213,8 @@ class Wan(nn.Module):
         past = (cfg.num_layers, batch, context.frame.shape[1], tokens, cfg.num_heads, cfg.head_dim)
         chex.assert_shape([context.k, context.v], past)
         chex.assert_shape(context.frame, past[1:3])
+        if cfg.sparse_memory and context.chunk is None:
+            raise ValueError("model.sparse_memory needs a Context that says which entries are chunks")
         chex.assert_shape([text.k, text.v], (cfg.num_layers, batch, None, cfg.num_heads, cfg.head_dim))
 
         # Wan flattens a patch as (c, pt, ph, pw) going in and as (pt, ph, pw, c) coming out.
@@ -210,7 +229,8 @@ class Wan(nn.Module):
         frame_mask = jnp.concatenate([context.frame >= 0, jnp.broadcast_to(own, (batch, frames))], axis=1)
         key_mask = jnp.repeat(frame_mask, tokens, axis=1)
         rope = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
-        (h, *_), new_kv = self.blocks((h, e0, rope, key_mask), (context.k, context.v), text)
+        chunk = context.chunk if cfg.sparse_memory else None
+        (h, *_), new_kv = self.blocks((h, e0, rope, key_mask, chunk), (context.k, context.v), text)
 
         shift, scale = jnp.moveaxis(e.astype(jnp.float32)[:, None, :] + self.head_modulation, 1, 0)
         h = layer_norm(h, cfg.eps) * (1 + scale[:, None]) + shift[:, None]
@@ -229,7 +249,8 @@ class Wan(nn.Module):
 def empty_context(cfg: WanConfig, batch: int, slots: int, tokens: int) -> Context:
     """A context of `slots` empty (masked) frames."""
     kv = jnp.zeros((cfg.num_layers, batch, slots, tokens, cfg.num_heads, cfg.head_dim), cfg.dtype)
-    return Context(k=kv, v=kv, frame=jnp.full((batch, slots), -1, jnp.int32))
+    frame = jnp.full((batch, slots), -1, jnp.int32)
+    return Context(k=kv, v=kv, frame=frame, chunk=frame >= 0)
 
 
 def init_variables(cfg: WanConfig, key: Array) -> PyTree:
