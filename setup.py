@@ -8,6 +8,11 @@ import setuptools
 root = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "kvpo_jax" / "__init__.py").read_text())[1]
 
+# Prompt datasets, stored embeddings and the tokenizer; TensorFlow is not among what these need here.
+data = ["array_record>=0.8", "tensorflow-datasets>=4.9.7", "transformers>=5.0"]
+# Reading checkpoints of the PyTorch releases; training never needs these.
+convert = ["torch>=2.4"]
+
 setuptools.setup(
     name="kvpo_jax",
     version=version,
@@ -23,6 +28,7 @@ setuptools.setup(
         "chex>=0.1.90",
         "einops>=0.8",
         "flax>=0.12",
+        "ftfy>=6.2",
         "imageio>=2.35",
         "imageio-ffmpeg>=0.5",
         "jax>=0.8",
@@ -37,8 +43,8 @@ setuptools.setup(
     ],
     extras_require={
         "cuda12": ["jax[cuda12]>=0.8"],
-        "test": ["pytest>=8.0", "ruff>=0.17,<0.18", "setuptools>=77"],
-        # Reading checkpoints of the PyTorch releases; training never needs these.
-        "convert": ["diffusers>=0.31", "peft>=0.13", "torch>=2.4", "transformers>=4.46"],
+        "data": data,
+        "convert": convert,
+        "test": [*data, *convert, "diffusers>=0.36", "peft>=0.18", "pytest>=8.0", "ruff>=0.17,<0.18", "setuptools>=77"],
     },
 )

@@ -35,6 +35,14 @@ def get_config(preset: str = "paper") -> ConfigDict:
     m.remat = "none"  # what the backward pass recomputes: none | block
     c.weights = ""  # base weights; empty is the toy generator that ships with the package
 
+    c.paths = p = ConfigDict()  # what LongLive and MemFlow read (README, "Real checkpoints"); the toy needs none of it
+    p.lora = ""  # adapter that the policies start from; empty: a fresh one
+    p.vae = ""
+    p.prompts = ""  # file of prompt sequences
+    p.embeddings = ""  # of its sentences, from tools/encode_prompts.py; empty: made on the fly with
+    p.umt5 = ""  # the text encoder
+    p.tokenizer = ""  # and its tokenizer's folder
+
     c.lora = ConfigDict()
     c.lora.rank = 8
     c.lora.alpha = 8.0  # the update of a Linear is alpha / rank * B A
@@ -98,6 +106,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.weights = ConfigDict({"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3})
+    c.reward.scorer = ""  # module:function of your own (see README); empty: the backbone's
     c.reward.clip_frames = 0  # pixel frames scored per prompt segment, centred; 0 = the whole segment
 
     c.train = t = ConfigDict()

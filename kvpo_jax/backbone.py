@@ -6,20 +6,30 @@ Everything else of an iteration is the same for the toy, LongLive and MemFlow.
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import safetensors
 
 from kvpo_jax import checkpoint
-from kvpo_jax.data import toy_world
+from kvpo_jax.data import prompts, text, toy_world
+from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, init_variables, wan_config
-from kvpo_jax.rewards import toy
+from kvpo_jax.rewards import composite, toy
 from kvpo_jax.types import Array, PyTree
 
 TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
+TEXT_BATCH = 8  # prompts that the text encoder takes at once
+
+Sharding = jax.sharding.Sharding | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,27 +37,82 @@ class Backbone:
     """A generator with its world.
 
     Attributes:
-      load: (sharding or None) -> the collection `params`.
+      load: (sharding) -> the collection `params`.
+      load_lora: (sharding) -> the collection `lora` that training starts from, or None for a fresh one.
       prompts: (split, index) -> a prompt sequence of M sentences; split is "train" or "heldout".
       embed: sentences -> token embeddings float[n, K, text_dim], zero past the prompt's end.
-      decode: latents float[..., frames, Y, X, C] -> pixels float[..., frames', h, w, 3] in [0, 1]; jit-able.
+      load_decoder: (sharding) -> the decoder's weights.
+      decode: (decoder weights, latents float[n, frames, Y, X, C]) -> pixels float[n, frames', h, w, 3] in [0, 1];
+        jit-able.
+      decode_next: (decoder weights, state, latents float[n, F, Y, X, C]) -> (pixels, state): as `decode`, block by
+        block; the state of the first block is None.
       scorer: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n].
       to_pixel: first pixel frame of a latent frame.
+      fps: pixel frames per second.
     """
 
-    load: Callable[[jax.sharding.Sharding | None], PyTree]
+    load: Callable[[Sharding], PyTree]
+    load_lora: Callable[[Sharding], PyTree | None]
     prompts: Callable[[str, int], list[str]]
     embed: Callable[[Sequence[str]], np.ndarray]
-    decode: Callable[[Array], Array]
-    scorer: Callable[[Array, Sequence[str]], dict[str, Array]]
+    load_decoder: Callable[[Sharding], PyTree]
+    decode: Callable[[PyTree, Array], Array]
+    decode_next: Callable[[PyTree, Any, Array], tuple[Array, Any]]
+    scorer: composite.Scorer
     to_pixel: Callable[[int], int]
+    fps: int
 
 
-def load_params(path: Path | str, cfg: WanConfig, sharding: jax.sharding.Sharding | None = None) -> PyTree:
+# ---------------------------------------------------------------- weight files
+
+
+def load_params(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> PyTree:
     """The collection `params` of a converted checkpoint; strict (see `checkpoint.load_weights`)."""
     like = jax.eval_shape(lambda key: init_variables(cfg, key)["params"], jax.random.key(0))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-    return checkpoint.load_weights(path, like)
+    return checkpoint.load_weights(path, _placed(like, sharding))
+
+
+def load_lora(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> PyTree:
+    """The collection `lora` of a converted adapter; ValueError where its rank or alpha is not the config's."""
+    made = metadata_config(path, "wan_lora")
+    if (made["rank"], made["alpha"]) != (cfg.lora_rank, cfg.lora_alpha):
+        raise ValueError(
+            f"{path} has rank {made['rank']} and alpha {made['alpha']}, the config has lora.rank={cfg.lora_rank} and "
+            f"lora.alpha={cfg.lora_alpha}; add --config.lora.rank={made['rank']} --config.lora.alpha={made['alpha']}"
+        )
+    like = jax.eval_shape(lambda key: init_variables(cfg, key)["lora"], jax.random.key(0))
+    return checkpoint.load_weights(path, _placed(like, sharding))
+
+
+def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
+    """The config that tools/convert_weights.py noted in a file of this kind; ValueError for another kind."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("kind") != kind:
+        raise ValueError(
+            f"{path} holds {metadata.get('kind', 'no converted weights')!r}, expected {kind!r}: make it with "
+            "tools/convert_weights.py"
+        )
+    return json.loads(metadata["config"])
+
+
+def _placed(like: PyTree, sharding: Sharding) -> PyTree:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+
+
+def custom_scorer(name: str) -> composite.Scorer:
+    """The function that "module:function" names; see `rewards.composite` for what a scorer is."""
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"config.reward.scorer={name!r}: expected module:function ({error})") from error
+
+
+# ---------------------------------------------------------------- the toy
 
 
 def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
@@ -55,27 +120,112 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     path, cfg = config.weights or TOY_WEIGHTS, wan_config(config)
     segments = len(config.video.switch_frames) + 1
 
-    def prompts(split: str, index: int) -> list[str]:
+    def sequence(split: str, index: int) -> list[str]:
         return toy_world.sample_prompts((config.seed if split == "train" else 0, index), split, segments)
 
     return Backbone(
-        load=lambda sharding: load_params(path, cfg, sharding),
-        prompts=prompts,
+        load=partial(load_params, path, cfg),
+        load_lora=lambda sharding: load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None,
+        prompts=sequence,
         embed=toy_world.embed,
-        decode=toy_world.decode,
-        scorer=toy.score,
+        load_decoder=lambda sharding: {},
+        decode=lambda decoder, latents: toy_world.decode(latents),
+        decode_next=lambda decoder, state, latents: (toy_world.decode(latents), ()),
+        scorer=custom_scorer(config.reward.scorer) if config.reward.scorer else toy.score,
         to_pixel=lambda frame: frame,
+        fps=8,
     )
 
 
-BACKBONES = {"toy": toy_backbone}
+# ---------------------------------------------------------------- LongLive and MemFlow
+
+
+def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]], np.ndarray]:
+    """sentences -> token embeddings: looked up in config.paths.embeddings, or made with UMT5 on the fly."""
+    shape = (config.model.text_len, config.model.text_dim)
+    if config.paths.embeddings:
+        try:
+            from kvpo_jax.data import embeddings
+        except ImportError as error:
+            raise ImportError("prompt embeddings are read with: pip install 'kvpo_jax[data]'") from error
+        made = embeddings.open_embeddings(config.paths.embeddings)
+        if (made.text_len, made.dim) != shape:
+            raise ValueError(
+                f"{config.paths.embeddings} has {made.text_len} tokens of width {made.dim}, the config has "
+                f"model.text_len={shape[0]} and model.text_dim={shape[1]}"
+            )
+        return made.lookup
+
+    cfg = umt5.UMT5Config(**metadata_config(config.paths.umt5, "umt5"))
+    tokenize = text.tokenizer(config.paths.tokenizer, config.model.text_len)
+    load = cache(lambda: checkpoint.load_weights(config.paths.umt5, umt5.abstract_params(cfg)))
+    encode = jax.jit(partial(umt5.embed, cfg))
+
+    def embed(sentences: Sequence[str]) -> np.ndarray:
+        ids, mask = tokenize(sentences)
+        out = np.zeros((len(sentences), *shape), np.float32)
+        valid = umt5.embed_valid(partial(encode, load()), ids, mask, TEXT_BATCH)
+        for row, embedding in zip(out, valid, strict=True):
+            row[: len(embedding)] = embedding
+        return out
+
+    return embed
+
+
+def no_scorer(pixels: Array, sentences: Sequence[str]) -> dict[str, Array]:
+    """Stands where no reward model is configured."""
+    raise ValueError(
+        "config.reward.scorer is empty, and HPSv3 and VideoAlign are not in this version: name a function, e.g. "
+        "--config.reward.scorer=kvpo_jax.rewards.motion:score (README, 'Your own reward')"
+    )
+
+
+def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
+    """A causal Wan2.1 generator with its VAE and UMT5; files as `config.check_files` asks for them."""
+    cfg = wan_config(config)
+    segments = len(config.video.switch_frames) + 1
+    made = metadata_config(config.paths.vae, "wan_vae")
+    vae = wan_vae.VAEConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
+
+    @cache
+    def splits() -> dict[str, list[prompts.Sequence]]:
+        train, heldout = prompts.split(prompts.load(Path(config.paths.prompts)), config.eval.prompts, seed=0)
+        return {"train": train, "heldout": heldout}
+
+    def sequence(split: str, index: int) -> list[str]:
+        if split == "heldout":
+            return list(prompts.segments_to(splits()[split][index], segments).sentences)
+        return list(prompts.segments_to(prompts.at(splits()[split], index, config.seed), segments).sentences)
+
+    def to_unit(pixels: Array) -> Array:
+        return (pixels.astype(jnp.float32) + 1) / 2
+
+    like = wan_vae.abstract_params(vae)
+
+    def decode_next(decoder: PyTree, state: Any, latents: Array) -> tuple[Array, Any]:
+        pixels, state = wan_vae.decode_next(vae, decoder, state, latents)
+        return to_unit(pixels), state
+
+    return Backbone(
+        load=partial(load_params, config.weights, cfg),
+        load_lora=lambda sharding: load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None,
+        prompts=sequence,
+        embed=text_encoder(config),
+        load_decoder=lambda sharding: checkpoint.load_weights(config.paths.vae, _placed(like, sharding)),
+        # One video at a time: the decoder's activations are a hundred times its input.
+        decode=lambda decoder, latents: jax.lax.map(
+            lambda x: to_unit(wan_vae.decode(vae, decoder, x[None])[0]), latents
+        ),
+        decode_next=decode_next,
+        scorer=custom_scorer(config.reward.scorer) if config.reward.scorer else no_scorer,
+        to_pixel=composite.latent_to_pixel,
+        fps=16,
+    )
+
+
+BACKBONES = {"toy": toy_backbone, "longlive": wan_backbone, "memflow": wan_backbone}
 
 
 def load(config: ml_collections.ConfigDict) -> Backbone:
     """The backbone that config.backbone names."""
-    if config.backbone not in BACKBONES:
-        raise ValueError(
-            f"backbone={config.backbone!r} cannot be run: this version trains {', '.join(BACKBONES)}; the text "
-            "encoder, the video decoder and the reward models of the others are not in it yet"
-        )
     return BACKBONES[config.backbone](config)

@@ -63,6 +63,16 @@ MINIMUM = {
     "eval.prompts": 2, "eval.every": 0, "eval.batch": 1, "mesh.data": 0, "mesh.branch": 0,
 }  # fmt: skip
 POSITIVE = ("objective.tau", "lora.alpha", "train.grad_clip")
+# Files that the backbones other than the toy read, and what makes them.
+FILES = {
+    "weights": "python tools/convert_weights.py CHECKPOINT --output=FILE",
+    "paths.lora": "python tools/convert_weights.py LORA --output=FILE",
+    "paths.vae": "python tools/convert_weights.py Wan2.1_VAE.pth --output=FILE",
+    "paths.umt5": "python tools/convert_weights.py models_t5_umt5-xxl-enc-bf16.pth --output=FILE",
+    "paths.tokenizer": "the folder google/umt5-xxl of a Wan2.1 checkpoint",
+    "paths.embeddings": "python tools/encode_prompts.py --prompts=FILE --output=FOLDER ...",
+    "paths.prompts": "a file of prompt sequences (docs/data.md)",
+}
 # What may differ when a run is continued: how long it runs, and what is only looked at.
 RESUMABLE = ("train.iterations", "train.checkpoint_every", "train.keep", "train.video_every", "eval.")
 
@@ -225,6 +235,25 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def check_files(config: ConfigDict, needed: Sequence[str] = ("weights", "paths.vae", "paths.prompts")) -> None:
+    """Raises a ValueError for a file of FILES that is needed and not named, or named and not there.
+
+    Sentences are encoded with paths.embeddings, or else with paths.umt5 and paths.tokenizer.
+    """
+    fields = flat(config)
+    if config.backbone != "toy":
+        text = ("paths.embeddings",) if config.paths.embeddings else ("paths.umt5", "paths.tokenizer")
+        for name in (*needed, *text):
+            if not fields[name]:
+                instead = " (or name config.paths.embeddings)" if name in ("paths.umt5", "paths.tokenizer") else ""
+                raise ValueError(
+                    f"the {config.backbone} backbone needs --config.{name}=..., made by: {FILES[name]}{instead}"
+                )
+    for name in FILES:
+        if fields[name] and not Path(fields[name]).exists():
+            raise ValueError(f"config.{name}={fields[name]}: there is no such file; it is made by {FILES[name]}")
+
+
 def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
     """Raises a ValueError if continuing a run of `saved` with `given` would be another run: see RESUMABLE."""
     before, now = flat(saved), flat(given)
@@ -256,12 +285,13 @@ def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def resolve(spec: str | None, workdir: Path, arguments: Sequence[str]) -> ConfigDict:
-    """The checked configuration of the run in `workdir`, new or continued.
+def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) -> ConfigDict:
+    """The checked configuration of the run in `workdir`, new or continued; None is no run at all.
 
     A continued run that is given no `spec` keeps its own configuration, with `arguments` over it.
     """
-    saved = load_saved(workdir / "config.json") if (workdir / "config.json").exists() else None
+    record = workdir and workdir / "config.json"
+    saved = load_saved(record) if record and record.exists() else None
     base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
     config = override(base, arguments)
     check(config)

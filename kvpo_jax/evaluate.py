@@ -4,6 +4,7 @@ python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--config.eval.prompts=64 ..
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> None:
     workdir = Path(flags.FLAGS.workdir)
     try:
         config = config_lib.resolve(None, workdir, arguments[1:])
+        config_lib.check_files(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     config_lib.use_compilation_cache()
@@ -27,6 +29,8 @@ def main(arguments: list[str]) -> None:
     )
     backbone = backbone_lib.load(config)
     params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    decoder = backbone.load_decoder(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    decode = partial(heldout.make_decode(backbone, mesh), decoder)
     stages = rollout.build(config, mesh)
     with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
         restored = checkpoint.restore_latest(
@@ -36,7 +40,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"error: {workdir / 'checkpoints'} has no checkpoint yet")
     iteration, state, _ = restored
     results = {
-        name: heldout.evaluate(config, backbone, mesh, stages, {"params": params, "lora": lora})
+        name: heldout.evaluate(config, backbone, mesh, stages, decode, {"params": params, "lora": lora})
         for name, lora in (("reference", state.reference), ("online", state.lora), ("ema", state.ema))
     }
     rewards = {name: {"reward": result.reward, **result.components} for name, result in results.items()}

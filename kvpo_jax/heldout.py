@@ -5,7 +5,7 @@ python -m kvpo_jax.evaluate --workdir=runs/tiny-...
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -60,16 +60,41 @@ def prompt_batch(backbone: Backbone, mesh: Mesh, split: str, indices: Sequence[i
     return PromptBatch(sharding.place(embeddings, mesh, sharding.PROMPTS), changed, sentences)
 
 
+def make_decode(backbone: Backbone, mesh: Mesh) -> Callable[[PyTree, Array], Array]:
+    """(decoder weights, latents float[P, T, frames, Y, X, C]) -> pixels float[P, T, frames', h, w, 3] in [0, 1].
+
+    Each device decodes its own videos; where T is not a multiple of the shards of `branch`, all of its prompts'.
+    """
+
+    def flat(decoder: PyTree, latents: Array) -> Array:
+        pixels = backbone.decode(decoder, latents.reshape(-1, *latents.shape[2:]))
+        return pixels.reshape(*latents.shape[:2], *pixels.shape[1:])
+
+    @jax.jit
+    def decode(decoder: PyTree, latents: Array) -> Array:
+        spec = sharding.PROMPTS if latents.shape[1] % mesh.shape["branch"] else sharding.TRAJECTORIES
+        return sharding.shard(flat, mesh, in_specs=(sharding.REPLICATED, spec), out_specs=spec)(decoder, latents)
+
+    return decode
+
+
 def evaluate(
-    config: ml_collections.ConfigDict, backbone: Backbone, mesh: Mesh, stages: rollout.Stages, variables: PyTree
+    config: ml_collections.ConfigDict,
+    backbone: Backbone,
+    mesh: Mesh,
+    stages: rollout.Stages,
+    decode: Callable[[Array], Array],
+    variables: PyTree,
 ) -> Heldout:
-    """Generates and scores every held-out prompt; the noise depends on the prompt's index alone."""
+    """Generates and scores every held-out prompt; the noise depends on the prompt's index alone.
+
+    `decode` is that of `make_decode`, with its weights bound.
+    """
     if config.eval.prompts % config.eval.batch or config.eval.batch % mesh.shape["data"]:
         raise ValueError(
             f"eval.prompts={config.eval.prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the "
             f"mesh's {mesh.shape['data']} shards of prompts"
         )
-    decode = jax.jit(backbone.decode)
     score = partial(
         composite.segment_rewards,
         backbone.scorer,
@@ -83,9 +108,9 @@ def evaluate(
         text = stages.encode_text(variables, batch.embeddings)
         key = rollout.stream(0, "heldout", first)
         latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
-        videos = decode(jnp.concatenate(latents, axis=1))
-        scores = score(pixels=videos[:, None], prompts=batch.sentences)
-        pixels.append(np.asarray(videos))
+        videos = decode(jnp.concatenate(latents, axis=1)[:, None])
+        scores = score(pixels=videos, prompts=batch.sentences)
+        pixels.append(np.asarray(videos[:, 0]))
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
     reward = np.asarray(composite.composite(merged, config.reward.weights))

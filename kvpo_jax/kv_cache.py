@@ -8,11 +8,10 @@ A branch does not copy the history that it forked from: it writes into a small c
 from __future__ import annotations
 
 import chex
-import jax
 import jax.numpy as jnp
 
 from kvpo_jax import memory_bank
-from kvpo_jax.types import Array, BlockKV, Context, KVCache
+from kvpo_jax.types import Array, BlockKV, Context, KVCache, Store
 
 
 def empty(
@@ -50,38 +49,33 @@ def append(cache: KVCache, new: BlockKV, start_frame: Array) -> KVCache:
     )
 
 
-def _take(x: Array, slots: Array, batch_axes: int) -> Array:
-    """x float[L, *batch, slots, N, H, D] at slots int32[*batch, A] -> float[L, *batch, A, N, H, D]."""
-    take = lambda row, index: row[:, index]
-    for _ in range(batch_axes):
-        take = jax.vmap(take, in_axes=(1, 0), out_axes=1)
-    return take(x, slots)
+def _find(cache: KVCache, frames: Array) -> Array:
+    """The slots of absolute frames int32[..., A] in a cache with frame int32[..., slots]; -1 if absent."""
+    slots = slot_of(cache, frames)
+    there = jnp.take_along_axis(cache.frame, slots, axis=-1) == frames
+    return jnp.where(there & (frames >= 0), slots, -1)
 
 
 def read(frames: Array, history: KVCache, page: KVCache | None = None) -> Context:
     """The keys and values of absolute frames int32[P, T, A] as a Context of P * T batch rows.
 
-    Each frame comes from the trajectory's own page (frame int32[P, T, slots]) if it is there, else from the history
-    (int32[P, slots]) that the trajectories of a prompt share. -1, and a frame that neither holds, is empty.
+    Each frame comes from the page if it is there, else from the history (frame int32[P, slots]) that the trajectories
+    of a prompt share; -1, and a frame that neither holds, is empty. The page is the trajectory's own (frame int32[P, T,
+    slots]) or shared too (int32[P, slots]).
     """
     chex.assert_rank(frames, 3)
     p, t, a = frames.shape
-    asked = frames.reshape(p, t * a)
-    slots = slot_of(history, asked)
-    found = (jnp.take_along_axis(history.frame, slots, axis=1) == asked) & (asked >= 0)
-    shape = lambda x: x.reshape(x.shape[0], p, t, a, *x.shape[3:])
-    k, v = (shape(_take(x, jnp.maximum(slots, 0), 1)) for x in (history.k, history.v))
-    found = found.reshape(p, t, a)
-    if page is not None:
-        slots = slot_of(page, frames)
-        own = (jnp.take_along_axis(page.frame, slots, axis=2) == frames) & (frames >= 0)
-        select = own[None, ..., None, None, None]
-        k = jnp.where(select, _take(page.k, jnp.maximum(slots, 0), 2), k)
-        v = jnp.where(select, _take(page.v, jnp.maximum(slots, 0), 2), v)
-        found |= own
-    flat = lambda x: x.reshape(x.shape[0], p * t, *x.shape[3:])
-    frame = jnp.where(found, frames, -1).reshape(p * t, a)
-    return Context(k=flat(k), v=flat(v), frame=frame, chunk=(frame >= 0) & (frame < history.sink))
+    stores, rows, slots = [], [], []
+    for cache in (history,) if page is None else (history, page):
+        own = cache.frame.ndim == 3
+        found = _find(cache, frames if own else frames.reshape(p, t * a))
+        flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[-4:])
+        stores.append(Store(k=flat(cache.k), v=flat(cache.v)))
+        rows.append(jnp.arange(p * t) if own else jnp.repeat(jnp.arange(p), t))
+        slots.append(found.reshape(p * t, a))
+    found = jnp.stack(slots).max(axis=0) >= 0
+    frame = jnp.where(found, frames.reshape(p * t, a), -1)
+    return Context(tuple(stores), tuple(rows), tuple(slots), frame, (frame >= 0) & (frame < history.sink))
 
 
 def repeat(cache: KVCache, trajectories: int) -> KVCache:

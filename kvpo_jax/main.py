@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> None:
     try:
         workdir = config_lib.run_directory(_CONFIG.value, _WORKDIR.value, _RESUME.value)
         config = config_lib.resolve(_CONFIG.value, workdir, arguments[1:])
+        config_lib.check_files(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     config_lib.use_compilation_cache()

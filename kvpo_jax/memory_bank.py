@@ -7,11 +7,10 @@ prompt looks at most make room for it. Layers choose for themselves. LongLive is
 
 from __future__ import annotations
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from kvpo_jax.types import Array, BlockKV, Context, KVCache, MemoryBank, TextKV
+from kvpo_jax.types import Array, BlockKV, Context, KVCache, MemoryBank, Store, TextKV
 
 
 def empty(cache: KVCache, slots: int) -> MemoryBank:
@@ -91,17 +90,18 @@ def attend(context: Context, bank: MemoryBank | None) -> Context:
     """The context with the bank's frames in front; `bank` is [L, ...] over trajectories that flatten to its rows."""
     if bank is None:
         return context
-    layers, batch = context.k.shape[:2]
-    rows = lambda x: x.reshape(layers, batch, *x.shape[-4:])
-    chex.assert_equal_shape_suffix([rows(bank.k), context.k], 3)
+    batch, slots = context.frame.shape[0], bank.frame.shape[-1]
+    flat = lambda x: x.reshape(x.shape[0], batch, *x.shape[-4:])
     # Layers hold different frames but equally many, which is all that a mask needs.
-    frame = bank.frame[0].reshape(batch, -1)
-    join = lambda a, b: jnp.concatenate([a.astype(b.dtype), b], axis=-4)
+    frame = bank.frame[0].reshape(batch, slots)
+    in_front = lambda x, fill: jnp.concatenate([jnp.broadcast_to(fill, (batch, slots)), x], axis=1)
+    own = jnp.concatenate([jnp.arange(slots), jnp.full(context.frame.shape[1], -1)])
     return Context(
-        k=join(rows(bank.k), context.k),
-        v=join(rows(bank.v), context.v),
-        frame=jnp.concatenate([frame, context.frame], axis=-1),
-        chunk=jnp.concatenate([frame >= 0, context.chunk], axis=-1),
+        stores=(*context.stores, Store(k=flat(bank.k), v=flat(bank.v))),
+        row=(*context.row, jnp.arange(batch)),
+        slot=(*(in_front(s, -1) for s in context.slot), jnp.broadcast_to(own, (batch, own.size))),
+        frame=in_front(context.frame, frame),
+        chunk=in_front(context.chunk, frame >= 0),
     )
 
 

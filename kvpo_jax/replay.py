@@ -41,14 +41,11 @@ def _replay_rows(
 
     With chunk > 0, so many rows at a time, recomputed in the backward pass: memory of one chunk.
     """
-    pick = lambda tree, index: jax.tree.map(lambda t: t[:, index], tree)
 
     def forward(xs):
         x, sigma, start, row = xs
-        read = Context(
-            k=context.k[:, row], v=context.v[:, row], frame=context.frame[row], chunk=context.chunk[row]
-        )  # fmt: skip
-        return network(x, sigma, pick(text, row), read, start)[0]
+        prompt = jax.tree.map(lambda t: t[:, row], text)
+        return network(x, sigma, prompt, context.take(row), start)[0]
 
     rows = (x, sigma, start, row)
     count = x.shape[0]
@@ -117,14 +114,8 @@ def anchor_energies(
     """
     p, g, w = tuples.z.shape[:3]
     # One context and one prompt per (prompt, block): row p * W + w, shared by its G * S replayed states.
-    rows = jnp.broadcast_to(tuples.rows.reshape(1, 1, -1), (p, 1, tuples.rows.size))
-    context = kv_cache.read(rows, tuples.history, kv_cache.repeat(tuples.page, 1))
-    by_block = lambda x: x.reshape(x.shape[0], p * w, -1, *x.shape[3:])
-    by_row = lambda x: x.reshape(p * w, -1)
-    context = Context(
-        k=by_block(context.k), v=by_block(context.v), frame=by_row(context.frame), chunk=by_row(context.chunk)
-    )  # fmt: skip
-    context = memory_bank.attend(context, tuples.bank)
+    rows = jnp.broadcast_to(tuples.rows, (p, *tuples.rows.shape))
+    context = memory_bank.attend(kv_cache.read(rows, tuples.history, tuples.page), tuples.bank)
     text = jax.tree.map(lambda x: x[:, :, tuples.segment].reshape(x.shape[0], p * w, *x.shape[3:]), text)
     context_of = jnp.broadcast_to(jnp.arange(p * w).reshape(p, 1, w), (p, g, w))
     return _energies(

@@ -237,9 +237,13 @@ def draw_pivot(config: ml_collections.ConfigDict, iteration: int) -> int:
     return pivots[int(jax.random.randint(rollout.stream(config.seed, "pivot", iteration), (), 0, len(pivots)))]
 
 
-def init_state(config: ml_collections.ConfigDict, optimiser: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first iteration: every policy is the fresh LoRA, which changes nothing."""
-    lora = init_variables(wan_config(config), rollout.stream(config.seed, "lora", 0))["lora"]
+def init_state(
+    config: ml_collections.ConfigDict, optimiser: optax.GradientTransformation, mesh: Mesh, lora: PyTree | None = None
+) -> TrainState:
+    """The state before the first iteration: every policy is `lora`, or a fresh one, which changes nothing."""
+    if lora is None:
+        fresh = jax.jit(lambda key: init_variables(wan_config(config), key)["lora"])
+        lora = fresh(rollout.stream(config.seed, "lora", 0))
     copy = lambda: jax.tree.map(jnp.copy, lora)
     state = TrainState(jnp.zeros((), jnp.int32), lora, copy(), copy(), copy(), optimiser.init(lora))
     return sharding.place(state, mesh)
@@ -269,10 +273,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
     optimiser = make_optimiser(config.train)
     energies = jax.jit(make_energies(config, mesh))
     update = make_update(config, mesh, optimiser)
-    decode = jax.jit(backbone.decode)
+    decoder = backbone.load_decoder(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    decode = partial(heldout.make_decode(backbone, mesh), decoder)
 
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
-    state = init_state(config, optimiser, mesh)
+    state = init_state(
+        config, optimiser, mesh, backbone.load_lora(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    )
     if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:
         _, state, extra = restored
         clock.add(extra["seconds"])
@@ -287,7 +294,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
 
     def evaluation(lora: PyTree) -> heldout.Heldout:
         with clock.time("evaluation"):
-            return heldout.evaluate(config, backbone, mesh, stages, {"params": params, "lora": lora})
+            return heldout.evaluate(config, backbone, mesh, stages, decode, {"params": params, "lora": lora})
 
     def save(state: TrainState) -> None:
         checkpoint.save(checkpoints, int(state.iteration), state, {"seconds": clock.seconds})
@@ -316,7 +323,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
 
             # Step 3: rewards and group-normalised advantages.
             with clock.time("reward"):
-                pixels, anchor_pixels = decode(videos.branches), decode(videos.anchor)
+                pixels, anchor_pixels = decode(videos.branches), decode(videos.anchor[:, None])[:, 0]
                 scores, local = score(config, backbone, batch.sentences, pixels, anchor_pixels, pivot)
                 advantages = experience_advantages(config, scores, local, key(name="shuffle"))
                 safe = objective.safe(scores, local)

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 
 Array = jax.Array
@@ -54,21 +55,77 @@ class BlockKV:
 
 
 @struct.dataclass
+class Store:
+    """Where keys and values lie: a history, the pages of the branches, a bank.
+
+    Attributes:
+      k: float[L, R, slots, N, H, D], after the key norm and RoPE.
+      v: float[L, R, slots, N, H, D].
+    """
+
+    k: Array
+    v: Array
+
+
+@struct.dataclass
 class Context:
     """What a block may read of its past, in the order in which it is attended to.
 
+    It points into the stores and copies nothing: each layer gathers its own keys and values when it needs them.
+
     Attributes:
-      k: float[L, batch, A, N, H, D], after the key norm and RoPE.
-      v: float[L, batch, A, N, H, D].
+      stores: in order of precedence, the last first.
+      row: of each store, int32[batch]: the R that a batch row reads.
+      slot: of each store, int32[batch, A]: the slot of each entry; -1 where the store does not have it.
       frame: int32[batch, A], absolute frame of each entry; -1 is empty and masked.
       chunk: bool[batch, A], entries of the far past (sink and bank), of which sparse memory activation picks some; None
         where a network without it reads the context.
     """
 
-    k: Array
-    v: Array
+    stores: tuple[Store, ...]
+    row: tuple[Array, ...]
+    slot: tuple[Array, ...]
     frame: Array
     chunk: Array | None = None
+
+    @classmethod
+    def of(cls, k: Array, v: Array, frame: Array, chunk: Array | None = None) -> Context:
+        """The context whose entries are k, v float[L, batch, A, N, H, D] themselves."""
+        batch, entries = frame.shape
+        slot = jnp.broadcast_to(jnp.arange(entries), (batch, entries))
+        return cls((Store(k=k, v=v),), (jnp.arange(batch),), (slot,), frame, chunk)
+
+    def layer(self, index: Array | int) -> tuple[Array, Array]:
+        """Keys and values float[batch, A, N, H, D] of one layer; what stands at empty entries means nothing."""
+
+        def gather(name: str) -> Array:
+            out = None
+            for store, row, slot in zip(self.stores, self.row, self.slot, strict=True):
+                entries = getattr(store, name)[index, row[:, None], jnp.maximum(slot, 0)]
+                out = entries if out is None else jnp.where(slot[..., None, None, None] >= 0, entries, out)
+            return out
+
+        return gather("k"), gather("v")
+
+    def take(self, rows: Array) -> Context:
+        """The context of some batch rows, int32[...]."""
+        pick = lambda x: None if x is None else x[rows]
+        return self.replace(
+            row=tuple(map(pick, self.row)),
+            slot=tuple(map(pick, self.slot)),
+            frame=pick(self.frame),
+            chunk=pick(self.chunk),
+        )
+
+    @property
+    def k(self) -> Array:
+        """float[L, batch, A, N, H, D]: the keys of all layers, gathered."""
+        return jnp.stack([self.layer(i)[0] for i in range(self.stores[0].k.shape[0])])
+
+    @property
+    def v(self) -> Array:
+        """float[L, batch, A, N, H, D]: the values of all layers, gathered."""
+        return jnp.stack([self.layer(i)[1] for i in range(self.stores[0].k.shape[0])])
 
 
 @struct.dataclass

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvpo_jax import config as config_lib
-from kvpo_jax import flow, replay, rollout, sharding
+from kvpo_jax import flow, objective, replay, rollout, sharding
 from kvpo_jax.models.wan import Wan, WanConfig, init_variables, wan_config
 from kvpo_jax.types import Context, KVCache, PyTree, ReplayTuples, TextKV
 
@@ -148,7 +148,9 @@ def gather(frames, *caches) -> Context:
         )
         k.append(cache.k[:, prompt, slot])
         v.append(cache.v[:, prompt, slot])
-    return Context(k=jnp.stack(k, 1)[:, None], v=jnp.stack(v, 1)[:, None], frame=jnp.asarray(frames, jnp.int32)[None])
+    return Context.of(
+        k=jnp.stack(k, 1)[:, None], v=jnp.stack(v, 1)[:, None], frame=jnp.asarray(frames, jnp.int32)[None]
+    )
 
 
 def window_frames(block: int) -> list[int]:
@@ -326,3 +328,47 @@ def test_self_rolled_replays_go_on_with_what_the_replaying_model_wrote(world, re
     ours = world.energies(world.policy, t, context="self_rolled")
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
     assert np.any(np.abs(ours - world.energies(world.policy, t)) > 1e-3)
+
+
+def test_gradient_agrees_with_finite_differences(world):
+    """Through cache, transformer, energies, Gibbs policy, clip and KL, in float64.
+
+    JAX's attention has its softmax in float32 whatever the dtype, and a rounding of 1e-7 over a step of 1e-4 is what
+    the tolerance allows; algorithm_test holds the objective alone to 1e-6.
+    """
+    with jax.enable_x64(True):
+        double = lambda tree: jax.tree.map(
+            lambda x: jnp.asarray(np.asarray(x), jnp.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype),
+            tree,
+        )
+        tuples, text, policy, behaviour = map(double, (world.tuples, world.text, world.policy, world.variables))
+        schedule, settings = double(world.schedule), Hashable(world.settings())
+        model = Wan(dataclasses.replace(MODEL, dtype="float64"))
+        advantages = jnp.asarray([[1.0, -0.5, -0.5], [-1.2, 0.2, 1.0]], jnp.float64)
+        objective_config = ml_collections.ConfigDict(world.config.objective)
+        objective_config.update(beta=0.7, tau=2.0)
+
+        def energies_of(lora):
+            network = partial(model.apply, {"params": policy["params"], "lora": lora})
+            return replay.anchor_energies(network, network, settings, schedule, text, tuples)
+
+        old = energies_of(behaviour["lora"])
+        reference = old + jnp.asarray(0.1 * np.random.default_rng(1).normal(size=old.shape))
+
+        @jax.jit
+        def loss(lora):
+            of_group = partial(objective.loss, objective_config)
+            return jax.vmap(of_group)(energies_of(lora), old, reference, advantages, jnp.ones(2, bool))[0].sum()
+
+        lora = jax.tree.map(lambda a, b: b + 0.05 * (a - b), policy["lora"], behaviour["lora"])  # inside the clip
+        gradient = jax.grad(loss)(lora)
+        assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(gradient))
+        rng = np.random.default_rng(2)
+        scaled = lambda tree, step: jax.tree.map(lambda x: step * x, tree)
+        for _ in range(3):
+            direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), lora)
+            moved = lambda step, towards=direction: loss(jax.tree.map(jnp.add, lora, scaled(towards, step)))
+            central = lambda step, moved=moved: (moved(step) - moved(-step)) / (2 * step)
+            numerical = (4 * central(1e-4) - central(2e-4)) / 3  # Richardson: leaves out the error of order step^2
+            product = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+            np.testing.assert_allclose(product, numerical, rtol=5e-4)

@@ -59,7 +59,7 @@ def inputs() -> Inputs:
         x=normal(BATCH, FRAMES, HEIGHT, WIDTH, CFG.channels),
         sigma=jnp.array([0.9, 0.3]),
         text=normal(BATCH, CFG.text_len, CFG.text_dim).at[:, PROMPT:].set(0),
-        context=Context(k=normal(*kv), v=normal(*kv), frame=frame),
+        context=Context.of(k=normal(*kv), v=normal(*kv), frame=frame),
         start_frame=jnp.full(BATCH, START),
     )
 
@@ -123,7 +123,7 @@ def test_an_unknown_remat_is_an_error(variables, inputs):
 def test_masked_frames_have_no_influence(variables, inputs):
     context = inputs.context
     empty = (context.frame < 0)[None, :, :, None, None, None]
-    other = context.replace(k=jnp.where(empty, 50.0, context.k), v=jnp.where(empty, -70.0, context.v))
+    other = Context.of(jnp.where(empty, 50.0, context.k), jnp.where(empty, -70.0, context.v), context.frame)
     assert not np.array_equal(other.k, context.k)
     chex.assert_trees_all_equal(forward(variables, inputs.replace(context=other)), forward(variables, inputs))
 
@@ -131,7 +131,8 @@ def test_masked_frames_have_no_influence(variables, inputs):
 def test_every_frame_that_is_not_masked_is_read(variables, inputs):
     plain, _ = forward(variables, inputs)
     for slot in range(SLOTS):
-        context = inputs.context.replace(v=inputs.context.v.at[:, :, slot].add(1.0))
+        given = inputs.context
+        context = Context.of(given.k, given.v.at[:, :, slot].add(1.0), given.frame)
         velocity, _ = forward(variables, inputs.replace(context=context))
         changed = np.any(np.asarray(velocity != plain), axis=(1, 2, 3, 4))
         np.testing.assert_array_equal(changed, inputs.context.frame[:, slot] >= 0)
@@ -140,7 +141,7 @@ def test_every_frame_that_is_not_masked_is_read(variables, inputs):
 def test_the_order_of_the_context_does_not_matter(variables, inputs):
     order = jnp.array([3, 0, 4, 2, 1])
     context = inputs.context
-    permuted = Context(k=context.k[:, :, order], v=context.v[:, :, order], frame=context.frame[:, order])
+    permuted = Context.of(k=context.k[:, :, order], v=context.v[:, :, order], frame=context.frame[:, order])
     ours, theirs = forward(variables, inputs.replace(context=permuted)), forward(variables, inputs)
     chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -160,7 +161,7 @@ def test_rows_of_a_batch_do_not_meet(variables, inputs):
         x=row(inputs.x),
         sigma=row(inputs.sigma),
         text=row(inputs.text),
-        context=Context(k=kv(inputs.context.k), v=kv(inputs.context.v), frame=row(inputs.context.frame)),
+        context=Context.of(k=kv(inputs.context.k), v=kv(inputs.context.v), frame=row(inputs.context.frame)),
         start_frame=row(inputs.start_frame),
     )
     (velocity, new), (plain, old) = forward(variables, changed), forward(variables, inputs)
@@ -196,7 +197,7 @@ def test_only_relative_time_matters(variables, inputs):
         _, kv = forward(variables, written.replace(start_frame=jnp.full(BATCH, start)))
         pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - FRAMES), (0, 0), (0, 0), (0, 0)))
         frame = jnp.broadcast_to(jnp.array([start, start + 1, start + 2, -1, -1]), (BATCH, SLOTS))
-        context = Context(k=pad(kv.k), v=pad(kv.v), frame=frame)
+        context = Context.of(k=pad(kv.k), v=pad(kv.v), frame=frame)
         return forward(variables, inputs.replace(context=context, start_frame=jnp.full(BATCH, start + 4)))[0]
 
     np.testing.assert_allclose(continued(11), continued(0), atol=1e-5)
@@ -360,3 +361,18 @@ def test_attention_by_hand():
     q, k, v = (jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1) for x in ([1], [0, np.log(3), 9], [8, 4, 100]))
     ours = layers.attention(q, k, v, jnp.array([[True, True, False]]))
     np.testing.assert_allclose(ours.reshape(-1), [5.0], atol=1e-6)
+
+
+def test_attention_in_pieces_is_attention(monkeypatch):
+    """With a small bound on the logits: the same output and gradients, whatever the number of queries."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, t, 3, 4)), jnp.float32) for t in (12, 20, 20))
+    mask = jnp.asarray(rng.random((2, 1, 1, 20)) < 0.7)
+    loss = lambda q, k, v: jnp.sum(jnp.sin(layers.attention(q, k, v, mask)))
+    whole = layers.attention(q, k, v, mask), jax.grad(loss, (0, 1, 2))(q, k, v)
+    for bound, pieces in ((2 * 3 * 4 * 20, 3), (2 * 3 * 5 * 20, 3), (1, 12)):
+        monkeypatch.setattr(layers, "MAX_LOGITS", bound)
+        assert f"length={pieces}" in str(jax.make_jaxpr(lambda *x: layers.attention(*x))(q, k, v, mask))
+        parts = layers.attention(q, k, v, mask), jax.grad(loss, (0, 1, 2))(q, k, v)
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)

@@ -14,6 +14,12 @@ from kvpo_jax.types import Array
 
 ROPE_THETA = 10000.0
 MAX_FRAMES = 1024  # length of Wan's rotary table
+MAX_LOGITS = 2**28  # of one attention at once, 1 GiB in float32
+
+
+def wide(x: Array) -> Array:
+    """x in float32 at least; float64 stays, so that a gradient can be held against finite differences."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class LoRADense(nn.Module):
@@ -53,7 +59,7 @@ class LoRADense(nn.Module):
 
 def layer_norm(x: Array, eps: float) -> Array:
     """LayerNorm over the last axis without parameters, in float32."""
-    x = x.astype(jnp.float32)
+    x = wide(x)
     mean = x.mean(axis=-1, keepdims=True)
     return (x - mean) * jax.lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + eps)
 
@@ -66,7 +72,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        y = x.astype(jnp.float32)
+        y = wide(x)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
@@ -114,7 +120,7 @@ def rope_table(start_frame: Array, frames: int, height: int, width: int, head_di
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotates interleaved channel pairs (2i, 2i+1) of x float[batch, tokens, H, D] by tables [batch, tokens, D / 2]."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = wide(x).reshape(*x.shape[:-1], -1, 2)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     real, imaginary = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
@@ -122,5 +128,15 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Softmax attention, float[batch, queries, H, D]; mask bool[batch, 1 or H, 1, keys] is False for keys left out."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    """Softmax attention, float[batch, queries, H, D]; mask bool[batch, 1 or H, 1, keys] is False for keys left out.
+
+    Where the logits of all queries would be large, some queries at a time, in the backward pass too.
+    """
+    batch, queries, heads, _ = q.shape
+    wanted = -(-batch * heads * queries * k.shape[1] // MAX_LOGITS)
+    pieces = next(n for n in range(wanted, queries + 1) if queries % n == 0) if wanted < queries else queries
+    some = lambda q: jax.nn.dot_product_attention(q, k, v, mask=mask)
+    if pieces == 1:
+        return some(q)
+    out = jax.lax.map(jax.checkpoint(some), jnp.moveaxis(q.reshape(batch, pieces, -1, *q.shape[2:]), 1, 0))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from kvpo_jax.models.layers import LoRADense, RMSNorm, apply_rope, attention, layer_norm, rope_table, sinusoid
+from kvpo_jax.models.layers import LoRADense, RMSNorm, apply_rope, attention, layer_norm, rope_table, sinusoid, wide
 from kvpo_jax.types import Array, BlockKV, Context, PyTree, TextKV
 
 TIME_SCALE = 1000.0  # Wan is conditioned on 1000 sigma
@@ -90,11 +90,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, ...], context: tuple[Array, Array], text: TextKV
-    ) -> tuple[tuple[Array, ...], BlockKV]:
-        """carry is (x float[batch, F*N, dim], e0 float32[batch, F, 6, dim], (cos, sin), key_mask, chunk)."""
+        self,
+        x: Array,
+        index: Array,
+        text: TextKV,
+        e0: Array,
+        rope: tuple[Array, Array],
+        context: Context,
+        key_mask: Array,
+    ) -> tuple[Array, BlockKV]:
+        """Layer `index` on x float[batch, F*N, dim]; e0 float32[batch, F, 6, dim], rope of `rope_table`."""
         cfg = self.cfg
-        x, e0, rope, key_mask, chunk = carry
         dtype, frames = x.dtype, e0.shape[1]
         per_frame = lambda y: einops.rearrange(y, "b (f n) d -> b f n d", f=frames)
         per_token = lambda y: einops.rearrange(y, "b f n d -> b (f n) d")
@@ -106,28 +112,29 @@ class Block(nn.Module):
         k = RMSNorm(cfg.eps, name="self_norm_k")(_linear(cfg, cfg.dim, "self_k")(y))
         v = _split_heads(_linear(cfg, cfg.dim, "self_v")(y), cfg)
         q, k = (apply_rope(_split_heads(t, cfg), *rope) for t in (q, k))
+        layer_context = context.layer(index)
         keys, values = (
             jnp.concatenate([einops.rearrange(past, "b a n h d -> b (a n) h d").astype(dtype), own], axis=1)
-            for past, own in zip(context, (k, v), strict=True)
+            for past, own in zip(layer_context, (k, v), strict=True)
         )
         mask = key_mask[:, None, None, :]
         if cfg.sparse_memory:
-            mask &= self._activated(q, context[0], chunk, keys.shape[1])
+            mask &= self._activated(q, layer_context[0], context.chunk, keys.shape[1])
         y = einops.rearrange(attention(q, keys, values, mask), "b t h d -> b t (h d)")
         y = _linear(cfg, cfg.dim, "self_o")(y)
-        x = (x + per_token(per_frame(y.astype(jnp.float32)) * gate1)).astype(dtype)
+        x = (x + per_token(per_frame(wide(y)) * gate1)).astype(dtype)
 
-        y = nn.LayerNorm(epsilon=cfg.eps, dtype=jnp.float32, use_fast_variance=False, name="norm3")(x).astype(dtype)
+        y = nn.LayerNorm(epsilon=cfg.eps, use_fast_variance=False, name="norm3")(wide(x)).astype(dtype)
         q = _split_heads(RMSNorm(cfg.eps, name="cross_norm_q")(_linear(cfg, cfg.dim, "cross_q")(y)), cfg)
         y = einops.rearrange(attention(q, text.k.astype(dtype), text.v.astype(dtype)), "b t h d -> b t (h d)")
         x = x + _linear(cfg, cfg.dim, "cross_o")(y)
 
         y = per_token(per_frame(layer_norm(x, cfg.eps)) * (1 + scale2) + shift2).astype(dtype)
         y = _linear(cfg, cfg.dim, "ffn_2")(nn.gelu(_linear(cfg, cfg.ffn_dim, "ffn_0")(y), approximate=True))
-        x = (x + per_token(per_frame(y.astype(jnp.float32)) * gate2)).astype(dtype)
+        x = (x + per_token(per_frame(wide(y)) * gate2)).astype(dtype)
 
         k, v = (einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v))
-        return (x, e0, rope, key_mask, chunk), BlockKV(k=k, v=v)
+        return x, BlockKV(k=k, v=v)
 
     def _activated(self, q: Array, past: Array, chunk: Array, keys: int) -> Array:
         """MemFlow's sparse memory activation, bool[batch, H, 1, keys]: False for the chunks that a head leaves out.
@@ -136,7 +143,7 @@ class Block(nn.Module):
         key has the largest product with the block's mean query.
         q is float[batch, F*N, H, D], past float[batch, A, N, H, D].
         """
-        score = jnp.einsum("bhd,bahd->bha", q.astype(jnp.float32).mean(axis=1), past.astype(jnp.float32).mean(axis=2))
+        score = jnp.einsum("bhd,bahd->bha", wide(q).mean(axis=1), wide(past).mean(axis=2))
         order = jnp.argsort(jnp.where(chunk[:, None], -score, jnp.inf), axis=-1, stable=True)
         keep = (jnp.argsort(order, axis=-1) < self.cfg.sparse_memory) | ~chunk[:, None]
         keep = jnp.repeat(keep, past.shape[2], axis=-1)
@@ -165,7 +172,8 @@ class Wan(nn.Module):
         }
         block = nn.remat(Block, prevent_cse=False) if cfg.remat == "block" else Block
         self.text_kv = nn.scan(TextKVLayer, **over_layers)(cfg)
-        self.blocks = nn.scan(block, **over_layers, in_axes=0)(cfg)
+        same = nn.broadcast
+        self.blocks = nn.scan(block, **over_layers, in_axes=(0, 0, same, same, same, same))(cfg)
         self.head = _plain_linear(cfg, cfg.channels * cfg.patch[0] * cfg.patch[1] * cfg.patch[2], None)
         self.head_modulation = self.param(
             "head_modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim), jnp.float32
@@ -210,9 +218,9 @@ class Wan(nn.Module):
         chex.assert_shape(x, (None, None, None, None, cfg.channels))
         chex.assert_shape(sigma, (batch,))
         chex.assert_shape(start_frame, (batch,))
-        past = (cfg.num_layers, batch, context.frame.shape[1], tokens, cfg.num_heads, cfg.head_dim)
-        chex.assert_shape([context.k, context.v], past)
-        chex.assert_shape(context.frame, past[1:3])
+        for store in context.stores:
+            chex.assert_shape([store.k, store.v], (cfg.num_layers, None, None, tokens, cfg.num_heads, cfg.head_dim))
+        chex.assert_shape([context.frame, *context.slot], (batch, context.frame.shape[1]))
         if cfg.sparse_memory and context.chunk is None:
             raise ValueError("model.sparse_memory needs a Context that says which entries are chunks")
         chex.assert_shape([text.k, text.v], (cfg.num_layers, batch, None, cfg.num_heads, cfg.head_dim))
@@ -222,20 +230,19 @@ class Wan(nn.Module):
         h = self.patch_embedding(h)
         e = self.time_embedding_0(sinusoid(TIME_SCALE * sigma, cfg.freq_dim))
         e = self.time_embedding_2(nn.silu(e))
-        e0 = self.time_projection_1(nn.silu(e)).astype(jnp.float32).reshape(batch, 1, 6, cfg.dim)
+        e0 = wide(self.time_projection_1(nn.silu(e))).reshape(batch, 1, 6, cfg.dim)
         e0 = jnp.broadcast_to(e0, (batch, frames, 6, cfg.dim))
 
         own = jnp.ones(frames, bool) if own_keys is None else own_keys
         frame_mask = jnp.concatenate([context.frame >= 0, jnp.broadcast_to(own, (batch, frames))], axis=1)
         key_mask = jnp.repeat(frame_mask, tokens, axis=1)
         rope = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
-        chunk = context.chunk if cfg.sparse_memory else None
-        (h, *_), new_kv = self.blocks((h, e0, rope, key_mask, chunk), (context.k, context.v), text)
+        h, new_kv = self.blocks(h, jnp.arange(cfg.num_layers), text, e0, rope, context, key_mask)
 
-        shift, scale = jnp.moveaxis(e.astype(jnp.float32)[:, None, :] + self.head_modulation, 1, 0)
+        shift, scale = jnp.moveaxis(wide(e)[:, None, :] + self.head_modulation, 1, 0)
         h = layer_norm(h, cfg.eps) * (1 + scale[:, None]) + shift[:, None]
         velocity = einops.rearrange(
-            self.head(h).astype(jnp.float32),
+            wide(self.head(h)),
             "b (f y x) (pt ph pw c) -> b (f pt) (y ph) (x pw) c",
             f=frames // pt, y=height // ph, x=width // pw, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
@@ -250,7 +257,7 @@ def empty_context(cfg: WanConfig, batch: int, slots: int, tokens: int) -> Contex
     """A context of `slots` empty (masked) frames."""
     kv = jnp.zeros((cfg.num_layers, batch, slots, tokens, cfg.num_heads, cfg.head_dim), cfg.dtype)
     frame = jnp.full((batch, slots), -1, jnp.int32)
-    return Context(k=kv, v=kv, frame=frame, chunk=frame >= 0)
+    return Context.of(kv, kv, frame, chunk=frame >= 0)
 
 
 def init_variables(cfg: WanConfig, key: Array) -> PyTree:

@@ -1,0 +1,64 @@
+"""From a prompt to token ids, as Wan does it: cleaning, and the tokenizer of UMT5."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import ftfy
+import numpy as np
+
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+
+
+def clean(text: str) -> str:
+    """The text with its encoding mended, HTML entities resolved (twice) and white space collapsed."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def tokenizer(folder: Path | str, text_len: int = 512) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
+    """The tokenizer in a local folder; nothing is downloaded.
+
+    Args:
+      folder: of a UMT5 tokenizer, such as `google/umt5-xxl` of Wan2.1's checkpoints.
+      text_len: K, where longer prompts are cut.
+
+    Returns:
+      sentences, which it cleans -> (ids int32[n, K], mask bool[n, K]); every prompt ends with the end-of-sentence
+      token, then padding, where the mask is False.
+
+    Raises:
+      FileNotFoundError: if the folder has no tokenizer.
+      ImportError: without transformers.
+      ValueError: if its files cannot be read, or it does not end sentences.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}): name the folder google/umt5-xxl of a "
+            "Wan2.1 checkpoint"
+        )
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("prompts are tokenized by transformers: pip install transformers") from error
+    try:
+        tokenize = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of the files
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    if tokenize("a").input_ids[-1] != tokenize.eos_token_id:
+        raise ValueError(f"the tokenizer in {folder} does not end a sentence with its eos token: it is not UMT5's")
+
+    def encode(sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        out = tokenize(
+            [clean(sentence) for sentence in sentences],
+            padding="max_length",
+            padding_side="right",
+            truncation=True,
+            max_length=text_len,
+            return_tensors="np",
+        )
+        return out["input_ids"].astype(np.int32), out["attention_mask"].astype(bool)
+
+    return encode

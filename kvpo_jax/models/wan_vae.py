@@ -1,0 +1,316 @@
+"""The Wan2.1 video VAE: pixels to latents, and latents back to pixels frame by frame.
+
+Every temporal convolution is causal and remembers its last two input frames. Those memories are the collection `cache`,
+an ordinary pytree with the batch as leading axis: a prefix can be decoded once and its cache be repeated for every
+branch that goes on from it. Latent frame 0 is one pixel frame; every other one is four.
+
+    pixels, cache = decode_next(cfg, params, None, first latents)
+    pixels, cache = decode_next(cfg, params, cache, next latents)
+
+Pixels are in [-1, 1], latents normalised per channel; the arithmetic is that of Wan2.1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import chex
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kvpo_jax.models.layers import wide
+from kvpo_jax.types import Array, PyTree
+
+# Per-channel statistics of Wan2.1's latents.
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+MEMORY = 2  # input frames that a temporal convolution of three taps remembers
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE; the defaults are Wan2.1's.
+
+    Attributes:
+      base_dim: channels at full resolution.
+      z_dim: latent channels, C.
+      dim_mult: channels of each stage over base_dim, from full resolution down; every stage but the last halves it.
+      num_res_blocks: per stage of the encoder; the decoder has one more.
+      temporal_downsample: which of the halvings halve time too.
+      latent_mean: per channel.
+      latent_std: per channel.
+      dtype: of weights and activations; norms and the latent statistics are float32.
+    """
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    latent_mean: tuple[float, ...] = LATENT_MEAN
+    latent_std: tuple[float, ...] = LATENT_STD
+    dtype: str = "float32"
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame, but for the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+
+def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options) -> nn.Conv:
+    dtype = jnp.dtype(cfg.dtype)
+    return nn.Conv(features, kernel, dtype=dtype, param_dtype=dtype, **options)
+
+
+class CausalConv(nn.Module):
+    """A 3-D convolution whose taps in time look back; before the first frame everything is zero."""
+
+    cfg: VAEConfig
+    features: int
+    kernel: tuple[int, int, int] = (3, 3, 3)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """float[n, t, h, w, c] -> float[n, t, h, w, features]."""
+        cfg, (taps, *space) = self.cfg, self.kernel
+        kernel_init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", kernel_init, (*self.kernel, x.shape[-1], self.features), jnp.dtype(cfg.dtype))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(cfg.dtype))
+        if taps > 1:
+            n, t, *rest = x.shape
+            past = self.variable("cache", "past", lambda: jnp.zeros((n, MEMORY, *rest), x.dtype))
+            x = jnp.concatenate([past.value, x], axis=1)
+            past.value = x[:, -MEMORY:]
+            if not t:
+                return jnp.zeros((n, 0, *rest[:-1], self.features), x.dtype)
+        padding = [(0, 0), *((k // 2, k // 2) for k in space)]
+        numbers = ("NTHWC", "THWIO", "NTHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=numbers) + bias
+
+
+class Norm(nn.Module):
+    """Length of the channel vector to sqrt(channels), times gamma; in float32."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), x.dtype)
+        y = wide(x)
+        y = y / jnp.maximum(jnp.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
+        return (y * x.shape[-1] ** 0.5).astype(x.dtype) * gamma
+
+
+class Residual(nn.Module):
+    """Two causal convolutions beside a shortcut."""
+
+    cfg: VAEConfig
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        conv = partial(CausalConv, self.cfg, self.features)
+        y = conv(name="residual_2")(nn.silu(Norm(name="residual_0")(x)))
+        y = conv(name="residual_6")(nn.silu(Norm(name="residual_3")(y)))
+        return y + (x if x.shape[-1] == self.features else conv((1, 1, 1), name="shortcut")(x))
+
+
+class Attention(nn.Module):
+    """One head over the pixels of each frame."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, t, h, w, c = x.shape
+        qkv = _conv(self.cfg, 3 * c, (1, 1), name="to_qkv")(Norm(name="norm")(x).reshape(n * t, h, w, c))
+        q, k, v = (y[:, :, None] for y in jnp.split(qkv.reshape(n * t, h * w, 3 * c), 3, axis=-1))
+        y = jax.nn.dot_product_attention(q, k, v)[:, :, 0].reshape(n * t, h, w, c)
+        return x + _conv(self.cfg, c, (1, 1), name="proj")(y).reshape(x.shape)
+
+
+class Downsample(nn.Module):
+    """Halves height and width, and with `temporal` the frames after the first."""
+
+    cfg: VAEConfig
+    temporal: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        n, _, _, _, c = x.shape
+        conv = _conv(self.cfg, c, (3, 3), strides=2, padding=[(0, 1), (0, 1)], name="resample_1")
+        x = einops.rearrange(conv(einops.rearrange(x, "n t h w c -> (n t) h w c")), "(n t) ... -> n t ...", n=n)
+        if not self.temporal:
+            return x
+        conv = _conv(self.cfg, c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", name="time_conv")
+        if x.shape[1] < 3:  # a single frame; the parameters are still there
+            x = jnp.concatenate([x[:, :1]] * 3, axis=1)
+            return jnp.concatenate([x[:, :1], conv(x)[:, :0]], axis=1)
+        return jnp.concatenate([x[:, :1], conv(x)], axis=1)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width and halves the channels; with `temporal` doubles the frames after the first."""
+
+    cfg: VAEConfig
+    features: int
+    temporal: bool
+
+    @nn.compact
+    def __call__(self, x: Array, first: bool) -> Array:
+        """`first`: x begins with the first frame of the video, which stays one and is no other frame's past."""
+        n, _, h, w, c = x.shape
+        if self.temporal:
+            alone, x = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
+            x = CausalConv(self.cfg, 2 * c, (3, 1, 1), name="time_conv")(x)
+            x = einops.rearrange(x, "n t h w (two c) -> n (t two) h w c", two=2)
+            x = jnp.concatenate([alone, x], axis=1)
+        x = einops.rearrange(x, "n t h w c -> (n t) h w c").repeat(2, axis=1).repeat(2, axis=2)
+        x = _conv(self.cfg, self.features, (3, 3), padding=1, name="resample_1")(x)
+        return einops.rearrange(x, "(n t) ... -> n t ...", n=n)
+
+
+class Encoder(nn.Module):
+    """Pixels to the moments of the latent."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg, index = self.cfg, 0
+        x = CausalConv(cfg, cfg.base_dim, name="conv1")(x)
+        for stage, mult in enumerate(cfg.dim_mult):
+            for _ in range(cfg.num_res_blocks):
+                x = Residual(cfg, mult * cfg.base_dim, name=f"downsamples_{index}")(x)
+                index += 1
+            if stage < len(cfg.temporal_downsample):
+                x = Downsample(cfg, cfg.temporal_downsample[stage], name=f"downsamples_{index}")(x)
+                index += 1
+        x = _middle(cfg, x)
+        return CausalConv(cfg, 2 * cfg.z_dim, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Array, first: bool) -> Array:
+        cfg, index = self.cfg, 0
+        widths = [mult * cfg.base_dim for mult in reversed(cfg.dim_mult)]
+        x = CausalConv(cfg, widths[0], name="conv1")(x)
+        x = _middle(cfg, x)
+        for stage, width in enumerate(widths):
+            for _ in range(cfg.num_res_blocks + 1):
+                x = Residual(cfg, width, name=f"upsamples_{index}")(x)
+                index += 1
+            if stage < len(widths) - 1:
+                temporal = cfg.temporal_downsample[::-1][stage]
+                x = Upsample(cfg, width // 2, temporal, name=f"upsamples_{index}")(x, first)
+                index += 1
+        return CausalConv(cfg, 3, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+
+
+def _middle(cfg: VAEConfig, x: Array) -> Array:
+    x = Residual(cfg, x.shape[-1], name="middle_0")(x)
+    x = Attention(cfg, name="middle_1")(x)
+    return Residual(cfg, x.shape[-1], name="middle_2")(x)
+
+
+class WanVAE(nn.Module):
+    """Both halves, with the 1x1 convolutions around the latent."""
+
+    cfg: VAEConfig
+
+    def setup(self):
+        cfg = self.cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.conv1 = CausalConv(cfg, 2 * cfg.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv(cfg, cfg.z_dim, (1, 1, 1))
+
+    def encode(self, pixels: Array) -> Array:
+        """Pixels to the mean of the latent, not yet normalised."""
+        return jnp.split(self.conv1(self.encoder(pixels)), 2, axis=-1)[0]
+
+    def decode(self, latents: Array, first: bool) -> Array:
+        """Latents, no longer normalised, to pixels; `first` as in `Upsample`."""
+        return self.decoder(self.conv2(latents), first)
+
+    def touch_all(self, pixels: Array) -> Array:
+        """Encoder and decoder in one call: what `init` runs to make every variable."""
+        return self.decode(self.encode(pixels), True)
+
+
+def abstract_params(cfg: VAEConfig) -> PyTree:
+    """Shapes and dtypes of the collection `params`: what `checkpoint.load_weights` loads a file like."""
+    side = 2 ** len(cfg.temporal_downsample)
+    pixels = jax.ShapeDtypeStruct((1, 1, side, side, 3), cfg.dtype)
+    return jax.eval_shape(partial(WanVAE(cfg).init, method="touch_all"), jax.random.key(0), pixels)["params"]
+
+
+def _statistics(cfg: VAEConfig) -> tuple[Array, Array]:
+    return jnp.asarray(cfg.latent_mean, jnp.float32), jnp.asarray(cfg.latent_std, jnp.float32)
+
+
+def encode(cfg: VAEConfig, params: PyTree, pixels: Array) -> Array:
+    """Pixels float[n, 1 + 4 (t - 1), h, w, 3] in [-1, 1] to normalised latents float32[n, t, h / 8, w / 8, C].
+
+    ValueError where the frames are not 1 + 4 (t - 1), or the sides no multiples of 8.
+    """
+    chex.assert_shape(pixels, (None, None, None, None, 3))
+    frames, side = pixels.shape[1], 2 ** len(cfg.temporal_downsample)
+    if (frames - 1) % cfg.temporal_factor or pixels.shape[2] % side or pixels.shape[3] % side:
+        raise ValueError(
+            f"a video of {frames} frames, {pixels.shape[2]}x{pixels.shape[3]}: expected 1 + {cfg.temporal_factor} k "
+            f"frames and multiples of {side} pixels"
+        )
+    mean, std = _statistics(cfg)
+    apply = partial(WanVAE(cfg).apply, {"params": params}, method="encode", mutable=["cache"])
+    return (apply(pixels.astype(cfg.dtype))[0].astype(jnp.float32) - mean) / std
+
+
+def _decode(cfg: VAEConfig, params: PyTree, cache: PyTree | None, latents: Array) -> tuple[Array, PyTree]:
+    mean, std = _statistics(cfg)
+    x = (latents.astype(jnp.float32) * std + mean).astype(cfg.dtype)
+    variables = {"params": params} if cache is None else {"params": params, "cache": cache}
+    pixels, state = WanVAE(cfg).apply(variables, x, cache is None, method="decode", mutable=["cache"])
+    return jnp.clip(pixels.astype(jnp.float32), -1, 1), state["cache"]
+
+
+def decode_next(cfg: VAEConfig, params: PyTree, cache: PyTree | None, latents: Array) -> tuple[Array, PyTree]:
+    """Decodes the next latent frames of a video.
+
+    Args:
+      cfg: sizes.
+      params: collection `params`.
+      cache: what the call before returned; None at the beginning. Every leaf has the batch first.
+      latents: float[n, t, Y, X, C], normalised.
+
+    Returns:
+      pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), cache.
+    """
+    chex.assert_shape(latents, (None, None, None, None, cfg.z_dim))
+    return _decode(cfg, params, cache, latents)
+
+
+def decode(cfg: VAEConfig, params: PyTree, latents: Array) -> Array:
+    """Decodes a whole video, float[n, T, Y, X, C] to float32[n, 1 + 4 (T - 1), 8 Y, 8 X, 3] in [-1, 1].
+
+    One latent frame at a time: the activations are those of four pixel frames, however long the video.
+    """
+    first, cache = decode_next(cfg, params, None, latents[:, :1])
+
+    def step(cache: PyTree, x: Array) -> tuple[PyTree, Array]:
+        pixels, cache = decode_next(cfg, params, cache, x[:, None])
+        return cache, pixels
+
+    _, rest = jax.lax.scan(step, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
+    return jnp.concatenate([first, einops.rearrange(rest, "s n t ... -> n (s t) ...")], axis=1)

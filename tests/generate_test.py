@@ -1,0 +1,117 @@
+"""Streaming generation: the same video as the rollout's prefix, files that play, prompts that are typed."""
+
+import subprocess
+import sys
+from functools import partial
+
+import imageio.v3 as iio
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import config as config_lib
+from kvpo_jax import generate, rollout, sharding
+from kvpo_jax.models.wan import init_variables, wan_config
+
+BLOCKS = 7
+SENTENCES = ("a red disk moves left", "a blue cross moves up")
+
+
+@pytest.fixture(scope="module")
+def world():
+    config = config_lib.override(
+        config_lib.load("configs/tiny.py"), ["--config.video.blocks=7", "--config.video.switch_frames=(12,)"]
+    )
+    backbone = backbone_lib.load(config)
+    stages = rollout.build(config, sharding.make_mesh(1, 1, 1, 1))
+    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    return config, backbone, stages, {"params": backbone.load(None), "lora": lora}
+
+
+def test_streams_what_the_rollout_generates(world):
+    config, backbone, stages, variables = world
+    key = jax.random.key(5)
+    text = stages.encode_text(variables, jnp.asarray(backbone.embed(SENTENCES))[None])
+    theirs, _ = rollout.generate(stages, config, variables, text, np.ones((1, 2), bool), key, BLOCKS)
+    run = partial(generate.stream, stages, config, backbone.embed, variables, key)
+    ours = list(run(generate.schedule(SENTENCES, (12,)), BLOCKS))
+    np.testing.assert_array_equal(jnp.concatenate(ours), jnp.concatenate(theirs))
+    # A sentence that is repeated is no switch.
+    plain = list(run(generate.schedule((SENTENCES[0],), ()), BLOCKS))
+    repeated = list(run(generate.schedule((SENTENCES[0],) * 2, (12,)), BLOCKS))
+    np.testing.assert_array_equal(jnp.concatenate(plain), jnp.concatenate(repeated))
+    assert not np.array_equal(plain[-1], ours[-1])
+
+
+def test_prompts_may_switch_before_a_window_of_frames_is_there(world):
+    config, backbone, stages, variables = world
+    run = partial(generate.stream, stages, config, backbone.embed, variables, jax.random.key(5))
+    ours = list(run(generate.schedule(SENTENCES, (3,)), 3))
+    assert all(np.isfinite(x).all() for x in ours)
+    assert not np.array_equal(ours[1], list(run(generate.schedule(SENTENCES[:1], ()), 3))[1])
+
+
+def test_typed_lines_take_over_at_the_next_block():
+    lines = iter([" a red disk moves left \n", "\n"])
+    sentence_at = generate.typed(lines)
+    assert [sentence_at(0), sentence_at(3)] == ["a red disk moves left"] * 2
+
+
+def test_segments_are_spread_evenly_over_the_blocks():
+    assert generate.switches(3, 12, 3) == (12, 24)
+    assert generate.switches(4, 49, 3) == (36, 72, 111)
+    assert generate.switches(1, 5, 3) == ()
+    with pytest.raises(ValueError, match="3 prompts do not fit into 2 blocks"):
+        generate.switches(3, 2, 3)
+
+
+def run_command(*arguments, stdin=""):
+    return subprocess.run(
+        [sys.executable, "-m", "kvpo_jax.generate", *arguments],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        timeout=300,
+    )
+
+
+def test_command_writes_videos_that_play(tmp_path, world):
+    (tmp_path / "prompts.txt").write_text(f"2,[{SENTENCES[0]}],[{SENTENCES[1]}]\n1,[{SENTENCES[1]}]\n")
+    done = run_command(f"--prompts={tmp_path / 'prompts.txt'}", "--num_frames=15", f"--output={tmp_path}", "--seed=5")
+    assert done.returncode == 0, done.stderr
+    video = iio.imread(tmp_path / "000_a_red_disk_moves_left.mp4")
+    assert video.shape == (15, 128, 128, 3)
+    assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (15, 128, 128, 3)
+    config, backbone, stages, variables = world
+    run = partial(generate.stream, stages, config, backbone.embed, variables, rollout.stream(5, "heldout", 0))
+    latents = jnp.concatenate(list(run(generate.schedule(SENTENCES, (6,)), 5)), axis=1)
+    pixels = generate.enlarge(np.asarray(backbone.decode({}, latents)[0]))
+    assert np.abs(video.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
+    assert "5/5" in done.stdout and "frames/s" in done.stdout
+
+
+def test_command_reads_prompts_from_the_terminal(tmp_path):
+    done = run_command("--interactive", "--num_frames=6", f"--output={tmp_path}", stdin=f"{SENTENCES[0]}\n")
+    assert done.returncode == 0, done.stderr
+    assert iio.imread(tmp_path / "000_interactive.mp4").shape[0] == 6
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt=a red disk moves left", "--num_frames=7"], "--num_frames=7 is not a multiple of 3"),
+        (["--num_frames=6"], "give one of --prompt"),
+        (["--prompt=a pink disk moves left", "--num_frames=3"], "'pink' is not one of red"),
+        (["--prompt=a red disk moves left", "--checkpoint=nowhere"], "nowhere: there is no such run directory"),
+        (["--prompt=a", "--config=configs/longlive.py"], "the longlive backbone needs --config.weights"),
+        (["--prompt=a red disk moves left", "--ema"], "--ema needs --checkpoint to be a run directory"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    done = run_command(*arguments, f"--output={tmp_path}")
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last
+    assert not list(tmp_path.glob("*.mp4"))

@@ -1,0 +1,242 @@
+"""Prompt files: the released loader's results, errors that name file and line, split, stream and tfds dataset."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kvpo_jax.data import prompts, prompts_tfds
+from kvpo_jax.data.prompts import Sequence
+
+FORMATTED = "1,[a fox],[it stops, and [slowly] looks back]\n\n0,\n2,[a hare]\n[no number],[second]\n"
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def texts(sequences):
+    return [list(sequence.sentences) for sequence in sequences]
+
+
+def numbered(count):
+    return [Sequence((f"prompt {i}", f"and then {i}"), i + 1) for i in range(count)]
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.golden
+def test_reads_what_the_released_loader_reads(golden_dir):
+    """All of the release's cases, which are lenient; its one loss, of a first field without a number, is made here."""
+    data = json.loads((golden_dir / "prompts.json").read_text())
+    text = {"p.txt": data["p.txt"].replace("[no index prefix],", "9,"), "p.jsonl": data["p.jsonl"]}
+    assert text["p.txt"] != data["p.txt"] and len(data["results"]) == 12
+    for case in data["results"]:
+        kwargs = dict(case["kwargs"])
+        first = kwargs.pop("max_n", None)
+        sequences, _ = prompts.parse(text[case["file"]], "." + case["file"].partition(".")[2])
+        assert texts(prompts.select(sequences, **kwargs))[:first] == [row["prompts"] for row in case["result"]], case
+
+
+@pytest.mark.golden
+def test_names_the_lines_of_which_the_released_loader_loses_text(golden_dir, tmp_path):
+    data = json.loads((golden_dir / "prompts.json").read_text())
+    for name, lines in (("p.txt", [7, 9, 10]), ("p.jsonl", [3, 4, 6])):
+        assert [line for line, _ in prompts.parse(data[name], f".{name[2:]}")[1]] == lines
+        path = write(tmp_path, name, data[name])
+        with pytest.raises(ValueError) as error:
+            prompts.load(path)
+        assert [row.split(": ")[0] for row in str(error.value).split("\n")] == [f"{path}:{line}" for line in lines]
+
+
+def test_formatted_text(tmp_path):
+    assert prompts.load(write(tmp_path, "a.txt", FORMATTED)) == [
+        Sequence(("a fox", "it stops, and [slowly] looks back"), 1),
+        Sequence(("a hare",), 4),
+        Sequence(("no number", "second"), 5),
+    ]
+
+
+def test_commas_in_a_first_field_without_a_number_belong_to_it(tmp_path):
+    path = write(tmp_path, "a.txt", "[a fox, a hare],[7, or 8]\r\n 12 , [ x ] , [], [y]\r\n")
+    assert texts(prompts.load(path)) == [["a fox, a hare", "7, or 8"], ["x", "y"]]
+
+
+def test_text_with_one_prompt_per_line(tmp_path):
+    """Brackets and numbers inside a prompt do not make a file formatted."""
+    path = write(tmp_path, "a.txt", "\ufeffA fox, [slowly], turns.\n\n  3 hares; 2, then 1\n")
+    assert prompts.load(path) == [Sequence(("A fox, [slowly], turns.",), 1), Sequence(("3 hares; 2, then 1",), 3)]
+
+
+def test_jsonl(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"prompts": ["é", " b [c ", ""], "id": 7}\n\n{"prompts": ["d"]}')
+    assert prompts.load(path) == [Sequence(("é", "b [c"), 1), Sequence(("d",), 3)]
+
+
+def test_segments_are_bounded(tmp_path):
+    path = write(tmp_path, "a.txt", "1,[a]\n2,[b],[c]\n3,[d],[e],[f]\n")
+    assert texts(prompts.load(path, min_segments=2)) == [["b", "c"], ["d", "e", "f"]]
+    assert texts(prompts.load(path, max_segments=2)) == [["a"], ["b", "c"], ["d", "e"]]
+    assert texts(prompts.load(path, min_segments=2, max_segments=2)) == [["b", "c"], ["d", "e"]]
+    with pytest.raises(ValueError, match="none of its 3 prompt sequences has 4 segments or more"):
+        prompts.load(path, min_segments=4)
+    with pytest.raises(ValueError, match="min_segments=3 to max_segments=2"):
+        prompts.load(path, min_segments=3, max_segments=2)
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.txt", "1,[a]\n2,[b],[c\n", r"a\.txt:2: a bracket is not closed, and '\[c' would be lost"),
+        ("a.txt", "1,[a]\n\n3,[b] and [c]\n", r"a\.txt:3: 'and' is outside of the brackets and would be lost"),
+        ("a.txt", "1,[a]\nfox,[b]\n", r"a\.txt:2: 'fox' is outside"),
+        ("a.txt", "1,[a]]\n", r"a\.txt:1: '\]' is outside"),
+        ("a.txt", "1,[a]\na fox\n", r"a\.txt:2: 'a fox' is outside"),
+        ("a.txt", "1,[a]\n2,\n", r"a\.txt:2: there is no prompt"),
+        ("a.txt", "1,[a]\n2,[],[ ]\n", r"a\.txt:2: there is no prompt"),
+        ("a.jsonl", '{"prompts": ["a"]}\n{"prompts": ["b"\n', r"a\.jsonl:2: not JSON: .* at column 17"),
+        ("a.jsonl", '{"prompt": ["a"]}\n', r'a\.jsonl:1: expected {"prompts"'),
+        ("a.jsonl", '["a"]\n', r'a\.jsonl:1: expected {"prompts"'),
+        ("a.jsonl", '{"prompts": "a"}\n', r'a\.jsonl:1: expected {"prompts"'),
+        ("a.jsonl", '{"prompts": ["a", null]}\n', r"a\.jsonl:1: the prompt null is not a string"),
+        ("a.jsonl", '{"prompts": []}\n', r"a\.jsonl:1: there is no prompt"),
+        ("a.txt", "\n", r"a\.txt: none of its 0 prompt sequences"),
+        ("a.csv", "a\n", r"a\.csv: the name of a prompt file ends in \.txt or \.jsonl"),
+    ],
+)
+def test_a_malformed_line_is_an_error_that_names_file_and_line(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.load(write(tmp_path, name, text))
+
+
+def test_every_malformed_line_is_named_up_to_ten(tmp_path):
+    path = write(tmp_path, "a.txt", "1,[a]\n" + "stray\n" * 12)
+    with pytest.raises(ValueError) as error:
+        prompts.load(path)
+    rows = str(error.value).split("\n")
+    assert [row.split(": ")[0] for row in rows[:-1]] == [f"{path}:{line}" for line in range(2, 12)]
+    assert rows[-1] == "and 2 lines more"
+
+
+def test_text_in_another_encoding_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a fox\ncaf\xe9\n")
+    with pytest.raises(ValueError, match=r"a\.txt:2: not UTF-8"):
+        prompts.load(path)
+
+
+# ---------------------------------------------------------------- split
+
+
+def test_split_has_everything_once():
+    sequences = numbered(40)
+    train, heldout = prompts.split(sequences, 8, seed=0)
+    assert len(train) == 32 and len(heldout) == 8
+    assert sorted(train + heldout, key=lambda s: s.line) == sequences
+    assert train == sorted(train, key=lambda s: s.line)
+    assert prompts.split(sequences, 0, seed=0) == (sequences, [])
+
+
+def test_split_is_of_the_text_and_the_seed():
+    sequences = numbered(40)
+    train, heldout = prompts.split(sequences, 8, seed=0)
+    moved = [Sequence(s.sentences, 100 - s.line) for s in reversed(sequences)]
+    assert texts(prompts.split(moved, 8, seed=0)[1]) == texts(heldout)
+    assert prompts.split(sequences, 3, seed=0)[1] == heldout[:3]
+    assert set(prompts.split(sequences, 8, seed=1)[1]) != set(heldout)
+    # Pins the hash: a run that is resumed by a later version must not train on what it held out.
+    assert [s.line for s in heldout] == [26, 6, 8, 34, 23, 37, 13, 38]
+
+
+def test_an_added_line_moves_no_other_into_the_held_out_part():
+    before = prompts.split(numbered(40), 8, seed=0)[1]
+    entered = 0
+    for i in range(40, 80):
+        after = prompts.split([*numbered(40), numbered(80)[i]], 8, seed=0)[1]
+        new = [s for s in after if s not in before]
+        entered += len(new)
+        assert new in ([], [numbered(80)[i]])
+        assert [s for s in after if s in before] == before[: 8 - len(new)]
+    assert 0 < entered < 40
+
+
+def test_a_text_that_is_there_twice_is_on_one_side():
+    sequences = [Sequence(s.sentences, s.line + shift) for shift in (0, 40) for s in numbered(40)]
+    train, heldout = prompts.split(sequences, 8, seed=0)
+    assert len(train) == 64 and heldout == prompts.split(numbered(40), 8, seed=0)[1]
+    assert not {s.sentences for s in train} & {s.sentences for s in heldout}
+    with pytest.raises(ValueError, match="40 held-out sequences of 40 different ones"):
+        prompts.split(sequences, 40, seed=0)
+
+
+# ---------------------------------------------------------------- stream
+
+
+def test_every_epoch_of_the_stream_has_each_sequence_once_in_its_own_order():
+    sequences = numbered(10)
+    stream = [prompts.at(sequences, index, seed=3) for index in range(40)]
+    epochs = [stream[start : start + 10] for start in range(0, 40, 10)]
+    assert all(sorted(epoch, key=lambda s: s.line) == sequences for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert [prompts.at(sequences, index, seed=4) for index in range(10)] != epochs[0]
+
+
+def test_the_stream_resumes_at_any_index():
+    """Nothing but the index decides: not what was read before, not what is read beside it."""
+    sequences = numbered(7)
+    stream = [prompts.at(sequences, index, seed=0) for index in range(30)]
+    assert [prompts.at(sequences, index, seed=0) for index in range(17, 30)] == stream[17:]
+    assert [prompts.at(sequences, index, seed=0) for index in reversed(range(30))] == stream[::-1]
+
+
+def test_segments_to_cuts_or_repeats_the_last_sentence():
+    sequence = Sequence(("a", "b"), 5)
+    assert prompts.segments_to(sequence, 1) == Sequence(("a",), 5)
+    assert prompts.segments_to(sequence, 2) == sequence
+    assert prompts.segments_to(sequence, 4) == Sequence(("a", "b", "b", "b"), 5)
+
+
+# ---------------------------------------------------------------- tfds
+
+
+def test_tfds_dataset_has_the_split_of_the_file(tmp_path):
+    lines = [json.dumps({"prompts": [f"café {i}"] * (1 + i % 3)}) for i in range(12)]
+    path = write(tmp_path, "p.jsonl", "\n".join(lines))
+    builder = prompts_tfds.build(path, tmp_path / "data", min_segments=2, heldout=3, seed=1)
+    train, heldout = prompts.split(prompts.load(path, min_segments=2), 3, seed=1)
+    source = builder.as_data_source("train")
+    assert [prompts_tfds.to_sequence(source[i]) for i in range(len(source))] == train
+    assert [prompts_tfds.to_sequence(row) for row in builder.as_data_source("heldout")] == heldout
+    assert prompts_tfds.to_sequence(prompts.at(source, 20, seed=0)) == prompts.at(train, 20, seed=0)
+
+    again = prompts_tfds.build(path, tmp_path / "data", min_segments=2, heldout=3, seed=1)
+    assert again.data_path == builder.data_path
+    path.write_text("\n".join([*lines, '{"prompts": ["new", "line"]}']))
+    changed = prompts_tfds.build(path, tmp_path / "data", min_segments=2)
+    assert changed.data_path != builder.data_path and set(changed.info.splits) == {"train"}
+    assert len(changed.as_data_source("train")) == 9
+
+
+def test_a_malformed_file_leaves_no_tfds_dataset(tmp_path):
+    path = write(tmp_path, "p.txt", "1,[a]\n2,[b\n")
+    with pytest.raises(ValueError, match=r"p\.txt:2: a bracket is not closed"):
+        prompts_tfds.build(path, tmp_path / "data")
+    assert not list((tmp_path / "data").rglob("*.array_record*")) and not list((tmp_path / "data").rglob("*info.json"))
+
+
+def test_tfds_dataset_needs_no_tensorflow(tmp_path):
+    path = write(tmp_path, "p.txt", FORMATTED)
+    program = f"""
+import sys
+from kvpo_jax.data import prompts_tfds
+source = prompts_tfds.build({str(path)!r}, {str(tmp_path / "data")!r}).as_data_source("train")
+print([prompts_tfds.to_sequence(row).line for row in source])
+assert not {{"tensorflow", "torch"}} & sys.modules.keys()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[1, 4, 5]"
