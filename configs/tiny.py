@@ -112,6 +112,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.train = t = ConfigDict()
     t.iterations = 40
     t.prompts_per_iteration = 4  # P
+    t.micro_batch = 0  # prompts at a time, their gradients summed; a divisor of P, 0 = all at once
     t.epochs = 1  # optimiser steps per rollout
     t.rollouts_per_sync = 1  # rollouts before the old policy is refreshed
     t.learning_rate = 1e-3

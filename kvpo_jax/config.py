@@ -57,7 +57,8 @@ MINIMUM = {
     "replay.sigma_floor": 0.0, "replay.blocks": 0, "replay.grad_steps": 1, "replay.chunk": 0,
     "objective.beta": 0.0, "objective.clip_low": 0.0, "objective.clip_high": 0.0, "objective.advantage_clip": 0.0,
     "reward.clip_frames": 0,
-    "train.iterations": 1, "train.prompts_per_iteration": 1, "train.epochs": 1, "train.rollouts_per_sync": 1,
+    "train.iterations": 1, "train.micro_batch": 0,
+    "train.prompts_per_iteration": 1, "train.epochs": 1, "train.rollouts_per_sync": 1,
     "train.learning_rate": 0.0, "train.warmup": 0, "train.weight_decay": 0.0, "train.ema_decay": 0.0,
     "train.checkpoint_every": 1, "train.keep": 1, "train.video_every": 0,
     "eval.prompts": 2, "eval.every": 0, "eval.batch": 1, "mesh.data": 0, "mesh.branch": 0,
@@ -227,6 +228,11 @@ def check(config: ConfigDict) -> None:
     for name in ("rollout.perturbed_steps", "replay.grad_steps"):
         if fields[name] > steps:
             raise ValueError(f"config.{name}={fields[name]}, but config.sampler.steps has only {steps}")
+    if config.train.micro_batch and config.train.prompts_per_iteration % config.train.micro_batch:
+        raise ValueError(
+            f"config.train.micro_batch={config.train.micro_batch} does not divide "
+            f"config.train.prompts_per_iteration={config.train.prompts_per_iteration}"
+        )
     switches = (0, *config.video.switch_frames, frames)
     if list(switches) != sorted(set(switches)) or any(f % config.video.block_frames for f in switches):
         raise ValueError(

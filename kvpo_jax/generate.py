@@ -45,7 +45,7 @@ def stream(
     config: ml_collections.ConfigDict,
     embed: Callable[[Sequence[str]], np.ndarray],
     variables: PyTree,
-    key: Array,
+    key: rollout.NoiseKey,
     sentence_at: Callable[[int], str],
     blocks: int,
 ) -> Iterator[Array]:
@@ -244,7 +244,7 @@ def main(arguments: list[str]) -> None:
             spoken[0] = sentence_at(frame)
             return spoken[0]
 
-        key = rollout.stream(given.seed, "heldout", index)
+        key = rollout.NoiseKey(rollout.stream(given.seed, "heldout", index), jnp.arange(1))
         file = Path(given.output) / name_of(index, sentences[0] if sentences else "interactive")
         try:
             write_video(file, backbone, decoder, run(key, said, blocks), blocks, lambda spoken=spoken: spoken[0])

@@ -106,7 +106,7 @@ def evaluate(
     for first in range(0, config.eval.prompts, config.eval.batch):
         batch = prompt_batch(backbone, mesh, "heldout", range(first, first + config.eval.batch))
         text = stages.encode_text(variables, batch.embeddings)
-        key = rollout.stream(0, "heldout", first)
+        key = rollout.NoiseKey(rollout.stream(0, "heldout", first), jnp.arange(config.eval.batch))
         latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
         videos = decode(jnp.concatenate(latents, axis=1)[:, None])
         scores = score(pixels=videos, prompts=batch.sentences)

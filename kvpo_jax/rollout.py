@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from kvpo_jax import flow, kv_cache, memory_bank, routing, sharding
@@ -164,10 +165,10 @@ class Stages:
       encode_text: (variables, float[P, M, K, text_dim]) -> text.
       blank: (P) -> a history without frames.
       draw: (key, prompts int32[P], fork frame) -> CHR draws int32[P, G, routed].
-      shared_block: (variables, text, segment, history, key, start_frame) -> x_clean float[P, F, Y, X, C], history.
+      shared_block: (variables, text, segment, history, NoiseKey, start_frame) -> x_clean float[P, F, Y, X, C], history.
       shared_recache: (variables, text, segment, changed, history, latents, start_frame) -> history.
       fork: (history) -> empty pages for the anchor and the branches.
-      branch_block: (variables, text, segment, history, page, selected, perturbed, key, start_frame)
+      branch_block: (variables, text, segment, history, page, selected, perturbed, NoiseKey, start_frame)
         -> BlockRecord, page.
       branch_recache: (variables, text, segment, changed, history, page, latents, start_frame) -> page.
     """
@@ -196,11 +197,24 @@ def recorded_blocks(config: ml_collections.ConfigDict) -> int:
     return max(config.replay.blocks, config.rollout.window_blocks)
 
 
-def block_noise(key: Array, prompts: int, start_frame: Array, shape: tuple[int, ...]) -> Array:
+@struct.dataclass
+class NoiseKey:
+    """What the noise of a batch is drawn from.
+
+    Attributes:
+      key: of the iteration.
+      prompts: int32[P], the number of each prompt in its iteration; the same in whatever batches they come.
+    """
+
+    key: Array
+    prompts: Array
+
+
+def block_noise(noise: NoiseKey, start_frame: Array, shape: tuple[int, ...]) -> Array:
     """Noise float[P, *shape] of one block: a function of seed, prompt and frame, never of the branch or the policy."""
-    key = jax.random.fold_in(key, start_frame)
+    key = jax.random.fold_in(noise.key, start_frame)
     draw = lambda prompt: jax.random.normal(jax.random.fold_in(key, prompt), shape)
-    return jax.vmap(draw)(jnp.arange(prompts))
+    return jax.vmap(draw)(noise.prompts)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -304,12 +318,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
     )
 
     def keyed_shared_block(variables, text, segment, history, key, start_frame):
-        noise = block_noise(key, history.frame.shape[0], start_frame, noise_shape)
+        noise = block_noise(key, start_frame, noise_shape)
         return shared_block_(variables, text, segment, history, noise, start_frame)
 
     def keyed_branch_block(variables, text, segment, history, page, selected, perturbed, key, start_frame):
         p, t = page.frame.shape[:2]
-        noise = block_noise(key, p, start_frame, noise_shape)
+        noise = block_noise(key, start_frame, noise_shape)
         routed = perturbed & jnp.asarray(order >= 0)[:, None] & jnp.asarray(routed_pass)[None, :]
         routed = jnp.broadcast_to(routed, (p, t, passes))
         selected = selected[:, np.maximum(order, 0)]
@@ -379,7 +393,7 @@ def generate(
     variables: PyTree,
     text: TextKV,
     changed: np.ndarray,
-    key: Array,
+    key: NoiseKey,
     blocks: int,
 ) -> tuple[list[Array], KVCache]:
     """Generates the first `blocks` blocks under the deployment window.
@@ -420,7 +434,7 @@ def rollout(
     variables: PyTree,
     text: TextKV,
     changed: np.ndarray,
-    noise_key: Array,
+    noise_key: NoiseKey,
     selected: Array,
     pivot: int,
 ) -> Rollout:
@@ -461,7 +475,7 @@ def rollout(
     of_branches = lambda x: sharding.branches_of(x, mesh, branches)
     starts = [block * frames for block, _ in records]
     shape = (len(config.sampler.steps) + 1, *prefix[0].shape[1:])
-    noise = [block_noise(noise_key, changed.shape[0], start, shape)[:, -1] for start in starts]
+    noise = [block_noise(noise_key, start, shape)[:, -1] for start in starts]
     return Rollout(
         branches=of_branches(video),
         anchor=video[:, 0],

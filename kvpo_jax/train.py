@@ -113,11 +113,25 @@ def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[...
     return sharding.shard(of_shard, mesh, in_specs=in_specs, out_specs=sharding.TRAJECTORIES)
 
 
-def make_update(config: ml_collections.ConfigDict, mesh: Mesh, optimiser: optax.GradientTransformation) -> Callable:
-    """(state, params, Experience) -> (state, metrics, energies float[P, G]): one optimiser step (Eqs. 6-8, 15-16).
+@struct.dataclass
+class Gradient:
+    """Sums over the micro-batches of an optimiser step.
 
-    Where the gate is closed for every prompt (config.objective.gate), LoRA and optimiser state stay as they are:
-    a zero gradient alone would still let AdamW's momentum and decay move them.
+    Attributes:
+      lora: gradient of the loss.
+      safe: int32[], prompts whose gate is open.
+      metrics: name -> float[].
+    """
+
+    lora: PyTree
+    safe: Array
+    metrics: dict[str, Array]
+
+
+def make_gradient(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable:
+    """(lora, params, Experience, Gradient or None) -> (Gradient, energies float[P, G]): Eqs. 6-8, 15-16.
+
+    Adds the micro-batch's share of the mean over all prompts of the iteration to what was there.
     """
     energies = make_energies(config, mesh)
     of_group = partial(objective.loss, config.objective)
@@ -127,38 +141,59 @@ def make_update(config: ml_collections.ConfigDict, mesh: Mesh, optimiser: optax.
         e = sharding.constrain(e, mesh)  # every device sees the G energies of a group
         old = jnp.where(experience.on_policy, jax.lax.stop_gradient(e), experience.energies_old)
         value, diagnostics = jax.vmap(of_group)(e, old, experience.energies_ref, experience.advantages, experience.safe)
-        return jnp.mean(value), (diagnostics, old)
+        share = len(value) / config.train.prompts_per_iteration
+        return share * jnp.mean(value), (share, diagnostics, old)
 
     # Without out_shardings the second call could see other placements than the first, and compile again.
-    @partial(jax.jit, out_shardings=(jax.sharding.NamedSharding(mesh, sharding.REPLICATED), None, None))
-    def update(state, params, experience):
-        (value, (diagnostics, old)), grads = jax.value_and_grad(loss, has_aux=True)(state.lora, params, experience)
-        updates, optimiser_state = optimiser.update(grads, state.optimiser, state.lora)
+    @partial(jax.jit, out_shardings=(jax.sharding.NamedSharding(mesh, sharding.REPLICATED), None))
+    def gradient(lora, params, experience, before):
+        (value, (share, diagnostics, old)), grads = jax.value_and_grad(loss, has_aux=True)(lora, params, experience)
+        metrics = {"loss": value, **{name: share * mean for name, mean in diagnostics.means().items()}}
+        out = Gradient(grads, jnp.sum(experience.safe), metrics)
+        return out if before is None else jax.tree.map(jnp.add, before, out), old
+
+    return gradient
+
+
+def make_apply(config: ml_collections.ConfigDict, mesh: Mesh, optimiser: optax.GradientTransformation) -> Callable:
+    """(state, Gradient) -> (state, metrics): one optimiser step.
+
+    Where the gate is closed for every prompt (config.objective.gate), LoRA and optimiser state stay as they are:
+    a zero gradient alone would still let AdamW's momentum and decay move them.
+    """
+
+    @partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    def apply(state, gradient):
+        updates, optimiser_state = optimiser.update(gradient.lora, state.optimiser, state.lora)
         lora = optax.apply_updates(state.lora, updates)
-        skip = ~jnp.any(experience.safe) & (config.objective.gate in ("zero", "mechanism_1"))
+        skip = (gradient.safe == 0) & (config.objective.gate in ("zero", "mechanism_1"))
         keep = lambda new, before: jax.tree.map(lambda n, b: jnp.where(skip, b, n), new, before)
         lora, optimiser_state = keep(lora, state.lora), keep(optimiser_state, state.optimiser)
         metrics = {
-            "loss": value,
-            "grad_norm": optax.global_norm(grads),
+            **gradient.metrics,
+            "grad_norm": optax.global_norm(gradient.lora),
             "update_norm": optax.global_norm(jax.tree.map(jnp.subtract, lora, state.lora)),
             "lora_norm": optax.global_norm(lora),
             "skipped_update": skip.astype(jnp.float32),
-            **diagnostics.means(),
         }
         ema = optax.incremental_update(lora, state.ema, 1 - config.train.ema_decay)
-        return state.replace(lora=lora, ema=keep(ema, state.ema), optimiser=optimiser_state), metrics, old
+        return state.replace(lora=lora, ema=keep(ema, state.ema), optimiser=optimiser_state), metrics
 
-    return update
+    return apply
 
 
-def experience_advantages(config: ml_collections.ConfigDict, scores: Scores, local: Scores | None, key: Array) -> Array:
-    """Advantages float[P, G] of the configured kind, with the controls of the objective section applied."""
+def experience_advantages(
+    config: ml_collections.ConfigDict, scores: Scores, local: Scores | None, key: Array, first: int = 0
+) -> Array:
+    """Advantages float[P, G] of the configured kind, with the controls of the objective section applied.
+
+    `first` is the number of the first prompt in its iteration.
+    """
     advantages = objective.advantages(config.objective, config.reward.weights, scores, local)
     if config.objective.negate_advantages:
         advantages = -advantages
     if config.objective.shuffle_advantages:
-        keys = jax.random.split(key, len(advantages))
+        keys = jax.random.split(key, config.train.prompts_per_iteration)[first : first + len(advantages)]
         advantages = jax.vmap(jax.random.permutation)(keys, advantages)
     return advantages
 
@@ -191,18 +226,42 @@ def score(
     return whole, composite.score_window(backbone.scorer, branches, anchor, of_fork, config.reward.weights, window)
 
 
-def group_metrics(scores: Scores, pixels: Array, energies: Array) -> dict[str, float]:
+@struct.dataclass
+class Group:
+    """What is reported of a micro-batch.
+
+    Attributes:
+      scores: of its P groups.
+      energies: float[P, G], of the old policy.
+      pixel_std: float[], of the branches of a group, the mean over pixels.
+      clips: float[1 + G, frames, h, w, 3], the anchor and the branches of the first prompt.
+      sentences: P sequences (static).
+    """
+
+    scores: Scores
+    energies: Array
+    pixel_std: Array
+    clips: np.ndarray
+    sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """What the groups of an iteration look like: rewards, win rate over the anchor, diversity, spread of energies."""
-    metrics = {
-        "reward": scores.branches.mean(),
-        "reward_anchor": scores.anchor.mean(),
-        "reward_std_in_group": scores.branches.std(axis=1).mean(),
-        "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
-        "pixel_std_in_group": pixels.std(axis=1).mean(),
-        "energy_old_std_in_group": energies.std(axis=1).mean(),
-    }
-    metrics |= {f"reward_{name}": branches.mean() for name, (branches, _) in scores.components.items()}
-    return {name: float(value) for name, value in metrics.items()}
+
+    def of(group: Group) -> dict[str, Array]:
+        scores = group.scores
+        return {
+            "reward": scores.branches.mean(),
+            "reward_anchor": scores.anchor.mean(),
+            "reward_std_in_group": scores.branches.std(axis=1).mean(),
+            "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
+            "pixel_std_in_group": group.pixel_std,
+            "energy_old_std_in_group": group.energies.std(axis=1).mean(),
+            **{f"reward_{name}": branches.mean() for name, (branches, _) in scores.components.items()},
+        }
+
+    rows = [of(group) for group in groups]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def check_finite(metrics: Mapping[str, Array], energies: Array, sentences: Sequence[Sequence[str]]) -> None:
@@ -213,7 +272,7 @@ def check_finite(metrics: Mapping[str, Array], energies: Array, sentences: Seque
             f"the energy of branch {branch} of prompt {sentences[prompt]} is {energies[prompt, branch]}"
         )
     for name in ("loss", "grad_norm"):
-        if not np.isfinite(metrics[name]):
+        if name in metrics and not np.isfinite(metrics[name]):
             raise FloatingPointError(f"{name} is {metrics[name]} though every energy is finite")
 
 
@@ -264,15 +323,14 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
     """
     workdir = Path(workdir)
     clock = Clock()
-    mesh = sharding.make_mesh(
-        config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, config.rollout.branches
-    )
+    prompts_at_once = config.train.micro_batch or config.train.prompts_per_iteration
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts_at_once, config.rollout.branches)
     backbone = backbone_lib.load(config)
     params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
     stages = rollout.build(config, mesh)
     optimiser = make_optimiser(config.train)
     energies = jax.jit(make_energies(config, mesh))
-    update = make_update(config, mesh, optimiser)
+    gradient, apply = make_gradient(config, mesh), make_apply(config, mesh, optimiser)
     decoder = backbone.load_decoder(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
     decode = partial(heldout.make_decode(backbone, mesh), decoder)
 
@@ -292,6 +350,43 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
         flush=True,
     )
 
+    def explore(state: TrainState, iteration: int, first: int, on_policy: bool) -> tuple[Experience, Group]:
+        """Steps 1 to 3 for the prompts from `first` on, and the energies that do not change in the epochs."""
+        key = partial(rollout.stream, config.seed, step=iteration)
+        numbers = np.arange(first, first + prompts_at_once)
+
+        # Step 1: CHR-based exploration with the old policy, and step 2: what the replay needs of it.
+        with clock.time("rollout"):
+            start = prompt_indices(config, iteration)[0]
+            batch = heldout.prompt_batch(backbone, mesh, "train", [start + int(n) for n in numbers])
+            pivot = draw_pivot(config, iteration)
+            behaviour = {"params": params, "lora": state.old}
+            text = stages.encode_text(behaviour, batch.embeddings)
+            selected = stages.draw(key(name="routing"), jnp.asarray(numbers), pivot * config.video.block_frames)
+            noise = rollout.NoiseKey(key(name="noise"), jnp.asarray(numbers))
+            videos = jax.block_until_ready(
+                rollout.rollout(stages, config, mesh, behaviour, text, batch.changed, noise, selected, pivot)
+            )
+
+        # Step 3: rewards and group-normalised advantages.
+        with clock.time("reward"):
+            pixels, anchor_pixels = decode(videos.branches), decode(videos.anchor[:, None])[:, 0]
+            scores, local = score(config, backbone, batch.sentences, pixels, anchor_pixels, pivot)
+            advantages = experience_advantages(config, scores, local, key(name="shuffle"), first)
+            safe = objective.safe(scores, local)
+
+        with clock.time("update"):
+            replayed = (batch.embeddings, text, videos.replay)
+            reference = energies(params, state.reference, *replayed)
+            experience = Experience(
+                tuples=videos.replay, embeddings=batch.embeddings, text=text, advantages=advantages, safe=safe,
+                energies_old=reference if on_policy else energies(params, state.old, *replayed),
+                energies_ref=reference, on_policy=jnp.asarray(on_policy),
+            )  # fmt: skip
+        clips = np.concatenate([anchor_pixels[:1], pixels[0]])
+        group = Group(scores, reference, pixels.std(axis=1).mean(), clips, batch.sentences)
+        return experience, group
+
     def evaluation(lora: PyTree) -> heldout.Heldout:
         with clock.time("evaluation"):
             return heldout.evaluate(config, backbone, mesh, stages, decode, {"params": params, "lora": lora})
@@ -304,44 +399,33 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
     with terminated() as stop, saved_on_error(checkpoints, lambda: save(good)):
         while iteration < config.train.iterations and not stop.is_set():
             good, online, ema = state, None, None
-            key = partial(rollout.stream, config.seed, step=iteration)
+            on_policy = iteration % config.train.rollouts_per_sync == 0
 
-            # Step 1: CHR-based exploration with the old policy, and step 2: what the replay needs of it.
-            with clock.time("rollout"):
-                batch = heldout.prompt_batch(backbone, mesh, "train", prompt_indices(config, iteration))
-                pivot = draw_pivot(config, iteration)
-                behaviour = {"params": params, "lora": state.old}
-                text = stages.encode_text(behaviour, batch.embeddings)
-                selected = stages.draw(
-                    key(name="routing"), jnp.arange(len(batch.sentences)), pivot * config.video.block_frames
-                )
-                videos = jax.block_until_ready(
-                    rollout.rollout(
-                        stages, config, mesh, behaviour, text, batch.changed, key(name="noise"), selected, pivot
-                    )
-                )
-
-            # Step 3: rewards and group-normalised advantages.
-            with clock.time("reward"):
-                pixels, anchor_pixels = decode(videos.branches), decode(videos.anchor[:, None])[:, 0]
-                scores, local = score(config, backbone, batch.sentences, pixels, anchor_pixels, pivot)
-                advantages = experience_advantages(config, scores, local, key(name="shuffle"))
-                safe = objective.safe(scores, local)
+            # Steps 1 to 3 for some prompts at a time. With several epochs they are all kept, with one they are not.
+            explored = (
+                explore(state, iteration, first, on_policy)
+                for first in range(0, config.train.prompts_per_iteration, prompts_at_once)
+            )
+            if config.train.epochs > 1:
+                explored = list(explored)
 
             # Step 4: replay under the unperturbed context, and step 5: the PPO-KL update.
-            with clock.time("update"):
-                on_policy = iteration % config.train.rollouts_per_sync == 0
-                replayed = (batch.embeddings, text, videos.replay)
-                reference = energies(params, state.reference, *replayed)
-                old = reference if on_policy else energies(params, state.old, *replayed)
-                for epoch in range(config.train.epochs):
-                    experience = Experience(
-                        tuples=videos.replay, embeddings=batch.embeddings, text=text, advantages=advantages, safe=safe,
-                        energies_old=old, energies_ref=reference, on_policy=jnp.asarray(on_policy and epoch == 0),
-                    )  # fmt: skip
-                    updated, metrics, old = update(state, params, experience)
-                    check_finite(metrics, old, batch.sentences)
+            old, groups = {}, []
+            for epoch in range(config.train.epochs):
+                total = None
+                for number, (experience, group) in enumerate(explored):
+                    with clock.time("update"):
+                        if epoch:
+                            experience = experience.replace(energies_old=old[number], on_policy=jnp.asarray(False))
+                        total, old[number] = gradient(state.lora, params, experience, total)
+                        check_finite(total.metrics, old[number], group.sentences)
+                    if not epoch:
+                        groups.append(group.replace(energies=old[number]))
+                with clock.time("update"):
+                    updated, metrics = apply(state, total)
+                    check_finite(metrics, old[number], group.sentences)
                     state = updated
+            with clock.time("update"):
                 iteration += 1
                 synced = iteration % config.train.rollouts_per_sync == 0
                 state = state.replace(
@@ -349,7 +433,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                     old=state.lora if synced else state.old,
                 )
 
-            metrics = {**jax.device_get(metrics), **group_metrics(scores, pixels, old), "pivot": pivot}
+            metrics = {**jax.device_get(metrics), **group_metrics(groups), "pivot": draw_pivot(config, iteration - 1)}
             last = iteration == config.train.iterations
             if last or (config.eval.every and iteration % config.eval.every == 0):
                 online, ema = evaluation(state.lora), evaluation(state.ema)
@@ -360,8 +444,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
             progress.line(iteration - 1, metrics)
             if config.train.video_every and (iteration == 1 or last or iteration % config.train.video_every == 0):
                 names = ("anchor", *(f"branch {g}" for g in range(config.rollout.branches)))
-                clips = np.concatenate([anchor_pixels[:1], pixels[0]])
-                writer.write_videos(iteration - 1, "branches", list(zip(names, clips, strict=True)))
+                writer.write_videos(iteration - 1, "branches", list(zip(names, groups[0].clips, strict=True)))
             if last or iteration % config.train.checkpoint_every == 0:
                 save(state)
         if stop.is_set():

@@ -32,7 +32,7 @@ def world():
 
 def test_streams_what_the_rollout_generates(world):
     config, backbone, stages, variables = world
-    key = jax.random.key(5)
+    key = rollout.NoiseKey(jax.random.key(5), jnp.arange(1))
     text = stages.encode_text(variables, jnp.asarray(backbone.embed(SENTENCES))[None])
     theirs, _ = rollout.generate(stages, config, variables, text, np.ones((1, 2), bool), key, BLOCKS)
     run = partial(generate.stream, stages, config, backbone.embed, variables, key)
@@ -47,7 +47,9 @@ def test_streams_what_the_rollout_generates(world):
 
 def test_prompts_may_switch_before_a_window_of_frames_is_there(world):
     config, backbone, stages, variables = world
-    run = partial(generate.stream, stages, config, backbone.embed, variables, jax.random.key(5))
+    run = partial(
+        generate.stream, stages, config, backbone.embed, variables, rollout.NoiseKey(jax.random.key(5), jnp.arange(1))
+    )
     ours = list(run(generate.schedule(SENTENCES, (3,)), 3))
     assert all(np.isfinite(x).all() for x in ours)
     assert not np.array_equal(ours[1], list(run(generate.schedule(SENTENCES[:1], ()), 3))[1])
@@ -85,7 +87,8 @@ def test_command_writes_videos_that_play(tmp_path, world):
     assert video.shape == (15, 128, 128, 3)
     assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (15, 128, 128, 3)
     config, backbone, stages, variables = world
-    run = partial(generate.stream, stages, config, backbone.embed, variables, rollout.stream(5, "heldout", 0))
+    noise = rollout.NoiseKey(rollout.stream(5, "heldout", 0), jnp.arange(1))
+    run = partial(generate.stream, stages, config, backbone.embed, variables, noise)
     latents = jnp.concatenate(list(run(generate.schedule(SENTENCES, (6,)), 5)), axis=1)
     pixels = generate.enlarge(np.asarray(backbone.decode({}, latents)[0]))
     assert np.abs(video.astype(int) - pixels).mean() < 4  # of 255; h264 rounds

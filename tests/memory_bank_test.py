@@ -121,9 +121,8 @@ def test_memflow_rollout_forks_its_bank_and_replays_it():
     embeddings = rng.normal(size=(2, 2, cfg.text_len, cfg.text_dim)).astype(np.float32)
     text = stages.encode_text(variables, embeddings)
     identity = jnp.broadcast_to(jnp.arange(6, 12, dtype=jnp.int32), (2, 2, 6))
-    run = partial(
-        rollout.rollout, stages, config, mesh, variables, text, np.ones((2, 2), bool), jax.random.key(3), pivot=5
-    )
+    noise = rollout.NoiseKey(jax.random.key(3), jnp.arange(2))
+    run = partial(rollout.rollout, stages, config, mesh, variables, text, np.ones((2, 2), bool), noise, pivot=5)
     # At pivot 5 the default local window is 6..14; three near frames stay.
     same = run(selected=identity)
     np.testing.assert_array_equal(same.branches, jnp.repeat(same.anchor[:, None], 2, axis=1))

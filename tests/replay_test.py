@@ -82,7 +82,8 @@ def world() -> World:
     variables = jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype), like)
     other = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), variables["lora"])
     text = stages.encode_text(variables, rng.normal(size=(PROMPTS, 2, 3, 4)).astype(np.float32))
-    run = (stages, config, variables, text, np.ones((PROMPTS, 2), bool), jax.random.key(7))
+    noise = rollout.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
+    run = (stages, config, variables, text, np.ones((PROMPTS, 2), bool), noise)
 
     def roll(config, selected):
         stages, _, *rest = run

@@ -33,6 +33,10 @@ def make_config(spec: str = "configs/tiny.py", **fields) -> ml_collections.Confi
     return config_lib.override(config_lib.load(spec), [f"--config.{name}={value}" for name, value in fields.items()])
 
 
+def noise_key(seed: int, prompts: int = PROMPTS) -> rollout.NoiseKey:
+    return rollout.NoiseKey(jax.random.key(seed), jnp.arange(prompts))
+
+
 @dataclasses.dataclass(frozen=True)
 class World:
     """All that a rollout takes, but the draws and the pivot. Prompt 0 changes at every switch, prompt 1 never."""
@@ -43,7 +47,7 @@ class World:
     variables: PyTree
     text: TextKV
     changed: np.ndarray
-    key: jax.Array
+    key: rollout.NoiseKey
 
     def with_fields(self, **fields) -> "World":
         """Other fields that only the host's loop over blocks reads: the compiled stages serve them as well."""
@@ -75,7 +79,7 @@ def make_world(config: ml_collections.ConfigDict) -> World:
     embeddings[1] = embeddings[1, 0]
     changed = np.array([[False, True, True], [False, False, False]])
     text = stages.encode_text(variables, embeddings)
-    return World(config, mesh, stages, variables, text, changed, jax.random.key(7))
+    return World(config, mesh, stages, variables, text, changed, noise_key(7))
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +198,12 @@ def test_future_noise_does_not_change_the_past(world):
     before = world.generate(5)[1]
     asked = jnp.broadcast_to(jnp.arange(15), (PROMPTS, 1, 15))
     past = read(asked, before)
-    (x, history), (other, other_history) = one_more(world.key), one_more(jax.random.key(8))
+    (x, history), (other, other_history) = one_more(world.key), one_more(noise_key(8))
     assert differs(x, other)
     for cache in (history, other_history):
         np.testing.assert_array_equal(cache.frame[:, 15:18], [[15, 16, 17]] * PROMPTS)
-        chex.assert_trees_all_equal(read(asked, cache), past)
+        found = read(asked, cache)
+        chex.assert_trees_all_equal((found.k, found.v, found.frame), (past.k, past.v, past.frame))
 
 
 # ---------------------------------------------------------------- what is routed
@@ -281,14 +286,14 @@ def test_states_follow_the_solver_and_end_in_the_video(world, rolled):
 
 def test_noise_is_of_seed_prompt_and_frame(world, rolled):
     shape = (STEPS + 1, FRAMES, 4, 2, 2)
-    noise = rollout.block_noise(world.key, PROMPTS, 18, shape)
+    noise = rollout.block_noise(world.key, 18, shape)
     np.testing.assert_array_equal(rolled.replay.z[:, :, 1, 0], against(rolled.replay.z[:, :, 1, 0], noise[:, 0]))
     np.testing.assert_array_equal(rolled.replay.noise[:, 1], noise[:, -1])
-    np.testing.assert_array_equal(rollout.block_noise(world.key, 1, 18, shape)[0], noise[0])
+    np.testing.assert_array_equal(rollout.block_noise(noise_key(7, 1), 18, shape)[0], noise[0])
     # Another prompt, frame and seed.
     for other in (
         noise[1],
-        *(rollout.block_noise(*of, shape)[0] for of in ((world.key, 1, 21), (jax.random.key(8), 1, 18))),
+        *(rollout.block_noise(*of, shape)[0] for of in ((world.key, 21), (noise_key(8), 18))),
     ):
         assert abs(np.corrcoef(np.ravel(noise[0]), np.ravel(other))[0, 1]) < 0.2
 
@@ -406,7 +411,7 @@ def test_the_release_preset(world):
     # All steps are routed, and each adds the noise that the branches share.
     schedule = flow.schedule(release.config.sampler.steps, 5.0, "renoise", 0.001)
     rows = routing.routed_rows(window, selected, 24)
-    noise = rollout.block_noise(release.key, PROMPTS, 24, (STEPS + 1, FRAMES, 4, 2, 2))
+    noise = rollout.block_noise(release.key, 24, (STEPS + 1, FRAMES, 4, 2, 2))
     for step in range(STEPS):
         z, u = out.replay.z[:, :, 0, step], out.replay.u[:, :, 0, step]
         velocity, _ = read_velocity(release, z, schedule.sigma[step], rows, 24, out.replay.history)

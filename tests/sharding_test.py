@@ -58,7 +58,8 @@ def run(data: int, branch: int, tuples: ReplayTuples | None = None) -> Run:
     changed = np.array([[False, True, True], [False, True, False], [False, False, True], [False, False, False]])
 
     def roll(selected):
-        out = rollout.rollout(stages, config, mesh, variables, text, changed, jax.random.key(7), selected, PIVOT)
+        noise = rollout.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
+        out = rollout.rollout(stages, config, mesh, variables, text, changed, noise, selected, PIVOT)
         return jax.tree.map(np.asarray, out)
 
     selected = stages.draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)

@@ -133,7 +133,8 @@ def make_experience(config):
     behaviour = {"params": params, "lora": state.old}
     text = stages.encode_text(behaviour, batch.embeddings)
     selected = stages.draw(jax.random.key(1), jnp.arange(PROMPTS), 15)
-    videos = rollout.rollout(stages, config, mesh, behaviour, text, batch.changed, jax.random.key(2), selected, 5)
+    noise = rollout.NoiseKey(jax.random.key(2), jnp.arange(PROMPTS))
+    videos = rollout.rollout(stages, config, mesh, behaviour, text, batch.changed, noise, selected, 5)
     reference = jax.jit(train.make_energies(config, mesh))(
         params, state.reference, batch.embeddings, text, videos.replay
     )
@@ -145,27 +146,39 @@ def make_experience(config):
     return config, mesh, params, optimiser, state, experience
 
 
+def make_update(config, mesh, optimiser):
+    """(state, params, experience) -> (state, metrics, energies): an optimiser step on one micro-batch."""
+    gradient, apply = train.make_gradient(config, mesh), train.make_apply(config, mesh, optimiser)
+
+    def update(state, params, experience):
+        total, old = gradient(state.lora, params, experience, None)
+        return *apply(state, total), old
+
+    update.gradient, update.apply = gradient, apply
+    return update
+
+
 def test_ratio_is_exactly_one_on_policy_and_not_after_a_step(experience):
     config, mesh, params, optimiser, state, batch = experience
-    update = train.make_update(config, mesh, optimiser)
+    update = make_update(config, mesh, optimiser)
     after, metrics, old = update(state, params, batch)
     assert metrics["ratio_deviation"] == 0
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     _, metrics, _ = update(after, params, batch.replace(energies_old=old, on_policy=jnp.asarray(False)))
     assert metrics["ratio_deviation"] > 0
-    assert update._cache_size() == 1
+    assert update.gradient._cache_size() == update.apply._cache_size() == 1
 
 
 def test_both_ways_to_the_old_energies_agree(experience):
     """The energies that the update finds at theta = old are those of a forward pass with the old policy."""
     config, mesh, params, optimiser, state, batch = experience
-    _, _, old = train.make_update(config, mesh, optimiser)(state, params, batch)
+    _, _, old = make_update(config, mesh, optimiser)(state, params, batch)
     np.testing.assert_allclose(old, batch.energies_ref, rtol=2e-6)
 
 
 def test_closed_gate_leaves_lora_and_optimiser_alone(experience):
     config, mesh, params, optimiser, state, batch = experience
-    update = train.make_update(config, mesh, optimiser)
+    update = make_update(config, mesh, optimiser)
     state, _, _ = update(state, params, batch)  # so that there is momentum
     after, metrics, _ = update(state, params, batch.replace(safe=jnp.zeros(PROMPTS, bool)))
     assert metrics["grad_norm"] == 0
@@ -176,7 +189,7 @@ def test_closed_gate_leaves_lora_and_optimiser_alone(experience):
 def test_a_gated_prompt_has_no_say(experience):
     """With the gate of prompt 0 closed, its advantages change nothing."""
     config, mesh, params, optimiser, state, batch = experience
-    update = train.make_update(config, mesh, optimiser)
+    update = make_update(config, mesh, optimiser)
     safe = jnp.arange(PROMPTS) > 0
     a, _, _ = update(state, params, batch.replace(safe=safe))
     b, _, _ = update(state, params, batch.replace(safe=safe, advantages=batch.advantages.at[0].multiply(-3)))
@@ -185,7 +198,7 @@ def test_a_gated_prompt_has_no_say(experience):
 
 def test_the_update_raises_the_probability_of_better_branches(experience):
     config, mesh, params, optimiser, state, batch = experience
-    after, _, _ = train.make_update(config, mesh, optimiser)(state, params, batch)
+    after, _, _ = make_update(config, mesh, optimiser)(state, params, batch)
     energies = jax.jit(train.make_energies(config, mesh))(
         params, after.lora, batch.embeddings, batch.text, batch.tuples
     )
@@ -201,7 +214,7 @@ def test_the_update_raises_the_probability_of_better_branches(experience):
 def test_one_device_is_eight_devices(experience, weights, data, branch):
     """The same rollout, energies, gradient step and LoRA, to 1e-6."""
     config, mesh, params, optimiser, state, batch = experience
-    after, metrics, old = train.make_update(config, mesh, optimiser)(state, params, batch)
+    after, metrics, old = make_update(config, mesh, optimiser)(state, params, batch)
     config = make_config(weights, mesh__data=data, mesh__branch=branch)
     _, mesh, params, optimiser, state, batch_ = make_experience(config)
     assert len(mesh.devices.reshape(-1)) == 8
@@ -209,10 +222,24 @@ def test_one_device_is_eight_devices(experience, weights, data, branch):
     # From the same experience, so that what is compared is the update.
     on_mesh = lambda like: like.sharding if isinstance(like.sharding, jax.sharding.NamedSharding) else None
     placed = jax.tree.map(lambda ours, like: jax.device_put(np.asarray(ours), on_mesh(like)), batch, batch_)
-    after_, metrics_, old_ = train.make_update(config, mesh, optimiser)(state, params, placed)
+    after_, metrics_, old_ = make_update(config, mesh, optimiser)(state, params, placed)
     np.testing.assert_allclose(old_, old, rtol=1e-6)
     np.testing.assert_allclose(metrics_["grad_norm"], metrics["grad_norm"], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after_.lora, after.lora)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_micro_batches_are_one_batch(weights, tmp_path, epochs):
+    """Two prompts at once or one after the other: the same rewards, gradient and LoRA, to 1e-6."""
+    states = []
+    for micro_batch in (0, 1):
+        config = make_config(weights, train__micro_batch=micro_batch, train__epochs=epochs, train__iterations=1)
+        train.train_and_evaluate(config, tmp_path / str(micro_batch))
+        states.append(saved_state(tmp_path / str(micro_batch), config, 1))
+    rows = [lines(tmp_path / name)[0] for name in "01"]
+    for name, value in rows[0].items():
+        assert rows[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), states[0].lora, states[1].lora)
 
 
 def test_only_lora_is_trained(experience):

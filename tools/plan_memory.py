@@ -5,7 +5,8 @@
 
 The first table is arithmetic on shapes and takes seconds. With --compile the programs of an iteration are lowered and
 compiled ahead of time for as many CPU devices, and XLA says what each needs besides its arguments; nothing is
-allocated. A run that does not fit is told which setting would help.
+allocated. XLA's CPU backend has no bfloat16 products and would keep float32 copies of whole caches, so a bfloat16 model
+is compiled in float32 and half of what it needs is shown. A run that does not fit is told which setting would help.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def bytes_of(tree: Any) -> int:
         shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) is not None else x.shape
         return int(np.prod(shape, dtype=np.int64)) * x.dtype.itemsize
 
-    return sum(size(x) for x in jax.tree.leaves(tree))
+    return sum(size(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
 
 
 def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]:
@@ -53,7 +54,7 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     from kvpo_jax.types import ReplayTuples
 
     cfg, video = wan_config(config), config.video
-    p, g = config.train.prompts_per_iteration, config.rollout.branches
+    p, g = config.train.micro_batch or config.train.prompts_per_iteration, config.rollout.branches
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, p, g)
     stages, optimiser = rollout.build(config, mesh), train.make_optimiser(config.train)
     order, _ = sharding.trajectories(mesh, g)
@@ -78,7 +79,7 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     text = placed(jax.eval_shape(stages.encode_text, variables, embeddings), sharding.TEXT)
     history = placed(jax.eval_shape(lambda: stages.blank(p)), sharding.history_spec(config.window.sink, bank))
     page = placed(jax.eval_shape(stages.fork, history), sharding.page_spec(config.window.sink, bank))
-    key = placed(jax.eval_shape(jax.random.key, 0), one)
+    key = rollout.NoiseKey(placed(jax.eval_shape(jax.random.key, 0), one), array((p,), jnp.int32, one))
     block = (video.block_frames, video.height, video.width, cfg.channels)
     routed = config.window.sink + config.window.past - config.window.near
     routed -= config.window.sink if config.window.keep_sink else 0
@@ -157,6 +158,9 @@ def main(arguments: list[str]) -> None:
         config = config_lib.resolve(_CONFIG.value, None, arguments[1:])
         config_lib.use_compilation_cache()
         parts, compiled = programs(config)
+        wide = config.copy_and_resolve_references()
+        wide.model.dtype = "float32"
+        as_float32 = programs(wide)[1] if _COMPILE.value else {}
     except ValueError as error:
         sys.exit(f"error: {error}")
     resident = {name: bytes_of(tree) / GB for name, tree in parts.items()}
@@ -169,18 +173,19 @@ def main(arguments: list[str]) -> None:
         print(
             f"  {'compiled program':42s} {'arguments':>9s} {'results':>9s} {'temporary':>9s} {'in all':>9s}   seconds"
         )
-        for name, (function, args) in compiled.items():
+        share = 0.5 if config.model.dtype == "bfloat16" else 1.0
+        for name, (function, args) in as_float32.items():
             begin = time.monotonic()
             memory = function.lower(*args).compile().memory_analysis()
-            given, out, temporary = (
-                x / GB for x in (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-            )
-            peaks[name] = given + out - memory.alias_size_in_bytes / GB + temporary
+            given = bytes_of(compiled[name][1]) / GB
+            out = share * (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GB
+            temporary = share * memory.temp_size_in_bytes / GB
+            peaks[name] = given + out + temporary
             seconds = time.monotonic() - begin
             print(
                 f"  {name:42s} {given:9.2f} {out:9.2f} {temporary:9.2f} {peaks[name]:9.2f}   {seconds:.0f}", flush=True
             )
-        print()
+        print("  (a result that takes the place of an argument is not counted again)\n")
     largest = max([sum(resident.values()), *peaks.values()])
     if largest > _MEMORY.value:
         print(f"does not fit into {_MEMORY.value:.0f} GB; what helps: {advice({**resident, **peaks}, config)}")

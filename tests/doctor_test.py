@@ -1,0 +1,75 @@
+"""Every trouble is named when it is there, and a healthy run has none."""
+
+import json
+
+import pytest
+
+from kvpo_jax import config as config_lib
+from kvpo_jax import doctor, train
+
+HEALTHY = {
+    "ratio_deviation": 0.0, "pixel_std_in_group": 0.01, "reward_std_in_group": 0.01, "gate": 0.5, "entropy": 2.0,
+    "clip_fraction": 0.1, "reward_anchor": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config():
+    return config_lib.load("configs/tiny.py")
+
+
+def rows(count, rising=True, **fields):
+    return [{**HEALTHY, "reward_anchor": 0.01 * i * rising + 0.1 * (i % 2), **fields} for i in range(count)]
+
+
+def diagnose(config, metrics):
+    return doctor.diagnose(config, len(metrics) - 1, metrics)
+
+
+def test_a_healthy_run_has_no_trouble(config):
+    assert diagnose(config, rows(100)) == {}
+
+
+@pytest.mark.parametrize(
+    "name, fields, count, advice",
+    [
+        ("ratio", {"ratio_deviation": 1e-7}, 1, "same program"),
+        ("identical branches", {"pixel_std_in_group": 0.0, "reward_std_in_group": 0.0}, 1, "rollout.perturbed_steps"),
+        ("no spread", {"reward_std_in_group": 0.0}, 1, "saturated"),
+        ("gate", {"gate": 0.0}, doctor.PATIENCE, "milder routing"),
+        ("entropy", {"entropy": 0.1}, doctor.PATIENCE, "objective.tau"),
+        ("clip", {"clip_fraction": 0.95}, doctor.PATIENCE, "train.learning_rate"),
+        ("flat", {"rising": False}, 2 * doctor.FLAT, "shuffle_advantages"),
+    ],
+)
+def test_each_trouble_has_a_name_and_advice(config, name, fields, count, advice):
+    found = diagnose(config, rows(count, **fields))
+    assert list(found) == [name]
+    assert advice in found[name]
+    if count > 1:
+        assert diagnose(config, rows(count - 1, **fields)) == {}
+
+
+def test_off_policy_ratios_are_no_trouble(config):
+    config = config_lib.override(config, ["--config.train.rollouts_per_sync=2"])
+    assert diagnose(config, rows(2, ratio_deviation=0.1)) == {}
+
+
+def test_a_trouble_is_told_when_it_begins_and_when_it_ends(config):
+    one = doctor.Doctor(config)
+    sick = {**HEALTHY, "pixel_std_in_group": 0.0}
+    said = [one.visit(i, metrics) for i, metrics in enumerate((HEALTHY, sick, sick, HEALTHY))]
+    assert [len(lines) for lines in said] == [0, 1, 0, 1]
+    assert "identical" in said[1][0] and said[3] == ["  doctor: over: identical branches"]
+
+
+def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsys):
+    """No routed step: every branch is its anchor."""
+    fields = {
+        "model.num_layers": 3, "rollout.perturbed_steps": 0, "train.iterations": 1, "eval.prompts": 2, "eval.batch": 2,
+        "train.prompts_per_iteration": 1, "rollout.branches": 2,
+    }  # fmt: skip
+    config = config_lib.override(config, [f"--config.{name}={value}" for name, value in fields.items()])
+    train.train_and_evaluate(config, tmp_path)
+    assert "doctor: the branches of every group are identical" in capsys.readouterr().out
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["pixel_std_in_group"] == 0
