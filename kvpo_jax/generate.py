@@ -213,7 +213,13 @@ def main(arguments: list[str]) -> None:
         if sum(bool(x) for x in (given.prompt, given.prompts, given.interactive)) != 1:
             raise ValueError("give one of --prompt (once per segment), --prompts=FILE and --interactive")
         overrides = [*arguments[1:], *([f"--config.weights={path}"] if path and not workdir else [])]
-        config = config_lib.resolve(given.config, workdir, overrides)
+        if (
+            workdir and not given.config
+        ):  # made with that run's configuration; what differs is this video's own business
+            config = config_lib.override(config_lib.load_saved(workdir / "config.json"), overrides)
+            config_lib.check(config)
+        else:
+            config = config_lib.resolve(given.config, None, overrides)
         config_lib.check_files(config, ("weights", "paths.vae"))
         frames = given.num_frames or config.video.blocks * config.video.block_frames
         blocks, rest = divmod(frames, config.video.block_frames)

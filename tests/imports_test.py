@@ -15,7 +15,7 @@ PACKAGE = Path(kvpo_jax.__file__).resolve().parent
 # whatever of it is not listed by itself.
 RANKS = [
     {"types", "config"},
-    {"flow", "routing", "kv_cache", "memory_bank", "objective", "data", "models.layers"},
+    {"flow", "routing", "kv_cache", "memory_bank", "objective", "doctor", "data", "models.layers"},
     {"models"},
     {"rollout", "replay", "rewards", "backbone", "checkpoint", "report", "sharding"},
     {"train", "generate", "evaluate", "heldout"},
