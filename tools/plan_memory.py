@@ -127,7 +127,7 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
         "replay forward": (
             jax.jit(train.make_energies(config, mesh)), (params, lora, embeddings, text, tuples),
         ),
-        "update": (train.make_update(config, mesh, optimiser), (state, params, experience)),
+        "gradient": (train.make_gradient(config, mesh), (lora, params, experience, None)),
     }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def advice(rows: dict[str, float], config) -> str:
         "pages": "rollout.branches smaller, or more devices over mesh.branch",
         "pixels": "train.prompts_per_iteration smaller, or more devices",
         "replay": f"replay.chunk below {config.replay.chunk}, model.remat=block",
-        "update": f"replay.chunk below {config.replay.chunk}, model.remat=block",
+        "gradient": f"replay.chunk below {config.replay.chunk}, model.remat=block",
         "block of": "train.prompts_per_iteration or rollout.branches smaller, or more devices",
         "LoRA": "lora.rank smaller",
         "base": "model.dtype=bfloat16",

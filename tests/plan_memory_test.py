@@ -1,0 +1,52 @@
+"""The memory plan, against sizes that can be worked out by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "plan_memory.py"
+
+
+def plan(tmp_path, *arguments):
+    command = [sys.executable, TOOL, f"--json={tmp_path / 'plan.json'}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "plan.json").read_text()), done.stdout
+
+
+def test_parts_and_programs_of_the_toy(tmp_path):
+    """On 4 devices, 2 over prompts and 2 over branches."""
+    figures, said = plan(
+        tmp_path,
+        "--config=configs/tiny.py",
+        "--devices=4",
+        "--compile",
+        "--config.mesh.data=2",
+        "--config.mesh.branch=2",
+    )
+    sizes = {name: round(1e9 * size) for name, size in figures["resident_gb"].items()}
+    frame = 2 * 3 * 4 * 96 * 4  # keys and values, layers, tokens, width, bytes
+    index = 4  # bytes of a slot's frame number
+    assert sizes["base weights"] == 541_488 * 4
+    assert sizes["history (shared by the branches)"] == 2 * 36 * (frame + index)  # half of 4 prompts
+    # Every shard has half of the branches and its anchor; a page holds the sink and twelve frames.
+    assert sizes["pages (one per trajectory)"] == 2 * 5 * 15 * (frame + index)
+    assert sizes["latents of all trajectories"] == 2 * 5 * 36 * 4 * 4 * 12 * 4
+    assert sizes["pixels of all trajectories"] == 2 * 5 * 36 * 8 * 8 * 3 * 4
+    assert set(figures["program_gb"]) == {
+        "block of the prefix (generate)", "block of all branches", "replay forward", "gradient"
+    }  # fmt: skip
+    assert all(size > 0 for size in figures["program_gb"].values())
+    assert "fits into 141 GB" in said
+
+
+def test_full_size_needs_more_than_a_small_card(tmp_path):
+    figures, said = plan(tmp_path, "--memory_gb=24", "--config.train.prompts_per_iteration=8")
+    # 33 frames of 1560 tokens, 30 layers, 1536 channels, keys and values in bf16, and their numbers.
+    history = 33 * (2 * 30 * 1560 * 1536 * 2 + 4)
+    assert round(1e9 * figures["resident_gb"]["history (shared by the branches)"]) == history
+    assert figures["resident_gb"]["base weights"] == pytest.approx(2.84, abs=0.01)
+    assert "does not fit into 24 GB; what helps: rollout.branches smaller" in said
