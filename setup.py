@@ -45,6 +45,15 @@ setuptools.setup(
         "cuda12": ["jax[cuda12]>=0.8"],
         "data": data,
         "convert": convert,
-        "test": [*data, *convert, "diffusers>=0.36", "peft>=0.18", "pytest>=8.0", "ruff>=0.17,<0.18", "setuptools>=77"],
+        "test": [
+            *data,
+            *convert,
+            "diffusers>=0.36",
+            "peft>=0.18",
+            "pytest>=8.0",
+            "ruff>=0.17,<0.18",
+            "scikit-image>=0.24",
+            "setuptools>=77",
+        ],
     },
 )

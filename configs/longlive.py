@@ -6,8 +6,7 @@
     python -m kvpo_jax.main --config=configs/longlive.py:release ...        # the authors' PyTorch code
 
 The files come from the PyTorch releases by tools/convert_weights.py and tools/encode_prompts.py (README). Expected
-outcome: none measured by this project. HPSv3 and VideoAlign are not in this version: name a function in
-config.reward.scorer and its components in config.reward.weights.
+outcome: none measured by this project.
 
 Only what differs from configs/tiny.py stands here; every field is explained there.
 """
@@ -58,6 +57,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     # std of the group's energies beta = 5 freezes the policy, at 100 it has the strength 0.05 that trains the toy.
     c.objective.update(tau=100.0, tau_unit="group_std", beta=5.0)
 
+    c.reward.scorer = "hpsv3,videoalign"  # VQ, and MQ and TA (paper §3.4)
     c.reward.clip_frames = 36  # pixel frames scored per prompt segment
 
     c.train.update(prompts_per_iteration=32, iterations=125)  # the best checkpoint comes at 3,000-4,000 samples
@@ -67,5 +67,6 @@ def get_config(preset: str = "paper") -> ConfigDict:
     if preset == "release":
         c.replay.blocks = 6  # to the end of the fork chunk: 5 or 6 blocks there
         c.objective.update(tau=1.0, tau_unit="absolute", beta=10.0)
+        c.reward.scorer = "hpsv3"
         c.reward.weights = ConfigDict({"VQ": 1.0})  # HPSv3 alone is recommended to start with
     return c

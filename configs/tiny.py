@@ -38,6 +38,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.paths = p = ConfigDict()  # what LongLive and MemFlow read (README, "Real checkpoints"); the toy needs none of it
     p.lora = ""  # adapter that the policies start from; empty: a fresh one
     p.vae = ""
+    p.hpsv3 = ""  # reward models, as config.reward.scorer names them
+    p.videoalign = ""
     p.prompts = ""  # file of prompt sequences
     p.embeddings = ""  # of its sentences, from tools/encode_prompts.py; empty: made on the fly with
     p.umt5 = ""  # the text encoder
@@ -106,7 +108,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.weights = ConfigDict({"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3})
-    c.reward.scorer = ""  # module:function of your own (see README); empty: the backbone's
+    c.reward.scorer = "toy"  # toy | hpsv3 | videoalign | motion | module:function of your own; several with commas
     c.reward.clip_frames = 0  # pixel frames scored per prompt segment, centred; 0 = the whole segment
 
     c.train = t = ConfigDict()

@@ -6,8 +6,6 @@ Everything else of an iteration is the same for the toy, LongLive and MemFlow.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import json
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -17,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
 
 from kvpo_jax import checkpoint
 from kvpo_jax.data import prompts, text, toy_world
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, init_variables, wan_config
-from kvpo_jax.rewards import composite, toy
+from kvpo_jax.rewards import composite, registry
 from kvpo_jax.types import Array, PyTree
 
 TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
@@ -74,7 +71,7 @@ def load_params(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> 
 
 def load_lora(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> PyTree:
     """The collection `lora` of a converted adapter; ValueError where its rank or alpha is not the config's."""
-    made = metadata_config(path, "wan_lora")
+    made = checkpoint.metadata_config(path, "wan_lora")
     if (made["rank"], made["alpha"]) != (cfg.lora_rank, cfg.lora_alpha):
         raise ValueError(
             f"{path} has rank {made['rank']} and alpha {made['alpha']}, the config has lora.rank={cfg.lora_rank} and "
@@ -84,32 +81,8 @@ def load_lora(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> Py
     return checkpoint.load_weights(path, _placed(like, sharding))
 
 
-def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
-    """The config that tools/convert_weights.py noted in a file of this kind; ValueError for another kind."""
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if metadata.get("kind") != kind:
-        raise ValueError(
-            f"{path} holds {metadata.get('kind', 'no converted weights')!r}, expected {kind!r}: make it with "
-            "tools/convert_weights.py"
-        )
-    return json.loads(metadata["config"])
-
-
 def _placed(like: PyTree, sharding: Sharding) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
-
-
-def custom_scorer(name: str) -> composite.Scorer:
-    """The function that "module:function" names; see `rewards.composite` for what a scorer is."""
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"config.reward.scorer={name!r}: expected module:function ({error})") from error
 
 
 # ---------------------------------------------------------------- the toy
@@ -131,7 +104,7 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
         load_decoder=lambda sharding: {},
         decode=lambda decoder, latents: toy_world.decode(latents),
         decode_next=lambda decoder, state, latents: (toy_world.decode(latents), ()),
-        scorer=custom_scorer(config.reward.scorer) if config.reward.scorer else toy.score,
+        scorer=registry.build(config.reward.scorer, config.paths),
         to_pixel=lambda frame: frame,
         fps=8,
     )
@@ -156,7 +129,7 @@ def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]],
             )
         return made.lookup
 
-    cfg = umt5.UMT5Config(**metadata_config(config.paths.umt5, "umt5"))
+    cfg = umt5.UMT5Config(**checkpoint.metadata_config(config.paths.umt5, "umt5"))
     tokenize = text.tokenizer(config.paths.tokenizer, config.model.text_len)
     load = cache(lambda: checkpoint.load_weights(config.paths.umt5, umt5.abstract_params(cfg)))
     encode = jax.jit(partial(umt5.embed, cfg))
@@ -172,19 +145,11 @@ def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]],
     return embed
 
 
-def no_scorer(pixels: Array, sentences: Sequence[str]) -> dict[str, Array]:
-    """Stands where no reward model is configured."""
-    raise ValueError(
-        "config.reward.scorer is empty, and HPSv3 and VideoAlign are not in this version: name a function, e.g. "
-        "--config.reward.scorer=kvpo_jax.rewards.motion:score (README, 'Your own reward')"
-    )
-
-
 def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """A causal Wan2.1 generator with its VAE and UMT5; files as `config.check_files` asks for them."""
     cfg = wan_config(config)
     segments = len(config.video.switch_frames) + 1
-    made = metadata_config(config.paths.vae, "wan_vae")
+    made = checkpoint.metadata_config(config.paths.vae, "wan_vae")
     vae = wan_vae.VAEConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
 
     @cache
@@ -217,7 +182,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
             lambda x: to_unit(wan_vae.decode(vae, decoder, x[None])[0]), latents
         ),
         decode_next=decode_next,
-        scorer=custom_scorer(config.reward.scorer) if config.reward.scorer else no_scorer,
+        scorer=registry.build(config.reward.scorer, config.paths),
         to_pixel=composite.latent_to_pixel,
         fps=16,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 
+from kvpo_jax import sharding
 from kvpo_jax.types import PyTree
 
 # ---------------------------------------------------------------- train state
@@ -23,7 +25,8 @@ def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
     """Opens the checkpoints of a run and clears away what a killed save has left.
 
     A save is written beside the others and committed at the end, so a kill at any moment leaves the last whole one.
-    The caller closes the manager, which waits for the save in progress (it is a context manager too).
+    The caller closes the manager, which waits for the save in progress (it is a context manager too). Several processes
+    open, save, restore and close together, in a directory that all of them see.
 
     Args:
       directory: made if it does not exist.
@@ -110,8 +113,28 @@ def load_weights(path: Path | str, like: PyTree) -> PyTree:
     with file:
         saved = {name: str(file.get_slice(name).get_shape()) for name in file.keys()}
         _check_same(str(path), saved, {name: str(list(x.shape)) for name, x in _named(like, "/").items()})
-        load = lambda name, x: jax.device_put(file.get_tensor(name).astype(x.dtype), getattr(x, "sharding", None))
-        return jax.tree_util.tree_map_with_path(lambda keys, x: load(_name(keys, "/"), x), like)
+
+        def load(keys: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+            tensor = file.get_tensor(_name(keys, "/")).astype(x.dtype)
+            placement = getattr(x, "sharding", None)
+            return tensor if placement is None else sharding.put(tensor, placement)
+
+        return jax.tree_util.tree_map_with_path(load, like)
+
+
+def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
+    """The config that tools/convert_weights.py noted in a file of this kind; ValueError for another kind."""
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("kind") != kind:
+        raise ValueError(
+            f"{path} holds {metadata.get('kind', 'no converted weights')!r}, expected {kind!r}: make it with "
+            "tools/convert_weights.py"
+        )
+    return json.loads(metadata["config"])
 
 
 # ---------------------------------------------------------------- names

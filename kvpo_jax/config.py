@@ -69,6 +69,8 @@ FILES = {
     "weights": "python tools/convert_weights.py CHECKPOINT --output=FILE",
     "paths.lora": "python tools/convert_weights.py LORA --output=FILE",
     "paths.vae": "python tools/convert_weights.py Wan2.1_VAE.pth --output=FILE",
+    "paths.hpsv3": "python tools/convert_weights.py HPSV3 --output=FILE ... (docs/rewards.md)",
+    "paths.videoalign": "python tools/convert_weights.py VIDEOREWARD --output=FILE ... (docs/rewards.md)",
     "paths.umt5": "python tools/convert_weights.py models_t5_umt5-xxl-enc-bf16.pth --output=FILE",
     "paths.tokenizer": "the folder google/umt5-xxl of a Wan2.1 checkpoint",
     "paths.embeddings": "python tools/encode_prompts.py --prompts=FILE --output=FOLDER ...",
@@ -249,7 +251,8 @@ def check_files(config: ConfigDict, needed: Sequence[str] = ("weights", "paths.v
     fields = flat(config)
     if config.backbone != "toy":
         text = ("paths.embeddings",) if config.paths.embeddings else ("paths.umt5", "paths.tokenizer")
-        for name in (*needed, *text):
+        scored = [f"paths.{name}" for name in ("hpsv3", "videoalign") if name in config.reward.scorer.split(",")]
+        for name in (*needed, *(scored if "paths.prompts" in needed else ()), *text):
             if not fields[name]:
                 instead = " (or name config.paths.embeddings)" if name in ("paths.umt5", "paths.tokenizer") else ""
                 raise ValueError(

@@ -1,28 +1,39 @@
-"""Held-out rewards of a finished or running run: reference, online and EMA policy, same prompts and noise.
+"""Held-out rewards of a run, or the scores of video files.
 
-python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--config.eval.prompts=64 ...]
+    python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--config.eval.prompts=64 ...]
+    python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion [--hpsv3=FILE] [--videoalign=FILE]
+
+The first compares reference, online and EMA policy on the same prompts and noise. The second scores the videos of a
+folder in the order of their names, one prompt sequence each, as training does: a clip in the middle of every segment.
 """
 
+from __future__ import annotations
+
+import csv
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import imageio.v3 as iio
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, heldout, report, rollout, sharding, train
 from kvpo_jax import config as config_lib
+from kvpo_jax.data import prompts
+from kvpo_jax.rewards import composite, registry
+
+SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
 
 
-def main(arguments: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    workdir = Path(flags.FLAGS.workdir)
-    try:
-        config = config_lib.resolve(None, workdir, arguments[1:])
-        config_lib.check_files(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
+    """Prints the held-out table of a run's newest checkpoint."""
+    config = config_lib.resolve(None, workdir, arguments)
+    config_lib.check_files(config)
     config_lib.use_compilation_cache()
     mesh = sharding.make_mesh(
         config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, config.rollout.branches
@@ -37,7 +48,7 @@ def main(arguments: list[str]) -> None:
             checkpoints, train.init_state(config, train.make_optimiser(config.train), mesh)
         )
     if restored is None:
-        sys.exit(f"error: {workdir / 'checkpoints'} has no checkpoint yet")
+        raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")
     iteration, state, _ = restored
     results = {
         name: heldout.evaluate(config, backbone, mesh, stages, decode, {"params": params, "lora": lora})
@@ -47,6 +58,86 @@ def main(arguments: list[str]) -> None:
     print(f"iteration {iteration} of {workdir}\n{report.final_table(rewards)}", flush=True)
 
 
+def score_video(
+    scorer: composite.Scorer, video: np.ndarray, sentences: Sequence[str], clip_frames: int
+) -> dict[str, float]:
+    """Components of uint8[frames, h, w, 3], whose segments are equally long; `clip_frames` as in section reward."""
+    frames, segments = len(video), len(sentences)
+    pixels = jnp.asarray(video[None, None], jnp.float32) / 255
+    switches = [round(m * frames / segments) for m in range(1, segments)]
+    scores = composite.segment_rewards(scorer, pixels, [sentences], switches, clip_frames, lambda frame: frame)
+    return {name: float(value[0, 0]) for name, value in scores.items()}
+
+
+def score_videos(
+    scorer: composite.Scorer, folder: Path, sequences: Sequence[prompts.Sequence], clip_frames: int, output: Path
+) -> dict[str, dict[str, float]]:
+    """Scores every video of `folder`, writes them to `output` as CSV and prints a table; file name -> components.
+
+    Raises:
+      ValueError: if there are not as many prompt sequences as videos, or a file is no video.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not files:
+        raise ValueError(f"{folder} has no videos ({', '.join(SUFFIXES)})")
+    if len(files) != len(sequences):
+        raise ValueError(f"{folder} has {len(files)} videos, but there are {len(sequences)} prompt sequences")
+    rows = {}
+    for path, sequence in zip(files, sequences, strict=True):
+        try:
+            video = iio.imread(path)
+        except Exception as error:  # a decoder's errors have no common type
+            raise ValueError(f"{path} cannot be read as a video: {error}") from error
+        rows[path.name] = score_video(scorer, video, sequence.sentences, clip_frames)
+        print(f"{len(rows)}/{len(files)}  {path.name}", end="\r", file=sys.stderr, flush=True)
+    names = list(next(iter(rows.values())))
+    rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
+    with output.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["video", *names])
+        table.writerows([name, *(row[n] for n in names)] for name, row in rows.items() if name != "mean")
+    width = max(map(len, rows))
+    print(" " * width, *(f"{name:>12s}" for name in names))
+    for name, row in rows.items():
+        print(f"{name:{width}s}", *(f"{row[n]:12.4f}" for n in names))
+    print(f"wrote {output}", flush=True)
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    given = flags.FLAGS
+    try:
+        if bool(given.workdir) == bool(given.videos):
+            raise ValueError("give either --workdir or --videos")
+        if given.workdir:
+            evaluate_run(Path(given.workdir), arguments[1:])
+        else:
+            if arguments[1:]:
+                raise ValueError(f"unexpected argument {arguments[1]!r}")
+            if not given.prompts:
+                raise ValueError("--videos needs --prompts, a file with one prompt sequence per video (docs/data.md)")
+            for name in ("hpsv3", "videoalign"):
+                if name in registry.names_of(given.rewards) and not given[name].value:
+                    raise ValueError(
+                        f"--rewards={name} needs --{name}=FILE, made by {config_lib.FILES[f'paths.{name}']}"
+                    )
+            config_lib.use_compilation_cache()
+            scorer = registry.build(given.rewards, {"hpsv3": given.hpsv3, "videoalign": given.videoalign})
+            sequences = prompts.load(Path(given.prompts))
+            output = Path(given.output or Path(given.videos) / "scores.csv")
+            score_videos(scorer, Path(given.videos), sequences, given.clip_frames, output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "run directory", required=True)
+    flags.DEFINE_string("workdir", None, "run directory")
+    flags.DEFINE_string("videos", None, "folder of video files to score instead")
+    flags.DEFINE_string("prompts", None, "file of their prompt sequences")
+    flags.DEFINE_string("rewards", "motion", "names, separated by commas: hpsv3, videoalign, motion, module:function")
+    flags.DEFINE_string("hpsv3", "", "converted HPSv3")
+    flags.DEFINE_string("videoalign", "", "converted VideoAlign")
+    flags.DEFINE_integer("clip_frames", 36, "frames scored of each segment, centred; 0 = all")
+    flags.DEFINE_string("output", None, "CSV file; scores.csv beside the videos by default")
     app.run(main, flags_parser=config_lib.parse_flags)

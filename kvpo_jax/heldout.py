@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from kvpo_jax import rollout, sharding
+from kvpo_jax import report, rollout, sharding
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.rewards import composite
 from kvpo_jax.types import Array, PyTree
@@ -26,7 +26,8 @@ class Heldout:
     """Videos of one policy on the held-out prompts.
 
     Attributes:
-      pixels: float[n, frames, h, w, 3].
+      pixels: float[m, frames, h, w, 3], m <= report.PICTURED: of the first prompts, as many as follow one another on
+        this process's devices.
       reward: float[n], the composite reward.
       components: name -> float[n].
     """
@@ -54,10 +55,11 @@ class PromptBatch:
 def prompt_batch(backbone: Backbone, mesh: Mesh, split: str, indices: Sequence[int]) -> PromptBatch:
     """The prompt sequences of a split by their index."""
     sentences = tuple(tuple(backbone.prompts(split, index)) for index in indices)
-    flat = backbone.embed([s for sequence in sentences for s in sequence])
-    embeddings = flat.reshape(len(sentences), -1, *flat.shape[1:])
+    own = sharding.own_prompts(mesh, len(sentences))
+    flat = backbone.embed([s for i in own for s in sentences[i]])
+    embeddings = flat.reshape(len(own), -1, *flat.shape[1:])
     changed = np.array([[m == 0 or s[m] != s[m - 1] for m in range(len(s))] for s in sentences])
-    return PromptBatch(sharding.place(embeddings, mesh, sharding.PROMPTS), changed, sentences)
+    return PromptBatch(sharding.from_own_prompts(embeddings, mesh, len(sentences)), changed, sentences)
 
 
 def make_decode(backbone: Backbone, mesh: Mesh) -> Callable[[PyTree, Array], Array]:
@@ -102,16 +104,18 @@ def evaluate(
         clip_frames=config.reward.clip_frames,
         to_pixel=backbone.to_pixel,
     )
+    own = sharding.own_prompts(mesh, config.eval.batch)
     pixels, components = [], []
     for first in range(0, config.eval.prompts, config.eval.batch):
         batch = prompt_batch(backbone, mesh, "heldout", range(first, first + config.eval.batch))
         text = stages.encode_text(variables, batch.embeddings)
         key = rollout.NoiseKey(rollout.stream(0, "heldout", first), jnp.arange(config.eval.batch))
         latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
-        videos = decode(jnp.concatenate(latents, axis=1)[:, None])
-        scores = score(pixels=videos, prompts=batch.sentences)
-        pixels.append(np.asarray(videos[:, 0]))
+        videos = sharding.own_part(decode(jnp.concatenate(latents, axis=1)[:, None]))
+        scores = sharding.gather(partial(score, pixels=videos, prompts=[batch.sentences[i] for i in own]), mesh)
+        if first + own[0] == len(pixels):
+            pixels.extend(np.asarray(videos[: report.PICTURED - len(pixels), 0]))
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
     reward = np.asarray(composite.composite(merged, config.reward.weights))
-    return Heldout(np.concatenate(pixels), reward, merged)
+    return Heldout(np.array(pixels), reward, merged)

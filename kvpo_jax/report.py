@@ -260,7 +260,7 @@ def finish(workdir: Path | str, config, backbone, reference, online, ema, second
       reference, online, ema: `heldout.Heldout` of the three policies.
       seconds: what they were spent on, with "total".
     """
-    path, shown = Path(workdir), range(min(PICTURED, len(reference.reward)))
+    path, shown = Path(workdir), range(min(PICTURED, len(reference.pixels)))
     rewards = {
         name: {"reward": result.reward, **result.components}
         for name, result in (("reference", reference), ("online", online), ("ema", ema))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, flow, heldout, objective, replay, report, rollout, routing, sharding
+from kvpo_jax.doctor import Doctor
 from kvpo_jax.models.wan import Wan, init_variables, wan_config
 from kvpo_jax.rewards import composite
 from kvpo_jax.types import Array, PyTree, ReplayTuples, Scores, TextKV
@@ -101,7 +102,7 @@ def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[...
     energies = replay.energies_function(config.replay)
 
     def of_shard(params, lora, embeddings, text, tuples):
-        variables = {"params": params, "lora": lora}
+        variables = {"params": params, "lora": sharding.vary(lora)}
         if config.replay.text == "policy":
             text = rollout.encode_text(model, variables, embeddings)
         network = partial(model.apply, variables)
@@ -144,8 +145,9 @@ def make_gradient(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable:
         share = len(value) / config.train.prompts_per_iteration
         return share * jnp.mean(value), (share, diagnostics, old)
 
-    # Without out_shardings the second call could see other placements than the first, and compile again.
-    @partial(jax.jit, out_shardings=(jax.sharding.NamedSharding(mesh, sharding.REPLICATED), None))
+    # Without out_shardings the second call could see other placements than the first, and compile again; and every
+    # process reads the energies.
+    @partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
     def gradient(lora, params, experience, before):
         (value, (share, diagnostics, old)), grads = jax.value_and_grad(loss, has_aux=True)(lora, params, experience)
         metrics = {"loss": value, **{name: share * mean for name, mean in diagnostics.means().items()}}
@@ -234,14 +236,15 @@ class Group:
       scores: of its P groups.
       energies: float[P, G], of the old policy.
       pixel_std: float[], of the branches of a group, the mean over pixels.
-      clips: float[1 + G, frames, h, w, 3], the anchor and the branches of the first prompt.
+      clips: float[1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, in its first
+        micro-batch and on the main process; there, of G, those that its own devices made.
       sentences: P sequences (static).
     """
 
     scores: Scores
     energies: Array
     pixel_std: Array
-    clips: np.ndarray
+    clips: np.ndarray | None
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
 
 
@@ -308,15 +311,19 @@ def init_state(
     return sharding.place(state, mesh)
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -> dict:
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, profile: bool = False) -> dict:
     """Aligns the configured generator and reports held-out rewards before and after.
+
+    Every process of a run calls it; the main one writes and prints.
 
     Args:
       config: see configs/tiny.py.
-      workdir: run directory; if it holds checkpoints, the newest is continued, bit for bit as if never stopped.
+      workdir: run directory, the same for all processes; if it holds checkpoints, the newest is continued, bit for bit
+        as if never stopped.
+      profile: leaves a trace of one iteration in workdir/profile.
 
     Returns:
-      What summary.json holds.
+      What summary.json holds; nothing where the run is stopped, or on processes other than the main one.
 
     Raises:
       FloatingPointError: a reward, energy or gradient is not finite; the last good state has been saved.
@@ -335,20 +342,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
     decode = partial(heldout.make_decode(backbone, mesh), decoder)
 
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
-    state = init_state(
-        config, optimiser, mesh, backbone.load_lora(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    )
+    state = init_state(config, optimiser, mesh, backbone.load_lora(None))
     if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:
         _, state, extra = restored
         clock.add(extra["seconds"])
-    iteration = int(state.iteration)
-    writer = report.MetricWriter(workdir, iteration)
-    progress = report.Progress(config.train.iterations)
-    print(
-        f"{config.backbone}: {count(params):,} parameters, {count(state.lora):,} in LoRA; "
-        f"{dict(mesh.shape)} devices; iteration {iteration} of {config.train.iterations}",
-        flush=True,
-    )
+    iteration, main = int(state.iteration), sharding.is_main()
+    if main:
+        writer = report.MetricWriter(workdir, iteration)
+        progress, doctor = report.Progress(config.train.iterations), Doctor(config)
+        print(
+            f"{config.backbone}: {count(params):,} parameters, {count(state.lora):,} in LoRA; "
+            f"{dict(mesh.shape)} devices; iteration {iteration} of {config.train.iterations}",
+            flush=True,
+        )
 
     def explore(state: TrainState, iteration: int, first: int, on_policy: bool) -> tuple[Experience, Group]:
         """Steps 1 to 3 for the prompts from `first` on, and the energies that do not change in the epochs."""
@@ -370,8 +376,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
 
         # Step 3: rewards and group-normalised advantages.
         with clock.time("reward"):
-            pixels, anchor_pixels = decode(videos.branches), decode(videos.anchor[:, None])[:, 0]
-            scores, local = score(config, backbone, batch.sentences, pixels, anchor_pixels, pivot)
+            branches, anchor = decode(videos.branches), decode(videos.anchor[:, None])
+            pixel_std = branches.std(axis=1).mean()
+            branches, anchor = sharding.own_part(branches), sharding.own_part(anchor)[:, 0]
+            sentences = [batch.sentences[i] for i in sharding.own_prompts(mesh, prompts_at_once)]
+            of_own = partial(score, config, backbone, sentences, branches, anchor, pivot)
+            scores, local = sharding.gather(of_own, mesh)
             advantages = experience_advantages(config, scores, local, key(name="shuffle"), first)
             safe = objective.safe(scores, local)
 
@@ -383,9 +393,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                 energies_old=reference if on_policy else energies(params, state.old, *replayed),
                 energies_ref=reference, on_policy=jnp.asarray(on_policy),
             )  # fmt: skip
-        clips = np.concatenate([anchor_pixels[:1], pixels[0]])
-        group = Group(scores, reference, pixels.std(axis=1).mean(), clips, batch.sentences)
-        return experience, group
+        clips = np.concatenate([anchor[:1], branches[0]]) if main and first == 0 else None
+        return experience, Group(scores, reference, pixel_std, clips, batch.sentences)
 
     def evaluation(lora: PyTree) -> heldout.Heldout:
         with clock.time("evaluation"):
@@ -397,7 +406,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
     before = evaluation(state.reference)
     online = ema = None  # evaluations of the state's policies, where there are any
     with terminated() as stop, saved_on_error(checkpoints, lambda: save(good)):
-        while iteration < config.train.iterations and not stop.is_set():
+        for _ in until_stopped(iteration, config.train.iterations, stop, profile and workdir / "profile"):
             good, online, ema = state, None, None
             on_policy = iteration % config.train.rollouts_per_sync == 0
 
@@ -440,24 +449,42 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str) -
                 metrics |= {"heldout_reference": before.reward.mean(), "heldout_online": online.reward.mean()}
                 metrics |= {"heldout_ema": ema.reward.mean()}
             metrics |= {f"seconds_{name}": value for name, value in clock.lap().items()}
-            writer.write(iteration - 1, metrics)
-            progress.line(iteration - 1, metrics)
-            if config.train.video_every and (iteration == 1 or last or iteration % config.train.video_every == 0):
-                names = ("anchor", *(f"branch {g}" for g in range(config.rollout.branches)))
-                writer.write_videos(iteration - 1, "branches", list(zip(names, groups[0].clips, strict=True)))
+            if main:
+                writer.write(iteration - 1, metrics)
+                progress.line(iteration - 1, metrics)
+                for line in doctor.visit(iteration - 1, metrics):
+                    print(line, flush=True)
+                if config.train.video_every and (iteration == 1 or last or iteration % config.train.video_every == 0):
+                    names = ("anchor", *(f"branch {g}" for g in range(config.rollout.branches)))
+                    writer.write_videos(iteration - 1, "branches", list(zip(names, groups[0].clips, strict=False)))
             if last or iteration % config.train.checkpoint_every == 0:
                 save(state)
-        if stop.is_set():
+        if iteration < config.train.iterations:
             save(state)
     checkpoints.wait_until_finished()
     checkpoints.close()
-    writer.close()
+    if main:
+        writer.close()
     if iteration < config.train.iterations:
-        print(f"stopped after iteration {iteration}; continue with --workdir={workdir}", flush=True)
+        if main:
+            print(f"stopped after iteration {iteration}; continue with --workdir={workdir}", flush=True)
         return {}
 
     online, ema = online or evaluation(state.lora), ema or evaluation(state.ema)
-    return report.finish(workdir, config, backbone, before, online, ema, clock.seconds)
+    return report.finish(workdir, config, backbone, before, online, ema, clock.seconds) if main else {}
+
+
+def until_stopped(first: int, end: int, stop: threading.Event, profile: Path | None) -> Iterator[int]:
+    """first ... end - 1, until SIGTERM has reached a process; a trace of the third or else the last goes to `profile`.
+
+    The first iteration of a process compiles, the second may still read what was compiled from disk.
+    """
+    traced = min(first + 2, end - 1)
+    for number in range(first, end):
+        if sharding.any_process(stop.is_set()):
+            return
+        with jax.profiler.trace(profile) if profile and number == traced and sharding.is_main() else nullcontext():
+            yield number
 
 
 @contextmanager
@@ -482,7 +509,9 @@ def terminated():
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        signal.signal(
+            signal.SIGTERM, previous or signal.SIG_DFL
+        )  # None: that of jax.distributed, which is not Python's
 
 
 class Clock:

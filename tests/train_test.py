@@ -17,6 +17,7 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, heldout, objective, rollout, sharding, train
 from kvpo_jax import config as config_lib
 from kvpo_jax.models.wan import init_variables, wan_config
+from kvpo_jax.rewards import registry
 from kvpo_jax.types import Scores
 
 PROMPTS, BRANCHES = 4, 4
@@ -259,7 +260,7 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_loses_nothing(weights, tm
         good = next(calls) < 2 * segments  # the evaluation before, and the first iteration
         return {name: jnp.full(len(prompts), 0.5 if good or name != "MQ" else jnp.nan) for name in ("VQ", "MQ", "TA")}
 
-    monkeypatch.setattr(backbone_lib.toy, "score", score)
+    monkeypatch.setitem(registry.SCORERS, "toy", lambda paths: score)
     with pytest.raises(FloatingPointError, match="MQ"):
         train.train_and_evaluate(config, tmp_path)
     assert saved_state(tmp_path, config, 1).iteration == 1

@@ -1,14 +1,19 @@
-"""Converts PyTorch checkpoints to the weight files of kvpo_jax, with a manifest of where every tensor comes from.
+r"""Converts PyTorch checkpoints to the weight files of kvpo_jax, with a manifest of where every tensor comes from.
 
     python tools/convert_weights.py Wan2.1-T2V-1.3B --output=weights/wan.safetensors
     python tools/convert_weights.py longlive_base.pt --output=weights/longlive.safetensors
     python tools/convert_weights.py lora.pt --output=weights/longlive_lora.safetensors
     python tools/convert_weights.py Wan2.1_VAE.pth --output=weights/vae.safetensors
     python tools/convert_weights.py models_t5_umt5-xxl-enc-bf16.pth --output=weights/umt5.safetensors
+    python tools/convert_weights.py HPSv3.safetensors --base=Qwen2-VL-7B-Instruct --dtype=bfloat16 \
+        --templates=hpsv3-1.0.0-py3-none-any.whl --output=weights/hpsv3.safetensors
+    python tools/convert_weights.py VideoReward --base=Qwen2-VL-2B-Instruct --dtype=bfloat16 \
+        --templates=VideoAlign/prompt_template.py --output=weights/videoalign.safetensors
 
-A source is a file, the index of a sharded one, or a folder, of the Wan2.1, LongLive, MemFlow, Self-Forcing and KVPO
-releases, of diffusers, transformers, peft or ComfyUI; tensor names tell which. Every tensor must be known and none may
-be missing. Files are mapped and their tensors written one by one, so that any checkpoint fits into a small memory.
+A source is a file, the index of a sharded one, or a folder, of the Wan2.1, LongLive, MemFlow, Self-Forcing, KVPO, HPSv3
+and VideoReward releases, of diffusers, transformers, peft or ComfyUI; tensor names tell which. Every tensor must be
+known and none may be missing. Files are mapped and their tensors written one by one, so that any checkpoint fits into a
+small memory.
 """
 
 from __future__ import annotations
@@ -36,7 +41,18 @@ import safetensors
 from absl import app, flags
 
 from kvpo_jax.config import write_json
-from kvpo_jax.models import umt5, umt5_weights, wan_vae, wan_vae_weights, wan_weights
+from kvpo_jax.models import (
+    qwen2_vl_weights,
+    reward_model,
+    reward_weights,
+    umt5,
+    umt5_weights,
+    wan_vae,
+    wan_vae_weights,
+    wan_weights,
+)
+from kvpo_jax.rewards import learned
+from kvpo_jax.rewards import templates as templates_lib
 
 CHUNK = 1 << 26  # bytes that are copied at once
 
@@ -69,6 +85,27 @@ class Tensor:
     def __str__(self) -> str:
         return f"{self.file}: {self.name}"
 
+    def read(self) -> np.ndarray:
+        """What is converted."""
+        return self.array
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged(Tensor):
+    """A Linear's weight with its LoRA, which are merged when they are written.
+
+    Attributes:
+      a, b: of the LoRA.
+      scale: of their product.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def read(self) -> np.ndarray:
+        return reward_weights.merge_lora(self.array, self.a.array, self.b.array, self.scale)
+
 
 def files_of(source: Path, kind: str) -> list[Path]:
     """The weight files, or the index of them, that a file or folder stands for; `kind` chooses where there are more."""
@@ -76,6 +113,8 @@ def files_of(source: Path, kind: str) -> list[Path]:
         return [source]
     if not source.is_dir():
         raise ValueError(f"there is no {source}")
+    if (source / "model_config.json").is_file():
+        return videoreward_files(source)
     folder, own = PLACES.get(kind, ("", ""))
     if folder and (source / folder).is_dir():
         source = source / folder
@@ -87,6 +126,18 @@ def files_of(source: Path, kind: str) -> list[Path]:
     if len(found) > 1 and found[0].suffix not in (".safetensors", ".bin"):
         raise ValueError(f"{source} has more than one checkpoint: name one of {', '.join(path.name for path in found)}")
     return found
+
+
+def videoreward_files(source: Path) -> list[Path]:
+    """The last checkpoint in a folder of VideoReward: the whole model, or else what was trained of it."""
+    steps = {int(path.name.split("-")[1]): path for path in source.glob("checkpoint-[0-9]*")}
+    if not steps:
+        raise ValueError(f"{source} has a model_config.json, but no checkpoint-STEP beside it")
+    last = steps[max(steps)]
+    whole, parts = last / "model.pth", [last / "adapter_model.safetensors", last / "non_lora_state_dict.pth"]
+    if not whole.is_file() and not all(path.is_file() for path in parts):
+        raise ValueError(f"{last} has neither {whole.name} nor {' and '.join(path.name for path in parts)}")
+    return [whole] if whole.is_file() else parts
 
 
 def read(path: Path, policy: str) -> list[Tensor]:
@@ -211,6 +262,8 @@ class Kind:
       abstract: config -> the tree of our shapes and dtypes.
       sizes: fields of the config that a converted file notes; empty is all.
       aside: regular expression of tensors, by cleaned name, that some releases have and that are none of ours.
+      merge: (the other tensors by cleaned name, what the user says) -> those that take their place.
+      tokenizer: whether the base model's goes with the weights.
     """
 
     mark: str
@@ -221,6 +274,8 @@ class Kind:
     abstract: Callable[[Any], Any]
     sizes: tuple[str, ...] = ()
     aside: str | None = None
+    merge: Callable[[dict[str, Tensor], Mapping[str, Any]], dict[str, Tensor]] = lambda tensors, given: tensors
+    tokenizer: bool = False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -280,10 +335,80 @@ def umt5_names(shapes: wan_weights.Shapes) -> Callable[[str], str]:
     return (lambda name: name) if "token_embedding.weight" in shapes else umt5_weights.official_name
 
 
+def reward_inputs(given: Mapping[str, Any], tokens: Sequence[str]) -> tuple[dict[str, Any], dict[str, int], str]:
+    """(config.json of a reward model's base, ids of its tokens, where its instruction is), of what the user says."""
+    needed = {"base": "the folder of the Qwen2-VL that it was made of", "templates": "the file with its instruction"}
+    for name, what in needed.items():
+        if not given[name]:
+            raise ValueError(f"a reward model needs {what}: name it with --{name}; see --help")
+    _, ids = learned.tokenizer(given["base"], tokens)
+    return read_json(Path(given["base"]) / "config.json"), ids, given["templates"]
+
+
+def hpsv3_config(shapes, files, aside, given) -> reward_model.RewardConfig:
+    """The config of an HPSv3."""
+    base, ids, instruction = reward_inputs(given, reward_model.HPSV3_TOKENS)
+    return reward_weights.hpsv3_config(shapes, base, ids, templates_lib.hpsv3(instruction))
+
+
+def videoalign_config(shapes, files, aside, given) -> reward_model.VideoAlignConfig:
+    """The config of a VideoAlign."""
+    base, ids, instruction = reward_inputs(given, reward_model.VIDEOALIGN_TOKENS)
+    return reward_weights.videoalign_config(
+        shapes, base, ids, templates_lib.videoalign(instruction), videoreward_json(files)
+    )
+
+
+def videoreward_json(files: Collection[Path]) -> dict[str, Any]:
+    """VideoReward's model_config.json, which lies beside the folders of its checkpoints."""
+    places = sorted({folder / "model_config.json" for file in files for folder in file.parents[:2]})
+    found = [path for path in places if path.is_file()]
+    if len(found) != 1:
+        raise ValueError(f"expected one model_config.json, found {len(found)} among {', '.join(map(str, places))}")
+    return read_json(found[0])
+
+
+def videoalign_tensors(tensors: dict[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """VideoAlign's tensors by official name, its LoRA merged; what it left as it was comes from the base model."""
+    weights: dict[str, Tensor] = {}
+    loras: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        official, part = reward_weights.split_lora(name)
+        if part:
+            loras.setdefault(official, {})[part] = tensor
+        else:
+            weights[official] = tensor
+    if loras.keys() - weights.keys() and given["base"]:
+        base = unique(
+            (wan_weights.clean_name(t.name), t)
+            for file in files_of(Path(given["base"]), "auto")
+            for t in read(file, "online")
+        )
+        untrained = {name: t for name, t in base.items() if not re.search(KINDS["videoalign"].aside, name)}
+        weights = {reward_weights.official_name(name): t for name, t in untrained.items()} | weights
+    said = {}
+    for official, lora in loras.items():
+        if lora.keys() != {"A", "B"} or official not in weights:
+            missing = ", ".join(sorted({"A", "B"} - lora.keys())) or "the weight itself, which --base has"
+            raise ValueError(f"the LoRA of {official} lacks {missing}")
+        weight, a, b = weights[official], lora["A"], lora["B"]
+        if a.file not in said:
+            adapter = read_json(a.file.with_name("adapter_config.json"))
+            said[a.file] = [videoreward_json([a.file]).get("peft_lora_config", {}), *([adapter] if adapter else [])]
+        scales = {reward_weights.lora_scale(stated, len(a.array)) for stated in said[a.file]}
+        if len(scales) > 1:
+            raise ValueError(f"model_config.json and adapter_config.json of {a.file} scale a LoRA by {scales}")
+        if (b.array.shape[0], a.array.shape[1]) != weight.array.shape or b.array.shape[1] != len(a.array):
+            raise ValueError(f"{a} {list(a.array.shape)} and {b} {list(b.array.shape)} are no LoRA of {weight}")
+        name = f"{weight.name} + {b.name} {a.name}"
+        weights[official] = Merged(weight.file, weight.part, name, weight.array, a, b, scales.pop())
+    return weights
+
+
 LATENT_STATISTICS = {"latent_mean": "latents_mean", "latent_std": "latents_std"}  # ours, in diffusers' config.json
 KINDS = {
     "wan_lora": Kind(
-        mark=r"\.lora_A\.weight$",
+        mark=r"^blocks\..+\.lora_A\.weight$",
         official=wan_weights.official_names,
         config=lora_config,
         table=lambda cfg: wan_weights.lora_table(cfg.num_layers),
@@ -316,6 +441,27 @@ KINDS = {
         to_ours=umt5_weights.to_ours,
         abstract=umt5.abstract_params,
         aside=r"^(decoder|lm_head)\.",
+    ),
+    "hpsv3": Kind(
+        mark=r"^rm_head\.0\.weight$",
+        official=lambda shapes: reward_weights.official_name,
+        config=hpsv3_config,
+        table=reward_weights.reward_table,
+        to_ours=qwen2_vl_weights.to_ours,
+        abstract=reward_model.abstract_params,
+        aside=r"^lm_head\.",
+        tokenizer=True,
+    ),
+    "videoalign": Kind(
+        mark=r"^rm_head\.weight$",
+        official=lambda shapes: reward_weights.official_name,
+        config=videoalign_config,
+        table=reward_weights.reward_table,
+        to_ours=qwen2_vl_weights.to_ours,
+        abstract=reward_model.abstract_params,
+        aside=r"^lm_head\.",
+        merge=videoalign_tensors,
+        tokenizer=True,
     ),
 }
 # Where a kind is in a folder that has several: diffusers' subfolder, and the file in a folder of Wan2.1.
@@ -365,7 +511,7 @@ def map_tensors(tensors: Sequence[Tensor], asked: str, dtype: str, given: Mappin
       tensors: of all sources.
       asked: the kind, or "auto".
       dtype: "keep", or that of the model as whose parameters ours are stored: "float32" or "bfloat16".
-      given: num_heads, text_len and alpha where the user says them, or else None.
+      given: num_heads, text_len, alpha, base and templates where the user says them, or else None.
 
     Raises:
       ValueError: a tensor is missing, left over, or of another shape than the model's; names file and tensor.
@@ -377,8 +523,9 @@ def map_tensors(tensors: Sequence[Tensor], asked: str, dtype: str, given: Mappin
         kind = kind_of(cleaned, asked)
         spec = KINDS[kind]
         aside = {name: t for name, t in cleaned.items() if spec.aside and re.search(spec.aside, name)}
-        official = spec.official({name: t.array.shape for name, t in cleaned.items()})
-        named = unique((official(name), t) for name, t in cleaned.items() if name not in aside)
+        kept = spec.merge({name: t for name, t in cleaned.items() if name not in aside}, given)
+        official = spec.official({name: t.array.shape for name, t in kept.items()})
+        named = unique((official(name), t) for name, t in kept.items())
         cfg = spec.config({name: t.array.shape for name, t in named.items()}, files, aside.values(), given)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
@@ -390,6 +537,7 @@ def map_tensors(tensors: Sequence[Tensor], asked: str, dtype: str, given: Mappin
     sources: dict[str, dict[int | None, Tensor]] = {}
     for name, (path, layer) in table.items():
         sources.setdefault(path, {})[layer] = named[name]
+    converted = lambda path, tensor: spec.to_ours(path, tensor.read())
     stored = []
     for path, like in flax.traverse_util.flatten_dict(spec.abstract(cfg), sep="/").items():
         group = sources[path]
@@ -400,7 +548,7 @@ def map_tensors(tensors: Sequence[Tensor], asked: str, dtype: str, given: Mappin
         types = {t.array.dtype for t in group.values()} if dtype == "keep" else {np.dtype(like.dtype)}
         if len(types) > 1:
             raise ValueError(f"{where}: the layers of {path} are of the types {types}; choose one with --dtype")
-        parts = tuple(functools.partial(spec.to_ours, path, t.array) for t in group.values())
+        parts = tuple(functools.partial(converted, path, t) for t in group.values())
         stored.append(Stored(path, like.shape, types.pop(), parts))
     config = {name: value for name, value in dataclasses.asdict(cfg).items() if name in (spec.sizes or vars(cfg))}
     return Mapped(kind, config, stored, sources, list(aside.values()))
@@ -515,26 +663,30 @@ def convert(
     num_heads: int | None = None,
     text_len: int | None = None,
     alpha: float | None = None,
+    base: Path | str | None = None,
+    templates: Path | str | None = None,
 ) -> None:
     """What the command does; without an `output` it prints the mapping. ValueError names what is wrong.
 
     Args:
       sources: see `files_of`.
       output: safetensors file.
-      kind, dtype, policy, num_heads, text_len, alpha: see the flags.
+      kind, dtype, policy, num_heads, text_len, alpha, base, templates: see the flags.
     """
     if output is not None and Path(output).suffix != ".safetensors":
         raise ValueError(f"--output={output} does not end in .safetensors")
     tensors = [t for source in sources for file in files_of(Path(source), kind) for t in read(file, policy)]
-    mapped = map_tensors(tensors, kind, dtype, {"num_heads": num_heads, "text_len": text_len, "alpha": alpha})
+    given = {"num_heads": num_heads, "text_len": text_len, "alpha": alpha, "base": base, "templates": templates}
+    mapped = map_tensors(tensors, kind, dtype, given)
     if output is None:
         print(mapping_table(mapped))
-    parts = {t.file: t.part for t in tensors}
+    used = [t for group in mapped.sources.values() for t in group.values()]
+    parts = {t.file: t.part for t in [*tensors, *used]}
     for file, part in parts.items():
         print(f"{file}{f', its {part}' if part else ''}")
     numbers = sum(math.prod(t.shape) for t in mapped.tensors)
     size = sum(t.nbytes for t in mapped.tensors)
-    sizes = ", ".join(f"{name} {value}" for name, value in mapped.config.items())
+    sizes = ", ".join(f"{name} {value}" for name, value in mapped.config.items() if name != "template")
     print(f"{mapped.kind}: {numbers:,} parameters, {size / 1e9:.2f} GB; {sizes}", flush=True)
     if mapped.aside:
         print(f"not used: {len(mapped.aside)} tensors, {mapped.aside[0].name} and so on", flush=True)
@@ -562,6 +714,8 @@ def convert(
     metadata = {"kind": mapped.kind, "config": json.dumps(mapped.config), "manifest": json.dumps(manifest)}
     write_safetensors(output, mapped.tensors, metadata)
     write_json(manifest, output.with_name(f"{output.name}.manifest.json"))
+    if KINDS[mapped.kind].tokenizer:
+        learned.copy_tokenizer(base, learned.tokenizer_folder(output))
     print(f"wrote {output}", flush=True)
 
 
@@ -573,9 +727,9 @@ def main(arguments: list[str]) -> None:
     try:
         convert(
             arguments[1:], given.output, given.kind, given.dtype, "ema" if given.ema else given.policy, given.num_heads,
-            given.text_len, given.alpha,
+            given.text_len, given.alpha, given.base, given.templates,
         )  # fmt: skip
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
 
 
@@ -591,5 +745,10 @@ if __name__ == "__main__":
     flags.DEFINE_bool("ema", False, "the same as --policy=ema")
     flags.DEFINE_integer("num_heads", None, "attention heads where the head dim is not 128")
     flags.DEFINE_integer("text_len", None, "tokens that a prompt is padded to, 512 in every published Wan")
+    flags.DEFINE_string("base", None, "folder of the Qwen2-VL that a reward model was made of")
+    flags.DEFINE_string(
+        "templates", None,
+        "file or folder with the instruction of a reward model: the hpsv3 wheel, VideoAlign's prompt_template.py",
+    )  # fmt: skip
     flags.DEFINE_float("alpha", None, "of a LoRA without an adapter_config.json; by default its rank")
     app.run(main)

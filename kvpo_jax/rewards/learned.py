@@ -1,0 +1,227 @@
+"""What HPSv3 and VideoAlign have in common: loading, the text around a clip, scoring in batches over the devices."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from kvpo_jax import checkpoint, sharding
+from kvpo_jax.models import reward_model
+from kvpo_jax.models.qwen2_vl import Tokens
+from kvpo_jax.models.reward_model import RewardConfig
+from kvpo_jax.models.reward_weights import PADS
+from kvpo_jax.rewards import preprocess
+from kvpo_jax.types import Array, PyTree
+
+# Files of a tokenizer, of which a folder has some.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json",
+)  # fmt: skip
+# Qwen2-VL's chat up to the instruction, with the default system turn; what follows the instruction is never computed.
+_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|>{pad}<|vision_end|>{instruction}"
+)
+
+Encode = Callable[[str], list[int]]
+Resize = Callable[[Array, tuple[int, int]], Array]
+Clips = Callable[[np.ndarray], Array]
+
+
+@struct.dataclass
+class Reward:
+    """A loaded reward model.
+
+    Attributes:
+      params: its weights, on every device of the mesh.
+      cfg: its config.
+      encode: text -> token ids.
+      mesh: the devices that it runs on; rows lie over all of them.
+      batch: texts that a device takes at once.
+    """
+
+    params: PyTree
+    cfg: RewardConfig = struct.field(pytree_node=False)
+    encode: Encode = struct.field(pytree_node=False)
+    mesh: Mesh = struct.field(pytree_node=False)
+    batch: int = struct.field(pytree_node=False)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def tokenizer_folder(weights: Path | str) -> Path:
+    """Where tools/convert_weights.py puts the tokenizer that belongs to a weight file."""
+    weights = Path(weights)
+    return weights.with_name(f"{weights.stem}_tokenizer")
+
+
+def tokenizer(folder: Path | str, tokens: Sequence[str]) -> tuple[Encode, dict[str, int]]:
+    """The tokenizer in a local folder with reward tokens added, as upstream does; nothing is downloaded.
+
+    Args:
+      folder: a folder of Qwen2-VL, or of its tokenizer alone.
+      tokens: the reward tokens.
+
+    Returns:
+      text -> token ids, and the ids of the reward tokens and of the pad tokens.
+
+    Raises:
+      FileNotFoundError: the folder has no tokenizer.
+      ImportError: without transformers.
+      ValueError: its files cannot be read, or it is not Qwen2-VL's.
+    """
+    folder = Path(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json): name a folder of Qwen2-VL")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("prompts are tokenized by transformers: pip install transformers") from error
+    try:
+        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of the files
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    made.add_tokens(list(tokens), special_tokens=True)
+    encode = lambda text: made(text, add_special_tokens=False).input_ids
+    ids = {}
+    for token in (*PADS.values(), *tokens):
+        ids[token], *more = encode(token)
+        if more:
+            raise ValueError(f"the tokenizer in {folder} has no token {token}: it is not Qwen2-VL's")
+    return encode, ids
+
+
+def copy_tokenizer(source: Path | str, folder: Path) -> None:
+    """Copies the files of a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
+
+
+def load(
+    path: Path | str,
+    kind: str,
+    config: type[RewardConfig],
+    tokenizer_path: Path | str | None,
+    mesh: Mesh | None,
+    batch: int,
+) -> Reward:
+    """A reward model that tools/convert_weights.py wrote.
+
+    Args:
+      path: of the weights.
+      kind: "hpsv3" or "videoalign".
+      config: the kind's.
+      tokenizer_path: folder of the tokenizer; None is `tokenizer_folder`.
+      mesh: to run on; None is all devices of this process, which scores its own part of a batch.
+      batch: texts that a device takes at once.
+
+    Raises:
+      ValueError: the file is of another kind, not whole, or does not belong to the tokenizer.
+      FileNotFoundError: there is no tokenizer.
+    """
+    cfg = reward_model.config_from_dict(config, checkpoint.metadata_config(path, kind))
+    folder = tokenizer_path or tokenizer_folder(path)
+    encode, ids = tokenizer(folder, cfg.tokens)
+    if (known := _special_ids(cfg)) != ids:
+        raise ValueError(f"the tokenizer in {folder} has the ids {ids}, {path} was made with {known}")
+    mesh = mesh or Mesh(np.asarray(jax.local_devices()), ("data",))
+    place = NamedSharding(mesh, sharding.REPLICATED)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), reward_model.abstract_params(cfg)
+    )
+    return Reward(checkpoint.load_weights(path, like), cfg, encode, mesh, batch)
+
+
+def _special_ids(cfg: RewardConfig) -> dict[str, int]:
+    return {token: getattr(cfg, field) for field, token in PADS.items()} | dict(
+        zip(cfg.tokens, cfg.token_ids, strict=True)
+    )
+
+
+# ---------------------------------------------------------------- text
+
+
+def texts(reward: Reward, prompts: Sequence[str], pad: int, visual: int) -> list[list[int]]:
+    """The token ids of the chat with each prompt.
+
+    Args:
+      reward: whose instruction and tokenizer.
+      prompts: sentences.
+      pad: the pad token of its clips, images or videos.
+      visual: tokens of a clip.
+
+    Raises:
+      ValueError: a prompt has one of the tokens that mark something else; names both.
+    """
+    template, special = reward.cfg.template, _special_ids(reward.cfg)
+    mark_of_clip = next(token for token, number in special.items() if number == pad)
+
+    @functools.cache
+    def ids(prompt: str) -> list[int]:
+        for token in special:
+            if token in prompt:
+                raise ValueError(f"the prompt {prompt!r} has the special token {token}")
+        text = _CHAT.format(pad=mark_of_clip, instruction=template.format(text_prompt=prompt))
+        return [number for i in reward.encode(text) for number in ([pad] * visual if i == pad else [i])]
+
+    return [ids(prompt) for prompt in prompts]
+
+
+# ---------------------------------------------------------------- scores
+
+
+@functools.cache
+def scoring_step(cfg: RewardConfig, mesh: Mesh, resize: Resize) -> Callable[[PyTree, Tokens, Array], Array]:
+    """The compiled part: (params, tokens, uint8[n, frames, h, w, 3]) -> `reward_model.raw_scores`.
+
+    Args:
+      cfg: of the model.
+      mesh: each device scores its own rows.
+      resize: `preprocess.resize_pil` or `resize_torch`.
+    """
+    rows = Spec(mesh.axis_names)
+
+    def some_rows(params: PyTree, tokens: Tokens, clips: Array) -> Array:
+        grid = preprocess.grid(cfg, *clips.shape[1:4])
+        resized = resize(clips, tuple(side * cfg.vision.patch for side in grid[1:]))
+        patches = preprocess.patchify(preprocess.normalise(resized), cfg.vision)
+        return reward_model.raw_scores(cfg, params, tokens, patches, grid)
+
+    return jax.jit(sharding.shard(some_rows, mesh, in_specs=(sharding.REPLICATED, rows, rows), out_specs=rows))
+
+
+def raw_scores(reward: Reward, resize: Resize, tokens: Tokens, of_row: np.ndarray, clips: Clips) -> Array:
+    """float32[rows, wanted, outputs] of any number of rows, in batches of one size, the last one filled up.
+
+    Batches are as few as `reward.batch` allows and as small as their number allows.
+
+    Args:
+      reward: the model.
+      resize: see `scoring_step`.
+      tokens: of some texts.
+      of_row: int[rows], the text of each row.
+      clips: indices of rows -> uint8[n, frames, h, w, 3].
+    """
+    step = scoring_step(reward.cfg, reward.mesh, resize)
+    place = NamedSharding(reward.mesh, Spec(reward.mesh.axis_names))
+    rows, devices = len(of_row), reward.mesh.size
+    batch = -(-rows // (-(-rows // (reward.batch * devices)) * devices)) * devices
+    scores = []
+    for start in range(0, rows, batch):
+        row = np.minimum(np.arange(start, start + batch), rows - 1)
+        its_tokens = jax.tree.map(lambda x, text=of_row[row]: x[text], tokens)
+        scores.append(step(reward.params, *jax.device_put((its_tokens, clips(row)), place)))
+    return jnp.concatenate(scores)[:rows]

@@ -1,0 +1,61 @@
+"""Scorers by name: "hpsv3,videoalign" of the paper, "motion", "toy", or a function of your own as "module:function"."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+from kvpo_jax.rewards import hpsv3, motion, toy, videoalign
+from kvpo_jax.rewards.composite import Scorer
+from kvpo_jax.types import Array
+
+# Name -> from the paths of converted weights to the scorer.
+SCORERS: dict[str, Callable[[Mapping[str, str]], Scorer]] = {
+    "hpsv3": lambda paths: hpsv3.load(paths["hpsv3"]),
+    "videoalign": lambda paths: videoalign.load(paths["videoalign"]),
+    "motion": lambda paths: motion.score,
+    "toy": lambda paths: toy.score,
+}
+
+
+def names_of(names: str) -> list[str]:
+    """The names in a list that commas separate."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def build(names: str, paths: Mapping[str, str]) -> Scorer:
+    """One scorer with the components of all that `names` lists; weights are loaded when the first clip is scored.
+
+    Args:
+      names: keys of SCORERS and "module:function"s, separated by commas.
+      paths: "hpsv3" and "videoalign" -> converted weights, for those that are named.
+
+    Raises:
+      ValueError: for a name that is neither, or a function that cannot be imported.
+    """
+    if not names_of(names):
+        raise ValueError(f"no reward is named; there are {', '.join(SCORERS)} and your own module:function")
+    loaders = {name: SCORERS[name] if name in SCORERS else _custom(name) for name in names_of(names)}
+    loaded = cache(lambda: {name: load(paths) for name, load in loaders.items()})
+
+    def score(pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+        components: dict[str, Array] = {}
+        for name, scorer in loaded().items():
+            own = scorer(pixels, prompts)
+            if twice := components.keys() & own.keys():
+                raise ValueError(f"two rewards of {names!r} have a component {min(twice)!r}; {name!r} is the second")
+            components |= own
+        return components
+
+    return score
+
+
+def _custom(name: str) -> Callable[[Mapping[str, str]], Scorer]:
+    module, _, function = name.partition(":")
+    try:
+        scorer = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join(SCORERS)
+        raise ValueError(f"there is no reward {name!r}: expected {known} or module:function ({error})") from error
+    return lambda paths: scorer

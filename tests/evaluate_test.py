@@ -1,0 +1,92 @@
+"""Scores of video files by the command, and rewards by name."""
+
+import csv
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax import generate
+from kvpo_jax.data import toy_world
+from kvpo_jax.rewards import motion, registry, toy
+
+
+def brightness(pixels, prompts):
+    return {"brightness": pixels.mean((1, 2, 3, 4))}
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "kvpo_jax.evaluate", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+def test_rewards_by_name_are_those_functions():
+    clips = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 5, 8, 8, 3)), jnp.float32)
+    sentences = ["a red disk moves left", "a blue cross moves up"]
+    ours = registry.build(f"toy, motion,{__name__}:brightness", {})(clips, sentences)
+    theirs = {**toy.score(clips, sentences), **motion.score(clips, sentences), **brightness(clips, sentences)}
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_array_equal(ours[name], value)
+    again = "kvpo_jax.rewards.motion:score"
+    with pytest.raises(ValueError, match=f"have a component 'motion'; '{again}' is the second"):
+        registry.build(f"motion,{again}", {})(clips, sentences)
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "nowhere:score", "kvpo_jax.rewards.motion:nothing"])
+def test_an_unknown_reward_is_named(name):
+    with pytest.raises(ValueError, match=f"there is no reward '{name}'"):
+        registry.build(name, {})
+
+
+def write_toy_video(path, prompt, seed):
+    """A clean clip of 18 frames of the toy world, 16 times enlarged; its pixels as the file should have them."""
+    frames = np.arange(18)
+    colour, shape, direction = toy_world.parse(prompt)
+    velocity = np.array(list(toy_world.DIRECTIONS.values()))[direction]
+    centre = (np.array([2.0, 3.0]) + frames[:, None] * velocity) % toy_world.SIZE
+    images = generate.enlarge(np.asarray(toy_world.render(jnp.asarray(centre), colour, shape)))
+    out = generate.writer(path, *images.shape[1:3], 8)
+    for image in images:
+        out.send(np.ascontiguousarray(image))
+    out.close()
+    return images
+
+
+def test_command_scores_files_as_training_does(tmp_path):
+    prompts = ["a red disk moves left", "a blue cross moves up"]
+    videos = [write_toy_video(tmp_path / f"{i}.mp4", prompt, i) for i, prompt in enumerate(prompts)]
+    (tmp_path / "p.txt").write_text(f"1,[{prompts[0]}]\n2,[{prompts[1]}],[{prompts[1]}]\n")
+    done = run(f"--videos={tmp_path}", f"--prompts={tmp_path / 'p.txt'}", "--rewards=motion", "--clip_frames=8")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["video"] for row in rows] == ["0.mp4", "1.mp4"]
+    score = lambda clip: motion.score(jnp.asarray(clip[None], jnp.float32) / 255, [""])
+    # One clip in the middle of the whole; two, in the middle of each half.
+    expected = [
+        float(score(videos[0][5:13])["motion"][0]),
+        float(np.mean([score(videos[1][start : start + 8])["motion"][0] for start in (0, 9)])),
+    ]
+    np.testing.assert_allclose([float(row["motion"]) for row in rows], expected, rtol=0.05)  # h264 is not exact
+    assert "mean" in done.stdout and "smoothness" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--videos={dir}"], "--videos needs --prompts"),
+        ([], "give either --workdir or --videos"),
+        (["--videos={dir}", "--prompts={dir}/p.txt"], "has no videos"),
+        (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=hpsv3"], "--rewards=hpsv3 needs --hpsv3=FILE, made by"),
+        (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=beauty"], "there is no reward 'beauty'"),
+    ],
+)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    (tmp_path / "p.txt").write_text("1,[a]\n")
+    done = run(*(argument.format(dir=tmp_path) for argument in arguments))
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr
