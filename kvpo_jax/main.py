@@ -36,11 +36,16 @@ def main(arguments: list[str]) -> None:
         workdir = config_lib.run_directory(_CONFIG.value, _WORKDIR.value, _RESUME.value)
         config = config_lib.resolve(_CONFIG.value, workdir, arguments[1:])
         config_lib.check_files(config)
-        if distributed is not None:
-            # Waits for all, so that none reads the run directory once the first begins to write there.
-            jax.distributed.initialize(**distributed)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if distributed is not None:
+        try:  # waits for all, so that none reads the run directory once the first begins to write there
+            jax.distributed.initialize(**distributed)
+        except ValueError as error:
+            sys.exit(
+                f"error: {error} One of several processes, it seems: give each --coordinator, --num_processes and "
+                "--process_id, or --num_processes=1 if it is a run of its own (docs/cluster.md)"
+            )
     config_lib.use_compilation_cache()
     if sharding.is_main():
         config_lib.start_run(config, workdir)
