@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from kvpo_jax import backbone, checkpoint
+from kvpo_jax import checkpoint
 from kvpo_jax.data import embeddings, prompts, text
 from kvpo_jax.models import umt5
 
@@ -52,7 +52,7 @@ def encode_prompts(
     """What the command does; its errors name the file that is wrong."""
     sequences = [sequence for path in prompt_files for sequence in prompts.load(path)]
     cleaned = {text.clean(sentence): sentence for sequence in sequences for sentence in sequence.sentences}
-    cfg = umt5.UMT5Config(**backbone.metadata_config(weights, "umt5"))
+    cfg = umt5.UMT5Config(**checkpoint.metadata_config(weights, "umt5"))
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     ids, mask = text.tokenizer(tokenizer, max_length)(list(cleaned.values()))
     if ids.max() >= cfg.vocab:

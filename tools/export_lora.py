@@ -60,7 +60,7 @@ def from_run(workdir: Path, policy: str) -> tuple[LoRAConfig, Flat, Path]:
 
 def from_file(path: Path) -> tuple[LoRAConfig, Flat]:
     """The LoRA in a converted file."""
-    cfg = LoRAConfig(**backbone.metadata_config(path, "wan_lora"))
+    cfg = LoRAConfig(**checkpoint.metadata_config(path, "wan_lora"))
     lora = jax.device_get(checkpoint.load_weights(path, wan_weights.abstract_lora(cfg)))
     return cfg, flax.traverse_util.flatten_dict(lora, sep="/")
 
