@@ -1,0 +1,314 @@
+"""Several processes on one machine, each with CPU devices of its own: the same run as one process with all of them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from kvpo_jax import checkpoint, rollout, sharding, train
+from kvpo_jax import config as config_lib
+from kvpo_jax.models.wan import init_variables, wan_config
+
+PROMPTS, BRANCHES, ITERATIONS = 2, 2, 4
+FIELDS = {
+    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
+    "lora.rank": 2, "lora.alpha": 2.0, "video.blocks": 8, "video.switch_frames": (12,),
+    "rollout.branches": BRANCHES, "rollout.window_blocks": 2, "replay.chunk": 4,
+    "reward.scorer": "mean_colour:score", "train.iterations": ITERATIONS, "train.prompts_per_iteration": PROMPTS,
+    "train.checkpoint_every": 1, "train.keep": 10, "eval.prompts": 4, "eval.batch": 2, "eval.every": 0,
+}  # fmt: skip
+
+
+# A reward on the host, the same in whatever batch a clip comes; the sentences matter.
+REWARD = """
+import numpy as np
+
+def score(pixels, prompts):
+    mean = lambda channel: np.array([clip[..., channel].mean(dtype=np.float64) for clip in np.asarray(pixels)])
+    return {"VQ": mean(0), "MQ": mean(1), "TA": mean(2) * [sum(map(ord, prompt)) % 7 for prompt in prompts]}
+"""
+
+
+def make_config(weights: Path, data: int, branch: int):
+    return config_lib.override(config_lib.load("configs/tiny.py"), arguments(weights, data, branch))
+
+
+def arguments(weights: Path, data: int, branch: int) -> list[str]:
+    fields = {**FIELDS, "weights": weights, "mesh.data": data, "mesh.branch": branch}
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+# ---------------------------------------------------------------- starting processes
+
+# Launcher -> (arguments, environment) by which process i of n learns of the others; the variables are those that srun
+# and Open MPI's mpirun set.
+LAUNCHERS = {
+    "alone": lambda port, n, i: ([], {}),
+    "flags": lambda port, n, i: ([f"--coordinator=localhost:{port}", f"--num_processes={n}", f"--process_id={i}"], {}),
+    "srun": lambda port, n, i: ([], {
+        "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": f"{n}", "SLURM_NTASKS": f"{n}",
+        "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}", "JAX_COORDINATOR_PORT": f"{port}",
+    }),
+    "mpirun": lambda port, n, i: ([], {
+        "OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:1", "OMPI_COMM_WORLD_SIZE": f"{n}",
+        "OMPI_COMM_WORLD_RANK": f"{i}", "OMPI_COMM_WORLD_LOCAL_RANK": f"{i}", "JAX_COORDINATOR_PORT": f"{port}",
+    }),
+}  # fmt: skip
+
+
+def start(
+    launcher: str, folder: Path, processes: int, devices: int, command: Sequence[str], modules: Path | str = ""
+) -> list[subprocess.Popen]:
+    """Python with the arguments `command`, so often and with so many devices each; `modules` is on its path."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(modules)}
+    out = []
+    for i in range(processes):
+        arguments, variables = LAUNCHERS[launcher](port, processes, i)
+        log = (folder / f"{i}.log").open("w+")
+        options = {"stdout": log, "stderr": log, "env": environment | variables, "cwd": Path(__file__).parents[1]}
+        out.append(subprocess.Popen([sys.executable, *command, *arguments], **options))
+        out[-1].log = log
+    return out
+
+
+def text_of(process: subprocess.Popen) -> str:
+    process.log.seek(0)
+    return process.log.read()
+
+
+def finish(processes: Sequence[subprocess.Popen]) -> None:
+    try:
+        for process in processes:
+            assert process.wait(200) == 0, text_of(process)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# ---------------------------------------------------------------- who starts what
+
+SLURM = {"SLURM_JOB_ID": "1", "SLURM_STEP_NUM_TASKS": "32"}
+
+
+@pytest.mark.parametrize(
+    "environment, flags, expected",
+    [
+        ({}, (None, None, None), None),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "32"}, (None, None, None), None),  # not under srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, (None, None, None), None),
+        (SLURM, (None, None, None), {}),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, (None, None, None), {}),
+        ({"JOB_COMPLETION_INDEX": "0"}, (None, None, None), {}),
+        (SLURM, (None, 1, None), None),  # one of many runs that know nothing of each other
+    ],
+)
+def test_a_launcher_is_recognised(environment, flags, expected):
+    assert sharding.distributed_arguments(environment, *flags) == expected
+
+
+def test_flags_win_over_the_launcher():
+    given = sharding.distributed_arguments(SLURM, "a:1", 4, 0)
+    assert given == {
+        "coordinator_address": "a:1", "num_processes": 4, "process_id": 0, "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--process_id is missing"):
+        sharding.distributed_arguments({}, "a:1", 4, None)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "several processes need --workdir=DIR"),
+        (["--workdir=w"], "or --num_processes=1 if it is a run of its own"),  # Open MPI 5: jax does not see it
+    ],
+)
+def test_processes_that_cannot_join_say_so(tmp_path, arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "kvpo_jax.main", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"OMPI_COMM_WORLD_SIZE": "2", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+# ---------------------------------------------------------------- what goes over the network
+
+
+def inside(jaxpr, loops: int = 0) -> Iterator[tuple[str, int]]:
+    """(name, loops around it) of every primitive."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name, loops
+        for inner in jaxprs_in_params(equation.params):
+            yield from inside(inner, loops + (equation.primitive.name in ("scan", "while")))
+
+
+def test_gradients_are_summed_over_the_devices_once(tmp_path):
+    config = make_config(tmp_path, 2, 2)
+    mesh = sharding.make_mesh(2, 2, PROMPTS, BRANCHES)
+    stages = rollout.build(config, mesh)
+    variables = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
+
+    def gradient(variables, embeddings):
+        text = stages.encode_text(variables, embeddings)
+        numbers = jnp.arange(PROMPTS)
+        selected = stages.draw(jax.random.key(0), numbers, 15)
+        noise, changed = rollout.NoiseKey(jax.random.key(1), numbers), np.ones((PROMPTS, 2), bool)
+        tuples = rollout.rollout(stages, config, mesh, variables, text, changed, noise, selected, 5).replay
+        energies = train.make_energies(config, mesh)
+        return jax.grad(lambda lora: energies(variables["params"], lora, embeddings, text, tuples).sum())(
+            variables["lora"]
+        )
+
+    embeddings = jax.ShapeDtypeStruct((PROMPTS, 2, config.model.text_len, config.model.text_dim), jnp.float32)
+    jaxpr = jax.make_jaxpr(gradient)(variables, embeddings).jaxpr
+    sums = [loops for name, loops in inside(jaxpr) if name.startswith("psum")]
+    assert sums == [0] * len(jax.tree.leaves(variables["lora"]))
+
+
+# ---------------------------------------------------------------- several processes
+
+EXCHANGE = """
+import os, sys
+import jax, numpy as np
+from kvpo_jax import sharding
+flags = [argument.partition("=")[2] for argument in sys.argv[1:]]
+flags = (flags[0], int(flags[1]), int(flags[2])) if flags else (None, None, None)
+jax.distributed.initialize(**sharding.distributed_arguments(os.environ, *flags))
+for data, branch in ((4, 2), (2, 4), (8, 1), (1, 8)):
+    mesh = sharding.make_mesh(data, branch, 8, 8)
+    table = np.arange(8 * 8 * 2.0).reshape(8, 8, 2)
+    part = sharding.own_part(sharding.place(table, mesh, sharding.TRAJECTORIES))
+    own = sharding.own_prompts(mesh, 8)
+    assert part.size == table.size / 4
+    np.testing.assert_array_equal(part[:, 0, 0] // 16, own)
+    whole, column = sharding.gather(lambda: (part[..., 1], part[:, 0, 0] // 16), mesh)
+    np.testing.assert_array_equal(whole, table[..., 1])
+    np.testing.assert_array_equal(column, np.arange(8))
+    rows = sharding.from_own_prompts(table[own], mesh, 8)
+    np.testing.assert_array_equal(sharding.own_part(rows), table[own])
+    assert rows.shape == table.shape
+last = jax.process_index() == 3
+assert sharding.any_process(last) and not sharding.any_process(False)
+assert sharding.is_main() == (jax.process_index() == 0)
+
+def infinite():
+    if last:
+        raise FloatingPointError("this one")
+
+try:
+    sharding.gather(infinite, mesh)
+except FloatingPointError as error:
+    assert ("this one" in str(error)) == last
+else:
+    raise AssertionError
+for wrong in ((2, 2), (1, 4)):
+    try:
+        sharding.make_mesh(*wrong, 8, 8)
+    except ValueError as error:
+        assert "does not fit 4 processes of 2 devices" in str(error)
+    else:
+        raise AssertionError
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["flags", "srun", "mpirun"])
+def test_four_processes_exchange_what_is_theirs(tmp_path, launcher):
+    """On meshes in which a process has rows, columns or a rectangle."""
+    finish(start(launcher, tmp_path, 4, 2, ["-c", EXCHANGE]))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A generator whose every parameter is random: zero inits would hide what depends on them. REWARD is beside it."""
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    like = jax.eval_shape(partial(init_variables, wan_config(make_config(path, 1, 1))), jax.random.key(0))["params"]
+    rng = np.random.default_rng(0)
+    normal = lambda x: rng.normal(scale=0.15, size=x.shape).astype(x.dtype)
+    checkpoint.save_weights(path, jax.tree.map(normal, like), {})
+    path.with_name("mean_colour.py").write_text(REWARD)
+    return path
+
+
+def lines(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what a clock says."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
+
+
+def wait_for_lines(workdir: Path, count: int, processes: Sequence[subprocess.Popen]) -> None:
+    end = time.monotonic() + 200
+    path = workdir / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= count):
+        assert all(process.poll() is None for process in processes), "\n".join(map(text_of, processes))
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def saved_state(workdir: Path, config) -> train.TrainState:
+    mesh = sharding.make_mesh(1, 1, PROMPTS, BRANCHES)
+    like = train.init_state(config, train.make_optimiser(config.train), mesh)
+    with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
+        return checkpoint.restore_latest(checkpoints, like)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher, mesh, sent, tolerance",
+    [("flags", (2, 2), signal.SIGKILL, 1e-6), ("srun", (1, 2), signal.SIGTERM, 0)],
+    ids=["killed", "terminated"],
+)
+def test_two_processes_stopped_and_resumed_are_one_uninterrupted(weights, tmp_path, launcher, mesh, sent, tolerance):
+    """Prompts, then branches, lie on two processes, of which the second gets the signal.
+
+    Two addends have one sum, so on two devices every bit is the same; four are added up in another order.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    command = lambda workdir: ["-m", "kvpo_jax.main", f"--workdir={workdir}", *arguments(weights, *mesh)]
+    devices = mesh[0] * mesh[1]
+    start_two = lambda: start(launcher, tmp_path, 2, devices // 2, command(two), weights.parent)
+    finish(start("alone", tmp_path, 1, devices, [*command(one), "--profile"], weights.parent))
+    assert list((one / "profile").rglob("*.xplane.pb"))
+
+    first, second = processes = start_two()
+    try:
+        wait_for_lines(two, 2, processes)
+        second.send_signal(sent)
+        if sent == signal.SIGTERM:  # both agree on the iteration to stop after, save and leave
+            finish(processes)
+            assert "stopped after iteration" in text_of(first)
+            assert "stopped" not in text_of(second)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert len(lines(two)) < ITERATIONS
+    finish(start_two())
+
+    config = make_config(weights, *mesh)
+    ours, theirs = saved_state(two, config), saved_state(one, config)
+    assert ours.iteration == theirs.iteration == ITERATIONS
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), ours.lora, theirs.lora)
+    for row, expected in zip(lines(two), lines(one), strict=True):
+        assert row == pytest.approx(expected, rel=1000 * tolerance, abs=tolerance)
+    assert (two / "report" / "before_after.png").exists()
