@@ -1,12 +1,13 @@
-"""The Wan VAE: pixels to normalised latents and back, frame by frame in time, as pure functions of its parameters.
+"""The Wan2.1 video VAE: pixels to latents, and latents back to pixels frame by frame.
 
-Pixels are float[n, frames, height, width, 3] in [-1, 1], latents float[n, T, Y, X, C], normalised by the published
-statistics. Pixel frame 0 is one latent frame and every further latent frame stands for four, at an eighth of the side.
+Every temporal convolution is causal and remembers its last two input frames. Those memories are the collection `cache`,
+an ordinary pytree with the batch as leading axis: a prefix can be decoded once and its cache be repeated for every
+branch that goes on from it. Latent frame 0 is one pixel frame; every other one is four.
 
-Everything is causal in time, and each temporal convolution remembers the last frames that it read. That memory is the
-flax collection `cache`, a dict of arrays with a leading batch axis that the steps take and return, so a stream can be
-forked by repeating its cache. The first frame of a stream passes no temporal resampling and is no history of it, which
-is why it has a step of its own. With the zeros that it leaves there, the second frame is a step like all the others.
+    pixels, cache = decode_next(cfg, params, None, first latents)
+    pixels, cache = decode_next(cfg, params, cache, next latents)
+
+Pixels are in [-1, 1], latents normalised per channel; the arithmetic is that of Wan2.1.
 """
 
 from __future__ import annotations
@@ -19,12 +20,11 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kvpo_jax.models.layers import attention
+from kvpo_jax.models.layers import wide
 from kvpo_jax.types import Array, PyTree
 
-# Statistics of the latents of Wan2.1's VAE, per channel.
+# Per-channel statistics of Wan2.1's latents.
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -33,24 +33,22 @@ LATENT_STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
+MEMORY = 2  # input frames that a temporal convolution of three taps remembers
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of a Wan VAE; the defaults are Wan2.1's.
+    """Sizes of the VAE; the defaults are Wan2.1's.
 
     Attributes:
-      base_dim: channels of the encoder's first convolution.
-      z_dim: C, channels of the latent.
-      dim_mult: channels of each stage of the encoder, in base_dims; the decoder's are the same from the end.
-      num_res_blocks: residual blocks per stage of the encoder; the decoder has one more.
-      temporal_downsample: for each stage but the last, whether its downsampling halves time as well as space.
-      latent_mean: of each latent channel, subtracted by `encode`.
-      latent_std: of each latent channel, divided by.
-      dtype: of weights, products and the cache.
-
-    Raises:
-      ValueError: if the lengths do not agree.
+      base_dim: channels at full resolution.
+      z_dim: latent channels, C.
+      dim_mult: channels of each stage over base_dim, from full resolution down; every stage but the last halves it.
+      num_res_blocks: per stage of the encoder; the decoder has one more.
+      temporal_downsample: which of the halvings halve time too.
+      latent_mean: per channel.
+      latent_std: per channel.
+      dtype: of weights and activations; norms and the latent statistics are float32.
     """
 
     base_dim: int = 96
@@ -60,129 +58,106 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latent_mean: tuple[float, ...] = LATENT_MEAN
     latent_std: tuple[float, ...] = LATENT_STD
-    dtype: str = "bfloat16"
-
-    def __post_init__(self):
-        stages = len(self.dim_mult)
-        lengths = {"temporal_downsample": stages - 1, "latent_mean": self.z_dim, "latent_std": self.z_dim}
-        for name, length in lengths.items():
-            if len(getattr(self, name)) != length:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; a VAE of {stages} stages and z_dim {self.z_dim} needs {length}"
-                )
-        for name in ("dim_mult", *lengths):  # lists, as JSON has them, would not hash
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+    dtype: str = "float32"
 
     @property
-    def time_stride(self) -> int:
+    def temporal_factor(self) -> int:
         """Pixel frames per latent frame, but for the first."""
         return 2 ** sum(self.temporal_downsample)
 
-    @property
-    def space_stride(self) -> int:
-        """Pixels per latent pixel, along each side."""
-        return 2 ** len(self.temporal_downsample)
 
-
-def _conv2d(cfg: VAEConfig, features: int, size: int, name: str, **kwargs) -> nn.Conv:
-    """A convolution of every frame by itself."""
-    return nn.Conv(features, (size, size), dtype=cfg.dtype, param_dtype=cfg.dtype, name=name, **kwargs)
+def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options) -> nn.Conv:
+    dtype = jnp.dtype(cfg.dtype)
+    return nn.Conv(features, kernel, dtype=dtype, param_dtype=dtype, **options)
 
 
 class CausalConv(nn.Module):
-    """A 3-D convolution that sees, of time, only this call's frames and the end of the last call's.
-
-    Attributes:
-      cfg: VAEConfig.
-      features: output channels.
-      kernel: (frames, height, width); space is zero-padded to keep its size.
-      stride: in time.
-    """
+    """A 3-D convolution whose taps in time look back; before the first frame everything is zero."""
 
     cfg: VAEConfig
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
-    stride: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """float[n, t, y, x, c] -> float[n, t / stride, y, x, features]."""
-        dtype = jnp.dtype(self.cfg.dtype)
-        history = self.kernel[0] - self.stride
-        x = x.astype(dtype)
-        if history:
-            past = self.variable("cache", "past", jnp.zeros, (x.shape[0], history, *x.shape[2:]), dtype)
+        """float[n, t, h, w, c] -> float[n, t, h, w, features]."""
+        cfg, (taps, *space) = self.cfg, self.kernel
+        kernel_init = nn.initializers.lecun_normal()
+        kernel = self.param("kernel", kernel_init, (*self.kernel, x.shape[-1], self.features), jnp.dtype(cfg.dtype))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(cfg.dtype))
+        if taps > 1:
+            n, t, *rest = x.shape
+            past = self.variable("cache", "past", lambda: jnp.zeros((n, MEMORY, *rest), x.dtype))
             x = jnp.concatenate([past.value, x], axis=1)
-            past.value = x[:, -history:]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.kernel, x.shape[-1], self.features), dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        y = jax.lax.conv_general_dilated(
-            x,
-            kernel.astype(dtype),
-            window_strides=(self.stride, 1, 1),
-            padding=[(0, 0), *((size // 2, size // 2) for size in self.kernel[1:])],
-            dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-        )
-        return y + bias.astype(dtype)
+            past.value = x[:, -MEMORY:]
+            if not t:
+                return jnp.zeros((n, 0, *rest[:-1], self.features), x.dtype)
+        padding = [(0, 0), *((k // 2, k // 2) for k in space)]
+        numbers = ("NTHWC", "THWIO", "NTHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=numbers) + bias
 
 
-class L2Norm(nn.Module):
-    """Divides by the root mean square over channels, as sqrt(c) x / |x| in float32, and scales by gamma."""
+class Norm(nn.Module):
+    """Length of the channel vector to sqrt(channels), times gamma; in float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         gamma = self.param("gamma", nn.initializers.ones, (x.shape[-1],), x.dtype)
-        y = x.astype(jnp.float32)
+        y = wide(x)
         y = y / jnp.maximum(jnp.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
-        return (y * x.shape[-1] ** 0.5 * gamma.astype(jnp.float32)).astype(x.dtype)
+        return (y * x.shape[-1] ** 0.5).astype(x.dtype) * gamma
 
 
-class ResidualBlock(nn.Module):
-    """Two normed and activated convolutions beside a shortcut."""
+class Residual(nn.Module):
+    """Two causal convolutions beside a shortcut."""
 
     cfg: VAEConfig
     features: int
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        cfg, features = self.cfg, self.features
-        y = CausalConv(cfg, features, name="residual_2")(nn.silu(L2Norm(name="residual_0")(x)))
-        y = CausalConv(cfg, features, name="residual_6")(nn.silu(L2Norm(name="residual_3")(y)))
-        return y + (x if x.shape[-1] == features else CausalConv(cfg, features, (1, 1, 1), name="shortcut")(x))
+        conv = partial(CausalConv, self.cfg, self.features)
+        y = conv(name="residual_2")(nn.silu(Norm(name="residual_0")(x)))
+        y = conv(name="residual_6")(nn.silu(Norm(name="residual_3")(y)))
+        return y + (x if x.shape[-1] == self.features else conv((1, 1, 1), name="shortcut")(x))
 
 
-class AttentionBlock(nn.Module):
-    """Self-attention among the pixels of each frame, with one head."""
+class Attention(nn.Module):
+    """One head over the pixels of each frame."""
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        channels = x.shape[-1]
-        qkv = _conv2d(self.cfg, 3 * channels, 1, "to_qkv")(L2Norm(name="norm")(x))
-        q, k, v = einops.rearrange(qkv, "n t y x (three c) -> three (n t) (y x) 1 c", three=3)
-        y = attention(q, k, v).reshape(x.shape)
-        return x + _conv2d(self.cfg, channels, 1, "proj")(y)
+        n, t, h, w, c = x.shape
+        qkv = _conv(self.cfg, 3 * c, (1, 1), name="to_qkv")(Norm(name="norm")(x).reshape(n * t, h, w, c))
+        q, k, v = (y[:, :, None] for y in jnp.split(qkv.reshape(n * t, h * w, 3 * c), 3, axis=-1))
+        y = jax.nn.dot_product_attention(q, k, v)[:, :, 0].reshape(n * t, h, w, c)
+        return x + _conv(self.cfg, c, (1, 1), name="proj")(y).reshape(x.shape)
 
 
 class Downsample(nn.Module):
-    """Halves the sides, then, if `temporal`, the frames."""
+    """Halves height and width, and with `temporal` the frames after the first."""
 
     cfg: VAEConfig
-    features: int
     temporal: bool
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
-        x = _conv2d(self.cfg, self.features, 3, "resample_1", strides=2, padding=((0, 1), (0, 1)))(x)
-        if self.temporal:
-            y = CausalConv(self.cfg, self.features, (3, 1, 1), stride=2, name="time_conv")(x)
-            x = x if first else y  # the first frame is history, but has too little of its own: y is empty
-        return x
+    def __call__(self, x: Array) -> Array:
+        n, _, _, _, c = x.shape
+        conv = _conv(self.cfg, c, (3, 3), strides=2, padding=[(0, 1), (0, 1)], name="resample_1")
+        x = einops.rearrange(conv(einops.rearrange(x, "n t h w c -> (n t) h w c")), "(n t) ... -> n t ...", n=n)
+        if not self.temporal:
+            return x
+        conv = _conv(self.cfg, c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", name="time_conv")
+        if x.shape[1] < 3:  # a single frame; the parameters are still there
+            x = jnp.concatenate([x[:, :1]] * 3, axis=1)
+            return jnp.concatenate([x[:, :1], conv(x)[:, :0]], axis=1)
+        return jnp.concatenate([x[:, :1], conv(x)], axis=1)
 
 
 class Upsample(nn.Module):
-    """Doubles the frames, if `temporal`, then the sides."""
+    """Doubles height and width and halves the channels; with `temporal` doubles the frames after the first."""
 
     cfg: VAEConfig
     features: int
@@ -190,29 +165,152 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
+        """`first`: x begins with the first frame of the video, which stays one and is no other frame's past."""
+        n, _, h, w, c = x.shape
         if self.temporal:
-            # Shown no frame, the convolution starts its cache with zeros: the first frame is no history.
-            shown = x[:, :0] if first else x
-            y = CausalConv(self.cfg, 2 * x.shape[-1], (3, 1, 1), name="time_conv")(shown)
-            x = x if first else einops.rearrange(y, "n t y x (two c) -> n (t two) y x c", two=2)
-        x = einops.repeat(x, "n t y x c -> n t (y 2) (x 2) c")
-        return _conv2d(self.cfg, self.features, 3, "resample_1")(x)
-
-
-class Middle(nn.Module):
-    """Residual block, attention, residual block: part of `Encoder` and `Decoder`, whose names they have."""
+            alone, x = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
+            x = CausalConv(self.cfg, 2 * c, (3, 1, 1), name="time_conv")(x)
+            x = einops.rearrange(x, "n t h w (two c) -> n (t two) h w c", two=2)
+            x = jnp.concatenate([alone, x], axis=1)
+        x = einops.rearrange(x, "n t h w c -> (n t) h w c").repeat(2, axis=1).repeat(2, axis=2)
+        x = _conv(self.cfg, self.features, (3, 3), padding=1, name="resample_1")(x)
+        return einops.rearrange(x, "(n t) ... -> n t ...", n=n)
 
 
 class Encoder(nn.Module):
-    """float[n, frames, height, width, 3] -> float[n, t, Y, X, 2 C], mean and log-variance before the last 1x1x1."""
+    """Pixels to the moments of the latent."""
+
+    cfg: VAEConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        cfg, index = self.cfg, 0
+        x = CausalConv(cfg, cfg.base_dim, name="conv1")(x)
+        for stage, mult in enumerate(cfg.dim_mult):
+            for _ in range(cfg.num_res_blocks):
+                x = Residual(cfg, mult * cfg.base_dim, name=f"downsamples_{index}")(x)
+                index += 1
+            if stage < len(cfg.temporal_downsample):
+                x = Downsample(cfg, cfg.temporal_downsample[stage], name=f"downsamples_{index}")(x)
+                index += 1
+        x = _middle(cfg, x)
+        return CausalConv(cfg, 2 * cfg.z_dim, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels."""
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
-        cfg = self.cfg
-        x = CausalConv(cfg, cfg.base_dim, name="conv1")(x)
-        for i, (layer, features) in enumerate(encoder_layers(cfg)):
-            x = _resampling_layer(cfg, layer, features, f"downsamples_{i}", x, first)
+        cfg, index = self.cfg, 0
+        widths = [mult * cfg.base_dim for mult in reversed(cfg.dim_mult)]
+        x = CausalConv(cfg, widths[0], name="conv1")(x)
         x = _middle(cfg, x)
-        return CausalConv(cfg, 2 * cfg.z_dim, name="head_2")(nn.silu(L2Norm(name="head_0")(x)))
+        for stage, width in enumerate(widths):
+            for _ in range(cfg.num_res_blocks + 1):
+                x = Residual(cfg, width, name=f"upsamples_{index}")(x)
+                index += 1
+            if stage < len(widths) - 1:
+                temporal = cfg.temporal_downsample[::-1][stage]
+                x = Upsample(cfg, width // 2, temporal, name=f"upsamples_{index}")(x, first)
+                index += 1
+        return CausalConv(cfg, 3, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+
+
+def _middle(cfg: VAEConfig, x: Array) -> Array:
+    x = Residual(cfg, x.shape[-1], name="middle_0")(x)
+    x = Attention(cfg, name="middle_1")(x)
+    return Residual(cfg, x.shape[-1], name="middle_2")(x)
+
+
+class WanVAE(nn.Module):
+    """Both halves, with the 1x1 convolutions around the latent."""
+
+    cfg: VAEConfig
+
+    def setup(self):
+        cfg = self.cfg
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.conv1 = CausalConv(cfg, 2 * cfg.z_dim, (1, 1, 1))
+        self.conv2 = CausalConv(cfg, cfg.z_dim, (1, 1, 1))
+
+    def encode(self, pixels: Array) -> Array:
+        """Pixels to the mean of the latent, not yet normalised."""
+        return jnp.split(self.conv1(self.encoder(pixels)), 2, axis=-1)[0]
+
+    def decode(self, latents: Array, first: bool) -> Array:
+        """Latents, no longer normalised, to pixels; `first` as in `Upsample`."""
+        return self.decoder(self.conv2(latents), first)
+
+    def touch_all(self, pixels: Array) -> Array:
+        """Encoder and decoder in one call: what `init` runs to make every variable."""
+        return self.decode(self.encode(pixels), True)
+
+
+def abstract_params(cfg: VAEConfig) -> PyTree:
+    """Shapes and dtypes of the collection `params`: what `checkpoint.load_weights` loads a file like."""
+    side = 2 ** len(cfg.temporal_downsample)
+    pixels = jax.ShapeDtypeStruct((1, 1, side, side, 3), cfg.dtype)
+    return jax.eval_shape(partial(WanVAE(cfg).init, method="touch_all"), jax.random.key(0), pixels)["params"]
+
+
+def _statistics(cfg: VAEConfig) -> tuple[Array, Array]:
+    return jnp.asarray(cfg.latent_mean, jnp.float32), jnp.asarray(cfg.latent_std, jnp.float32)
+
+
+def encode(cfg: VAEConfig, params: PyTree, pixels: Array) -> Array:
+    """Pixels float[n, 1 + 4 (t - 1), h, w, 3] in [-1, 1] to normalised latents float32[n, t, h / 8, w / 8, C].
+
+    ValueError where the frames are not 1 + 4 (t - 1), or the sides no multiples of 8.
+    """
+    chex.assert_shape(pixels, (None, None, None, None, 3))
+    frames, side = pixels.shape[1], 2 ** len(cfg.temporal_downsample)
+    if (frames - 1) % cfg.temporal_factor or pixels.shape[2] % side or pixels.shape[3] % side:
+        raise ValueError(
+            f"a video of {frames} frames, {pixels.shape[2]}x{pixels.shape[3]}: expected 1 + {cfg.temporal_factor} k "
+            f"frames and multiples of {side} pixels"
+        )
+    mean, std = _statistics(cfg)
+    apply = partial(WanVAE(cfg).apply, {"params": params}, method="encode", mutable=["cache"])
+    return (apply(pixels.astype(cfg.dtype))[0].astype(jnp.float32) - mean) / std
+
+
+def _decode(cfg: VAEConfig, params: PyTree, cache: PyTree | None, latents: Array) -> tuple[Array, PyTree]:
+    mean, std = _statistics(cfg)
+    x = (latents.astype(jnp.float32) * std + mean).astype(cfg.dtype)
+    variables = {"params": params} if cache is None else {"params": params, "cache": cache}
+    pixels, state = WanVAE(cfg).apply(variables, x, cache is None, method="decode", mutable=["cache"])
+    return jnp.clip(pixels.astype(jnp.float32), -1, 1), state["cache"]
+
+
+def decode_next(cfg: VAEConfig, params: PyTree, cache: PyTree | None, latents: Array) -> tuple[Array, PyTree]:
+    """Decodes the next latent frames of a video.
+
+    Args:
+      cfg: sizes.
+      params: collection `params`.
+      cache: what the call before returned; None at the beginning. Every leaf has the batch first.
+      latents: float[n, t, Y, X, C], normalised.
+
+    Returns:
+      pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), cache.
+    """
+    chex.assert_shape(latents, (None, None, None, None, cfg.z_dim))
+    return _decode(cfg, params, cache, latents)
+
+
+def decode(cfg: VAEConfig, params: PyTree, latents: Array) -> Array:
+    """Decodes a whole video, float[n, T, Y, X, C] to float32[n, 1 + 4 (T - 1), 8 Y, 8 X, 3] in [-1, 1].
+
+    One latent frame at a time: the activations are those of four pixel frames, however long the video.
+    """
+    first, cache = decode_next(cfg, params, None, latents[:, :1])
+
+    def step(cache: PyTree, x: Array) -> tuple[PyTree, Array]:
+        pixels, cache = decode_next(cfg, params, cache, x[:, None])
+        return cache, pixels
+
+    _, rest = jax.lax.scan(step, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
+    return jnp.concatenate([first, einops.rearrange(rest, "s n t ... -> n (s t) ...")], axis=1)
