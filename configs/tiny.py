@@ -109,6 +109,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.reward = ConfigDict()
     c.reward.weights = ConfigDict({"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3})
     c.reward.scorer = "toy"  # toy | hpsv3 | videoalign | motion | module:function of your own; several with commas
+    c.reward.resident = True  # the scorers' weights stay on the devices; if not, they are loaded whenever one scores
     c.reward.clip_frames = 0  # pixel frames scored per prompt segment, centred; 0 = the whole segment
 
     c.train = t = ConfigDict()
@@ -130,6 +131,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.eval.prompts = 32  # held-out prompt sequences
     c.eval.every = 20  # iterations between evaluations
     c.eval.batch = 16  # videos generated at once
+    c.eval.scorer = "motion"  # as reward.scorer; only watched, never optimised: does the reward get hacked?
 
     c.mesh = ConfigDict()
     c.mesh.data = 0  # devices over prompts; 0 = chosen from the device count

@@ -43,7 +43,8 @@ class Backbone:
         jit-able.
       decode_next: (decoder weights, state, latents float[n, F, Y, X, C]) -> (pixels, state): as `decode`, block by
         block; the state of the first block is None.
-      scorer: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n].
+      rewards: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n]; what is optimised.
+      watch: as `rewards`, of components that are evaluated on held-out prompts and never optimised.
       to_pixel: first pixel frame of a latent frame.
       fps: pixel frames per second.
     """
@@ -55,7 +56,8 @@ class Backbone:
     load_decoder: Callable[[Sharding], PyTree]
     decode: Callable[[PyTree, Array], Array]
     decode_next: Callable[[PyTree, Any, Array], tuple[Array, Any]]
-    scorer: composite.Scorer
+    rewards: registry.Rewards
+    watch: registry.Rewards
     to_pixel: Callable[[int], int]
     fps: int
 
@@ -104,7 +106,8 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
         load_decoder=lambda sharding: {},
         decode=lambda decoder, latents: toy_world.decode(latents),
         decode_next=lambda decoder, state, latents: (toy_world.decode(latents), ()),
-        scorer=registry.build(config.reward.scorer, config.paths),
+        rewards=registry.Rewards(config.reward.scorer, config.paths),
+        watch=registry.Rewards(config.eval.scorer, config.paths),
         to_pixel=lambda frame: frame,
         fps=8,
     )
@@ -182,7 +185,8 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
             lambda x: to_unit(wan_vae.decode(vae, decoder, x[None])[0]), latents
         ),
         decode_next=decode_next,
-        scorer=registry.build(config.reward.scorer, config.paths),
+        rewards=registry.Rewards(config.reward.scorer, config.paths),
+        watch=registry.Rewards(config.eval.scorer, config.paths),
         to_pixel=composite.latent_to_pixel,
         fps=16,
     )

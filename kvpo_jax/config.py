@@ -77,7 +77,9 @@ FILES = {
     "paths.prompts": "a file of prompt sequences (docs/data.md)",
 }
 # What may differ when a run is continued: how long it runs, and what is only looked at.
-RESUMABLE = ("train.iterations", "train.checkpoint_every", "train.keep", "train.video_every", "eval.")
+RESUMABLE = (
+    "train.iterations", "train.checkpoint_every", "train.keep", "train.video_every", "eval.", "reward.resident",
+)  # fmt: skip
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -168,6 +170,12 @@ def _with_tuples(value: Any) -> Any:
 
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     """A copy of `config` with the flags `--config.FIELD=VALUE` of the command line `arguments` (no program name)."""
+    config = config.copy_and_resolve_references()
+    for argument in arguments:
+        # Which components there are is the scorers' business; those of one's own have a weight of 0 before.
+        if match := re.match(r"--?config\.reward\.weights\.(\w+)", argument):
+            with config.unlocked():
+                config.reward.weights[match[1]] = config.reward.weights.get(match[1], 0.0)
     names, sections = flat(config), {name.rpartition(".")[0] for name in flat(config)}
     for argument in arguments:
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
@@ -179,8 +187,7 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         raise ValueError(f"there is no field config.{match[1]}{nearest(match[1], names)}")
     values = flags.FlagValues()
     command_line = ["", *arguments]
-    copy = config.copy_and_resolve_references()
-    config_flags.DEFINE_config_dict("config", copy, flag_values=values, sys_argv=command_line)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command_line)
     try:
         left = values(command_line)[1:]
     except flags.UnrecognizedFlagError as error:
@@ -251,7 +258,8 @@ def check_files(config: ConfigDict, needed: Sequence[str] = ("weights", "paths.v
     fields = flat(config)
     if config.backbone != "toy":
         text = ("paths.embeddings",) if config.paths.embeddings else ("paths.umt5", "paths.tokenizer")
-        scored = [f"paths.{name}" for name in ("hpsv3", "videoalign") if name in config.reward.scorer.split(",")]
+        scorers = f"{config.reward.scorer},{config.eval.scorer}".replace(" ", "").split(",")
+        scored = [f"paths.{name}" for name in ("hpsv3", "videoalign") if name in scorers]
         for name in (*needed, *(scored if "paths.prompts" in needed else ()), *text):
             if not fields[name]:
                 instead = " (or name config.paths.embeddings)" if name in ("paths.umt5", "paths.tokenizer") else ""

@@ -123,7 +123,10 @@ def main(arguments: list[str]) -> None:
                         f"--rewards={name} needs --{name}=FILE, made by {config_lib.FILES[f'paths.{name}']}"
                     )
             config_lib.use_compilation_cache()
-            scorer = registry.build(given.rewards, {"hpsv3": given.hpsv3, "videoalign": given.videoalign})
+            if not registry.names_of(given.rewards):
+                known = ", ".join(registry.SCORERS)
+                raise ValueError(f"--rewards names nothing; there are {known} and your own module:function")
+            scorer = registry.Rewards(given.rewards, {"hpsv3": given.hpsv3, "videoalign": given.videoalign})
             sequences = prompts.load(Path(given.prompts))
             output = Path(given.output or Path(given.videos) / "scores.csv")
             score_videos(scorer, Path(given.videos), sequences, given.clip_frames, output)

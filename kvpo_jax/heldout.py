@@ -29,7 +29,7 @@ class Heldout:
       pixels: float[m, frames, h, w, 3], m <= report.PICTURED: of the first prompts, as many as follow one another on
         this process's devices.
       reward: float[n], the composite reward.
-      components: name -> float[n].
+      components: name -> float[n], of what is optimised and of what is only watched (config.eval.scorer).
     """
 
     pixels: np.ndarray
@@ -80,6 +80,13 @@ def make_decode(backbone: Backbone, mesh: Mesh) -> Callable[[PyTree, Array], Arr
     return decode
 
 
+def release(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
+    """Lets go of the weights of the rewards until they are needed again, if config.reward.resident is False."""
+    if not config.reward.resident:
+        backbone.rewards.release()
+        backbone.watch.release()
+
+
 def evaluate(
     config: ml_collections.ConfigDict,
     backbone: Backbone,
@@ -97,13 +104,16 @@ def evaluate(
             f"eval.prompts={config.eval.prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the "
             f"mesh's {mesh.shape['data']} shards of prompts"
         )
-    score = partial(
-        composite.segment_rewards,
-        backbone.scorer,
-        switch_frames=config.video.switch_frames,
-        clip_frames=config.reward.clip_frames,
-        to_pixel=backbone.to_pixel,
-    )
+
+    def score(pixels: Array, sentences: Sequence[Sequence[str]]) -> dict[str, Array]:
+        of_clips = lambda scorer: composite.segment_rewards(
+            scorer, pixels, sentences, config.video.switch_frames, config.reward.clip_frames, backbone.to_pixel
+        )
+        rewards, watched = of_clips(backbone.rewards), of_clips(backbone.watch)
+        if twice := rewards.keys() & watched.keys():
+            raise ValueError(f"config.eval.scorer has a component {min(twice)!r} that config.reward.scorer has too")
+        return rewards | watched
+
     own = sharding.own_prompts(mesh, config.eval.batch)
     pixels, components = [], []
     for first in range(0, config.eval.prompts, config.eval.batch):
@@ -112,10 +122,11 @@ def evaluate(
         key = rollout.NoiseKey(rollout.stream(0, "heldout", first), jnp.arange(config.eval.batch))
         latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
         videos = sharding.own_part(decode(jnp.concatenate(latents, axis=1)[:, None]))
-        scores = sharding.gather(partial(score, pixels=videos, prompts=[batch.sentences[i] for i in own]), mesh)
+        scores = sharding.gather(partial(score, videos, [batch.sentences[i] for i in own]), mesh)
         if first + own[0] == len(pixels):
             pixels.extend(np.asarray(videos[: report.PICTURED - len(pixels), 0]))
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
+    release(config, backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
     reward = np.asarray(composite.composite(merged, config.reward.weights))
     return Heldout(np.array(pixels), reward, merged)

@@ -47,7 +47,7 @@ def anchor_advantage(rewards: Array, anchor: Array, eps: float = EPS) -> Array:
 
 def component_advantage(components: Mapping[str, tuple[Array, Array]], weights: Mapping[str, float]) -> Array:
     """Release: the weighted sum over components of their anchor advantages; values (float[G], anchor float[])."""
-    return sum(weight * anchor_advantage(*components[name]) for name, weight in weights.items())
+    return sum(weight * anchor_advantage(*components[name]) for name, weight in weights.items() if weight)
 
 
 def normalize_advantage(advantage: Array, normalize: str) -> Array:

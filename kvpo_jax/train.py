@@ -216,7 +216,7 @@ def score(
     branches float[P, G, frames, h, w, 3] and anchor float[P, frames, h, w, 3] are pixels.
     """
     whole = composite.score_rollout(
-        backbone.scorer, branches, anchor, sentences, config.reward.weights, config.video.switch_frames,
+        backbone.rewards, branches, anchor, sentences, config.reward.weights, config.video.switch_frames,
         config.reward.clip_frames, backbone.to_pixel,
     )  # fmt: skip
     if config.objective.advantage != "anchor":
@@ -225,7 +225,7 @@ def score(
     segment = rollout.segment_of(fork, config.video.switch_frames)
     window = (backbone.to_pixel(fork), backbone.to_pixel(end))
     of_fork = [sequence[segment] for sequence in sentences]
-    return whole, composite.score_window(backbone.scorer, branches, anchor, of_fork, config.reward.weights, window)
+    return whole, composite.score_window(backbone.rewards, branches, anchor, of_fork, config.reward.weights, window)
 
 
 @struct.dataclass
@@ -382,6 +382,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
             sentences = [batch.sentences[i] for i in sharding.own_prompts(mesh, prompts_at_once)]
             of_own = partial(score, config, backbone, sentences, branches, anchor, pivot)
             scores, local = sharding.gather(of_own, mesh)
+            heldout.release(config, backbone)
             advantages = experience_advantages(config, scores, local, key(name="shuffle"), first)
             safe = objective.safe(scores, local)
 

@@ -22,11 +22,13 @@ def test_overrides_of_every_type():
         "--config.objective.shuffle_advantages",
         "--config.weights=a b.safetensors",
         "--config.reward.weights.VQ=0.5",
+        "--config.reward.weights.mine=2",  # of a scorer that the config knows nothing of
     )  # fmt: skip
     assert (config.train.iterations, config.objective.tau, config.sampler.steps) == (3, 2.0, (1.0, 0.5))
     assert isinstance(config.objective.tau, float) and all(isinstance(s, float) for s in config.sampler.steps)
     assert (config.video.switch_frames, config.objective.shuffle_advantages) == ((6,), True)
     assert (config.weights, config.reward.weights.VQ) == ("a b.safetensors", 0.5)
+    assert config.reward.weights.mine == 2.0 and "mine" not in TINY.reward.weights
     assert overridden("--config.video.switch_frames=()").video.switch_frames == ()
     assert "a b" not in TINY.weights and config.is_locked  # the original is as it was
 

@@ -26,20 +26,33 @@ def run(*arguments):
 def test_rewards_by_name_are_those_functions():
     clips = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 5, 8, 8, 3)), jnp.float32)
     sentences = ["a red disk moves left", "a blue cross moves up"]
-    ours = registry.build(f"toy, motion,{__name__}:brightness", {})(clips, sentences)
+    ours = registry.Rewards(f"toy, motion,{__name__}:brightness", {})(clips, sentences)
     theirs = {**toy.score(clips, sentences), **motion.score(clips, sentences), **brightness(clips, sentences)}
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value)
     again = "kvpo_jax.rewards.motion:score"
     with pytest.raises(ValueError, match=f"have a component 'motion'; '{again}' is the second"):
-        registry.build(f"motion,{again}", {})(clips, sentences)
+        registry.Rewards(f"motion,{again}", {})(clips, sentences)
+
+
+def test_weights_are_loaded_once_and_again_after_release(monkeypatch):
+    loads = []
+    monkeypatch.setitem(registry.SCORERS, "counted", lambda paths: loads.append(paths["counted"]) or brightness)
+    clips = jnp.ones((1, 3, 2, 2, 3))
+    rewards = registry.Rewards("counted", {"counted": "file"})
+    assert not loads
+    for expected in (1, 1):
+        assert rewards(clips, ["a"]) == {"brightness": 1.0} and len(loads) == expected
+    rewards.release()
+    assert rewards(clips, ["a"]) == {"brightness": 1.0} and loads == ["file"] * 2
+    assert registry.Rewards("", {})(clips, ["a"]) == {}
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "nowhere:score", "kvpo_jax.rewards.motion:nothing"])
 def test_an_unknown_reward_is_named(name):
     with pytest.raises(ValueError, match=f"there is no reward '{name}'"):
-        registry.build(name, {})
+        registry.Rewards(name, {})
 
 
 def write_toy_video(path, prompt, seed):

@@ -49,4 +49,14 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
     history = 33 * (2 * 30 * 1560 * 1536 * 2 + 4)
     assert round(1e9 * figures["resident_gb"]["history (shared by the branches)"]) == history
     assert figures["resident_gb"]["base weights"] == pytest.approx(2.84, abs=0.01)
+    # The published counts of parameters but HPSv3's unused language head, in bf16; norms and heads are in float32.
+    vision_norms = 32 * 4 * 1280 + 2 * 1280
+    norms = {"hpsv3": vision_norms + (2 * 28 + 1) * 3584, "videoalign": vision_norms + (2 * 28 + 1) * 1536}
+    rewards = {
+        "reward hpsv3": 2 * (7_744_923_136 + norms["hpsv3"]) + 4 * 3_687_474,
+        "reward videoalign": 2 * (2_208_561_664 + norms["videoalign"]) + 4 * 4608,
+    }
+    assert {name: round(1e9 * figures["resident_gb"][name]) for name in rewards} == rewards
     assert "does not fit into 24 GB; what helps: rollout.branches smaller" in said
+    released, said = plan(tmp_path, "--memory_gb=24", "--config.reward.resident=False")
+    assert "(without 19.92 of rewards" in said and released["resident_gb"].keys() == figures["resident_gb"].keys()

@@ -176,9 +176,9 @@ def test_composite_is_the_weighted_sum():
 
 
 def test_a_weight_without_a_component_is_an_error():
-    with pytest.raises(ValueError, match="'HPS': the scorer has only VQ, MQ"):
+    with pytest.raises(ValueError, match="weights.HPS=1.0: config.reward.scorer has only VQ, MQ"):
         composite.composite({"VQ": jnp.ones((1, 1)), "MQ": jnp.ones((1, 1))}, {"VQ": 1.0, "HPS": 1.0})
-    with pytest.raises(ValueError, match="no reward weights"):
+    with pytest.raises(ValueError, match="every config.reward.weights is 0"):
         composite.composite({"VQ": jnp.ones((1, 1))}, {})
 
 

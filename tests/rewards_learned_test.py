@@ -26,7 +26,7 @@ from qwen2_vl_test import hf_config
 from tokenizers.pre_tokenizers import ByteLevel
 
 from kvpo_jax.models import qwen2_vl, reward_model, reward_weights
-from kvpo_jax.models.qwen2_vl import QWEN2_VL_2B, QWEN2_VL_7B, Qwen2VLConfig, TextConfig, VisionConfig
+from kvpo_jax.models.qwen2_vl import Qwen2VLConfig, TextConfig, VisionConfig
 from kvpo_jax.models.reward_model import HPSV3_TOKENS, VIDEOALIGN_TOKENS, RewardConfig, VideoAlignConfig
 from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, templates, videoalign
 
@@ -274,15 +274,14 @@ def test_hpsv3(base, hpsv3_files, hpsv3_weights):
     mu = torch_hpsv3(model, base, pixels)
     scorer = hpsv3.load(hpsv3_weights)
     scores = composite.score_clips(scorer, jnp.asarray(pixels)[:, None], PROMPTS)
-    assert scores.keys() == {"VQ"} and scores["VQ"].shape == (2, 1)
+    assert scores.keys() == {"VQ", "VQ_best"} and scores["VQ"].shape == (2, 1)
     np.testing.assert_allclose(scores["VQ"][:, 0], mu.mean(axis=1), atol=1e-4, rtol=0)
     assert np.ptp(mu, axis=1).min() > 0.01
 
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), "data")
-    best = hpsv3.load(hpsv3_weights, base, mesh=one, batch=4, best=0.3)
-    np.testing.assert_allclose(best(pixels, PROMPTS)["VQ"], mu.max(axis=1), atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="best=0"):
-        hpsv3.load(hpsv3_weights, best=0)
+    again = hpsv3.load(hpsv3_weights, base, mesh=one, batch=4)(pixels, PROMPTS)
+    np.testing.assert_allclose(again["VQ"], mu.mean(axis=1), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(again["VQ_best"], mu.max(axis=1), atol=1e-4, rtol=0)  # of three, one is 30 %
 
 
 def test_bfloat16(base, hpsv3_files, hpsv3_weights, tmp_path):
@@ -540,15 +539,7 @@ def test_templates(hpsv3_files, tmp_path):
 # ---------------------------------------------------------------- full size
 
 
-def full_size(kind):
-    said = {"template": "", "min_pixels": 100_352, "max_pixels": 200_704}
-    resized = lambda cfg, vocab: dataclasses.replace(cfg.text, vocab=vocab)
-    if kind == "hpsv3":
-        said |= {"head": (1024, 16, 2), "head_bias": True, "tokens": HPSV3_TOKENS, "token_ids": (151657,)}
-        return RewardConfig(resized(QWEN2_VL_7B, 151658), **said)
-    said |= {"head": (3,), "head_bias": False, "tokens": VIDEOALIGN_TOKENS, "token_ids": (151657, 151658, 151659)}
-    said |= {"mean": (0.0,) * 3, "std": (1.0,) * 3, "sample_type": "uniform", "fps": 2.0, "num_frames": None}
-    return VideoAlignConfig(resized(QWEN2_VL_2B, 151660), **said)
+FULL_SIZE = {"hpsv3": reward_model.HPSV3, "videoalign": reward_model.VIDEOALIGN}
 
 
 @pytest.mark.parametrize(
@@ -557,7 +548,7 @@ def full_size(kind):
 )
 def test_full_size(kind, tensors, count):
     """Names and numbers of the published models: 8.29 B with the 543,542,272 of HPSv3's language head, and 2.21 B."""
-    cfg = full_size(kind)
+    cfg = FULL_SIZE[kind]
     ours = flax.traverse_util.flatten_dict(reward_model.abstract_params(cfg), sep="/")
     table = reward_weights.reward_table(cfg)
     assert len(table) == tensors and {path for path, _ in table.values()} == ours.keys()
@@ -569,7 +560,7 @@ def test_full_size(kind, tensors, count):
 @pytest.mark.parametrize("kind, rows, frames, width, limit", [("hpsv3", 16, 1, 640, 4), ("videoalign", 8, 4, 1408, 3)])
 def test_scoring_step_fits_beside_a_rollout(kind, rows, frames, width, limit):
     """A device's batch of frames of 480 x 832, compiled ahead of time: GB besides the weights, here in float32."""
-    cfg = dataclasses.replace(full_size(kind), dtype="float32")
+    cfg = dataclasses.replace(FULL_SIZE[kind], dtype="float32")
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), "data")
     resize = {"hpsv3": preprocess.resize_pil, "videoalign": preprocess.resize_torch}[kind]
     shaped = jax.ShapeDtypeStruct

@@ -86,6 +86,9 @@ def test_run_leaves_what_other_tools_read(uninterrupted):
     )
     assert {"total", "compile", "rollout", "reward", "update"} <= set(summary["seconds"])
     assert (workdir / "report" / "before_after.png").stat().st_size > 1000
+    for components in summary["components"].values():
+        assert components.keys() == {"VQ", "MQ", "TA", "motion", "smoothness"}  # the last two are only watched
+    assert not any("motion" in name for name in lines(workdir)[-1])
     assert [row["iteration"] for row in lines(workdir)] == [0, 1, 2, 3]
     assert list((workdir / "tensorboard").iterdir())
 
@@ -102,9 +105,15 @@ def test_the_policy_moves_and_the_reference_does_not(uninterrupted):
 
 
 def test_stopped_and_resumed_is_uninterrupted(uninterrupted, weights, tmp_path):
-    """Stopped after one iteration, between two syncs of the old policy, and resumed: every bit is the same."""
+    """Stopped after one iteration, between two syncs of the old policy, and resumed: every bit is the same.
+
+    So it is without what is only watched, and with rewards that are loaded anew every time.
+    """
     config, workdir, _ = uninterrupted
-    first = make_config(weights, train__epochs=2, train__rollouts_per_sync=2, train__iterations=1)
+    first = make_config(
+        weights, train__epochs=2, train__rollouts_per_sync=2, train__iterations=1, eval__scorer="",
+        reward__resident=False,
+    )  # fmt: skip
     train.train_and_evaluate(first, tmp_path)
     train.train_and_evaluate(config, tmp_path)
     assert_equal(saved_state(tmp_path, config, 4), saved_state(workdir, config, 4))

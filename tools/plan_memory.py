@@ -131,6 +131,47 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     }  # fmt: skip
 
 
+# Of a device's batch: clips, the frames of each that the model sees, and text and visual tokens, rounded up.
+SCORED = {"hpsv3": (16, 1, 640), "videoalign": (8, 4, 1408)}
+
+
+def reward_models(config) -> dict[str, tuple[Any, tuple[Callable, tuple]]]:
+    """scorer -> (its weights, (its scoring step, abstract arguments)), of the config's learned rewards.
+
+    Sizes are those of the converted file if the config names it, else those of the published model.
+    """
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from kvpo_jax import checkpoint
+    from kvpo_jax.models import qwen2_vl, reward_model
+    from kvpo_jax.rewards import learned, preprocess, registry
+
+    published = {"hpsv3": reward_model.HPSV3, "videoalign": reward_model.VIDEOALIGN}
+    resize = {"hpsv3": preprocess.resize_pil, "videoalign": preprocess.resize_torch}
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "data")  # every device scores its own rows
+    shaped, out = jax.ShapeDtypeStruct, {}
+    for name in registry.names_of(f"{config.reward.scorer},{config.eval.scorer}"):
+        if name in published:
+            cfg = published[name]
+            if path := config.paths[name]:
+                cfg = reward_model.config_from_dict(type(cfg), checkpoint.metadata_config(path, name))
+            clips, frames, width = SCORED[name]
+            tokens = qwen2_vl.Tokens(
+                shaped((clips, width), jnp.int32), shaped((clips,), jnp.int32), shaped((clips, 1), jnp.int32)
+            )
+            pixels = shaped((clips, frames, 8 * config.video.height, 8 * config.video.width, 3), jnp.uint8)
+            wide = dataclasses.replace(cfg, dtype="float32")
+            step = learned.scoring_step(wide, mesh, resize[name])
+            out[name] = (
+                reward_model.abstract_params(cfg), (step, (reward_model.abstract_params(wide), tokens, pixels)),
+            )  # fmt: skip
+    return out
+
+
 def advice(rows: dict[str, float], config) -> str:
     """The setting that helps most against the largest part."""
     helps = {
@@ -141,6 +182,7 @@ def advice(rows: dict[str, float], config) -> str:
         "gradient": f"replay.chunk below {config.replay.chunk}, model.remat=block",
         "block of": "train.prompts_per_iteration or rollout.branches smaller, or more devices",
         "LoRA": "lora.rank smaller",
+        "reward": "reward.resident=False, which loads a reward model whenever it scores",
         "base": "model.dtype=bfloat16",
     }
     largest = max(rows, key=rows.get)
@@ -161,20 +203,28 @@ def main(arguments: list[str]) -> None:
         wide = config.copy_and_resolve_references()
         wide.model.dtype = "float32"
         as_float32 = programs(wide)[1] if _COMPILE.value else {}
+        for name, (weights, program) in reward_models(config).items():
+            parts[f"reward {name}"], title = weights, f"reward {name}, {SCORED[name][0]} clips"
+            compiled[title] = (program[0], (weights, *program[1][1:]))
+            if _COMPILE.value:
+                as_float32[title] = program
     except ValueError as error:
         sys.exit(f"error: {error}")
     resident = {name: bytes_of(tree) / GB for name, tree in parts.items()}
     print(f"{_CONFIG.value} on {_DEVICES.value} devices; 1e9 bytes on each device\n")
     for name, size in resident.items():
         print(f"  {name:42s} {size:9.2f}")
-    print(f"  {'all of it at once':42s} {sum(resident.values()):9.2f}   of {_MEMORY.value:.0f}\n")
+    released = sum(size for name, size in resident.items() if name.startswith("reward ") and not config.reward.resident)
+    together = sum(resident.values()) - released
+    print(f"  {'all of it at once':42s} {together:9.2f}   of {_MEMORY.value:.0f}")
+    print(f"  (without {released:.2f} of rewards, which are loaded to score and released)\n" if released else "")
     peaks = {}
     if _COMPILE.value:
         print(
             f"  {'compiled program':42s} {'arguments':>9s} {'results':>9s} {'temporary':>9s} {'in all':>9s}   seconds"
         )
-        share = 0.5 if config.model.dtype == "bfloat16" else 1.0
         for name, (function, args) in as_float32.items():
+            share = 0.5 if config.model.dtype == "bfloat16" or name.startswith("reward ") else 1.0
             begin = time.monotonic()
             memory = function.lower(*args).compile().memory_analysis()
             given = bytes_of(compiled[name][1]) / GB
@@ -186,7 +236,7 @@ def main(arguments: list[str]) -> None:
                 f"  {name:42s} {given:9.2f} {out:9.2f} {temporary:9.2f} {peaks[name]:9.2f}   {seconds:.0f}", flush=True
             )
         print("  (a result that takes the place of an argument is not counted again)\n")
-    largest = max([sum(resident.values()), *peaks.values()])
+    largest = max([together, *peaks.values()])
     if largest > _MEMORY.value:
         print(f"does not fit into {_MEMORY.value:.0f} GB; what helps: {advice({**resident, **peaks}, config)}")
     else:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kvpo_jax.models import qwen2_vl
-from kvpo_jax.models.qwen2_vl import Grid, Qwen2VLConfig, TextConfig, Tokens, VisionConfig
+from kvpo_jax.models.qwen2_vl import QWEN2_VL_2B, QWEN2_VL_7B, Grid, Qwen2VLConfig, TextConfig, Tokens, VisionConfig
 from kvpo_jax.types import Array, PyTree
 
 HPSV3_TOKENS = ("<|Reward|>",)
@@ -60,6 +60,18 @@ class VideoAlignConfig(RewardConfig):
     sample_type: str
     fps: float
     num_frames: int | None
+
+
+# The published checkpoints, without their instructions; the converter reads a config from the files that it converts.
+HPSV3 = RewardConfig(
+    dataclasses.replace(QWEN2_VL_7B.text, vocab=151658), head=(1024, 16, 2), head_bias=True, tokens=HPSV3_TOKENS,
+    token_ids=(151657,), template="", min_pixels=100_352, max_pixels=200_704,
+)  # fmt: skip
+VIDEOALIGN = VideoAlignConfig(
+    dataclasses.replace(QWEN2_VL_2B.text, vocab=151660), head=(3,), head_bias=False, tokens=VIDEOALIGN_TOKENS,
+    token_ids=(151657, 151658, 151659), template="", min_pixels=100_352, max_pixels=200_704, mean=(0.0,) * 3,
+    std=(1.0,) * 3, sample_type="uniform", fps=2.0, num_frames=None,
+)  # fmt: skip
 
 
 def config_from_dict(kind: type[RewardConfig], values: Mapping[str, Any]) -> RewardConfig:

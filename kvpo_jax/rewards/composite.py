@@ -189,12 +189,16 @@ def segment_rewards(
 
 def composite(components: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
     """The weighted sum of components float[P, T] (paper §3.4: VQ, MQ and TA); ValueError names a weight without one."""
-    for name in weights:
+    counted = {name: weight for name, weight in weights.items() if weight}
+    for name in counted:
         if name not in components:
-            raise ValueError(f"reward weight {name!r}: the scorer has only {', '.join(components)}")
-    if not weights:
-        raise ValueError(f"no reward weights; the scorer has {', '.join(components)}")
-    return sum(weight * components[name] for name, weight in weights.items())
+            raise ValueError(
+                f"config.reward.weights.{name}={weights[name]}: config.reward.scorer has only {', '.join(components)}; "
+                "weights of 0 leave a component out"
+            )
+    if not counted:
+        raise ValueError(f"every config.reward.weights is 0; config.reward.scorer has {', '.join(components)}")
+    return sum(weight * components[name] for name, weight in counted.items())
 
 
 def _trajectories(branches: Array, anchor: Array) -> Array:

@@ -24,30 +24,30 @@ from kvpo_jax.rewards import learned, preprocess
 from kvpo_jax.rewards.composite import Scorer
 from kvpo_jax.types import Array
 
+BEST = 0.3  # share of a video's frames that VQ_best is the mean of
+
 
 def load(
     path: Path | str,
     tokenizer_folder: Path | str | None = None,
     mesh: Mesh | None = None,
     batch: int = 16,
-    best: float = 1.0,
 ) -> Scorer:
-    """The scorer of a converted HPSv3, {"VQ": float[n]}; its weights go with the last reference to it.
+    """The scorer of a converted HPSv3; its weights go with the last reference to it.
+
+    Its components, each float[n], are VQ, the mean over all frames, and VQ_best, over the best 30 % of them.
 
     Args:
       path: weights, as tools/convert_weights.py wrote them.
       tokenizer_folder: None is the folder that was written with them.
       mesh: to run on, None is all devices of this process.
       batch: frames that a device takes at once.
-      best: share of a video's frames, the best ones, that its score is the mean of.
     """
-    if not 0 < best <= 1:
-        raise ValueError(f"best={best} is not a share of frames, above 0 and up to 1")
     reward = learned.load(path, "hpsv3", RewardConfig, tokenizer_folder, mesh, batch)
-    return partial(score, reward, best)
+    return partial(score, reward)
 
 
-def score(reward: learned.Reward, best: float, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+def score(reward: learned.Reward, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
     """Scores of videos float[n, frames, h, w, 3] in [0, 1]; see `load`."""
     n, frames, height, width, _ = pixels.shape
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
@@ -57,5 +57,5 @@ def score(reward: learned.Reward, best: float, pixels: Array, prompts: Sequence[
     video, frame = np.divmod(np.arange(n * frames), frames)
     clips = lambda row: preprocess.to_uint8(pixels[video[row], frame[row]])[:, None]
     mu = learned.raw_scores(reward, preprocess.resize_pil, tokens, video, clips)[:, 0, 0].reshape(n, frames)
-    counted = max(1, int(frames * best))
-    return {"VQ": jnp.sort(mu, axis=1)[:, frames - counted :].mean(axis=1)}
+    best = jnp.sort(mu, axis=1)[:, frames - max(1, int(frames * BEST)) :]
+    return {"VQ": mu.mean(axis=1), "VQ_best": best.mean(axis=1)}

@@ -24,31 +24,39 @@ def names_of(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def build(names: str, paths: Mapping[str, str]) -> Scorer:
-    """One scorer with the components of all that `names` lists; weights are loaded when the first clip is scored.
+class Rewards:
+    """One scorer with the components of all that `names` lists.
+
+    Weights are loaded when a clip is scored for the first time, and again after `release`.
 
     Args:
-      names: keys of SCORERS and "module:function"s, separated by commas.
+      names: keys of SCORERS and "module:function"s, separated by commas; nothing has no components.
       paths: "hpsv3" and "videoalign" -> converted weights, for those that are named.
 
     Raises:
       ValueError: for a name that is neither, or a function that cannot be imported.
     """
-    if not names_of(names):
-        raise ValueError(f"no reward is named; there are {', '.join(SCORERS)} and your own module:function")
-    loaders = {name: SCORERS[name] if name in SCORERS else _custom(name) for name in names_of(names)}
-    loaded = cache(lambda: {name: load(paths) for name, load in loaders.items()})
 
-    def score(pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+    def __init__(self, names: str, paths: Mapping[str, str]):
+        loaders = {name: SCORERS[name] if name in SCORERS else _custom(name) for name in names_of(names)}
+        self._names = names
+        self._loaded = cache(lambda: {name: load(paths) for name, load in loaders.items()})
+
+    def __call__(self, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+        """See `composite.Scorer`."""
         components: dict[str, Array] = {}
-        for name, scorer in loaded().items():
+        for name, scorer in self._loaded().items():
             own = scorer(pixels, prompts)
             if twice := components.keys() & own.keys():
-                raise ValueError(f"two rewards of {names!r} have a component {min(twice)!r}; {name!r} is the second")
+                raise ValueError(
+                    f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is the second"
+                )
             components |= own
         return components
 
-    return score
+    def release(self) -> None:
+        """Lets go of the weights."""
+        self._loaded.cache_clear()
 
 
 def _custom(name: str) -> Callable[[Mapping[str, str]], Scorer]:
