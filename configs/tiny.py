@@ -32,7 +32,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     m.eps = 1e-6
     m.sparse_memory = 0  # of sink and bank frames, how many a head attends to (MemFlow); 0 = all
     m.dtype = "float32"  # activations and base weights; LoRA masters are always float32
-    m.remat = "none"  # what the backward pass recomputes: none | block
+    m.attention = "auto"  # auto: cuDNN's on NVIDIA GPUs in bfloat16, else XLA | xla
+    m.remat = "none"  # what the backward pass recomputes: none | products: all but products | block: blocks
     c.weights = ""  # base weights; empty is the toy generator that ships with the package
 
     c.paths = p = ConfigDict()  # what LongLive and MemFlow read (README, "Real checkpoints"); the toy needs none of it
@@ -77,6 +78,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     c.rollout = r = ConfigDict()
     r.branches = 8  # G
+    r.branch_chunk = 0  # branches at a time, each chunk with the anchor again; a divisor of G, 0 = all at once
     r.window_blocks = 3  # W
     r.perturbed_steps = 2  # solver steps with routed history: the first half
     r.perturb_write = False  # whether the cache-writing pass is routed too

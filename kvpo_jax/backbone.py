@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -20,7 +19,7 @@ from kvpo_jax import checkpoint
 from kvpo_jax.data import prompts, text, toy_world
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, init_variables, wan_config
-from kvpo_jax.rewards import composite, registry
+from kvpo_jax.rewards import composite, preprocess, registry
 from kvpo_jax.types import Array, PyTree
 
 TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
@@ -39,10 +38,9 @@ class Backbone:
       prompts: (split, index) -> a prompt sequence of M sentences; split is "train" or "heldout".
       embed: sentences -> token embeddings float[n, K, text_dim], zero past the prompt's end.
       load_decoder: (sharding) -> the decoder's weights.
-      decode: (decoder weights, latents float[n, frames, Y, X, C]) -> pixels float[n, frames', h, w, 3] in [0, 1];
-        jit-able.
-      decode_next: (decoder weights, state, latents float[n, F, Y, X, C]) -> (pixels, state): as `decode`, block by
-        block; the state of the first block is None.
+      decode: (decoder weights, latents float[n, F, Y, X, C], state) -> (pixels [n, frames', h, w, 3], state): the next
+        frames of n videos, jit-able; float in [0, 1] or uint8. The state of the first ones is None, the leaves of the
+        others have n first.
       rewards: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n]; what is optimised.
       watch: as `rewards`, of components that are evaluated on held-out prompts and never optimised.
       to_pixel: first pixel frame of a latent frame.
@@ -54,8 +52,7 @@ class Backbone:
     prompts: Callable[[str, int], list[str]]
     embed: Callable[[Sequence[str]], np.ndarray]
     load_decoder: Callable[[Sharding], PyTree]
-    decode: Callable[[PyTree, Array], Array]
-    decode_next: Callable[[PyTree, Any, Array], tuple[Array, Any]]
+    decode: Callable[[PyTree, Array, Any], tuple[Array, Any]]
     rewards: registry.Rewards
     watch: registry.Rewards
     to_pixel: Callable[[int], int]
@@ -104,8 +101,7 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
         prompts=sequence,
         embed=toy_world.embed,
         load_decoder=lambda sharding: {},
-        decode=lambda decoder, latents: toy_world.decode(latents),
-        decode_next=lambda decoder, state, latents: (toy_world.decode(latents), ()),
+        decode=lambda decoder, latents, state: (toy_world.decode(latents), ()),
         rewards=registry.Rewards(config.reward.scorer, config.paths),
         watch=registry.Rewards(config.eval.scorer, config.paths),
         to_pixel=lambda frame: frame,
@@ -165,14 +161,15 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
             return list(prompts.segments_to(splits()[split][index], segments).sentences)
         return list(prompts.segments_to(prompts.at(splits()[split], index, config.seed), segments).sentences)
 
-    def to_unit(pixels: Array) -> Array:
-        return (pixels.astype(jnp.float32) + 1) / 2
-
     like = wan_vae.abstract_params(vae)
 
-    def decode_next(decoder: PyTree, state: Any, latents: Array) -> tuple[Array, Any]:
-        pixels, state = wan_vae.decode_next(vae, decoder, state, latents)
-        return to_unit(pixels), state
+    def decode(decoder: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+        def one(video: tuple[Array, Any]) -> tuple[Array, Any]:
+            pixels, after = wan_vae.decode(vae, decoder, *jax.tree.map(lambda x: x[None], video))
+            return jax.tree.map(lambda x: x[0], (preprocess.to_uint8((pixels + 1) / 2), after))
+
+        # One video at a time: the decoder's activations are a hundred times its input.
+        return jax.lax.map(one, (latents, state))
 
     return Backbone(
         load=partial(load_params, config.weights, cfg),
@@ -180,11 +177,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         prompts=sequence,
         embed=text_encoder(config),
         load_decoder=lambda sharding: checkpoint.load_weights(config.paths.vae, _placed(like, sharding)),
-        # One video at a time: the decoder's activations are a hundred times its input.
-        decode=lambda decoder, latents: jax.lax.map(
-            lambda x: to_unit(wan_vae.decode(vae, decoder, x[None])[0]), latents
-        ),
-        decode_next=decode_next,
+        decode=decode,
         rewards=registry.Rewards(config.reward.scorer, config.paths),
         watch=registry.Rewards(config.eval.scorer, config.paths),
         to_pixel=composite.latent_to_pixel,

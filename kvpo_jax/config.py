@@ -36,7 +36,8 @@ TINY = "configs/tiny.py"  # what runs when nothing else is asked for
 CHOICES = {
     "backbone": ("toy", "longlive", "memflow"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.remat": ("none", "block"),
+    "model.attention": ("auto", "xla"),
+    "model.remat": ("none", "products", "block"),
     "sampler.solver": ("euler", "renoise"),
     "rollout.draw": ("independent", "dispersed"),
     "replay.context": ("anchor", "self_rolled"),
@@ -53,7 +54,7 @@ MINIMUM = {
     "video.height": 1, "video.width": 1, "video.blocks": 1, "video.block_frames": 1,
     "sampler.shift": 0.0, "sampler.context_step": 0.0, "window.sink": 0, "window.recache_frames": 0,
     "window.bank": 0, "window.bank_interval": 1, "model.sparse_memory": 0,
-    "rollout.branches": 2, "rollout.window_blocks": 1, "rollout.perturbed_steps": 0,
+    "rollout.branches": 2, "rollout.branch_chunk": 0, "rollout.window_blocks": 1, "rollout.perturbed_steps": 0,
     "replay.sigma_floor": 0.0, "replay.blocks": 0, "replay.grad_steps": 1, "replay.chunk": 0,
     "objective.beta": 0.0, "objective.clip_low": 0.0, "objective.clip_high": 0.0, "objective.advantage_clip": 0.0,
     "reward.clip_frames": 0,
@@ -241,6 +242,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.train.micro_batch={config.train.micro_batch} does not divide "
             f"config.train.prompts_per_iteration={config.train.prompts_per_iteration}"
+        )
+    if config.rollout.branch_chunk and config.rollout.branches % config.rollout.branch_chunk:
+        raise ValueError(
+            f"config.rollout.branch_chunk={config.rollout.branch_chunk} does not divide "
+            f"config.rollout.branches={config.rollout.branches}"
         )
     switches = (0, *config.video.switch_frames, frames)
     if list(switches) != sorted(set(switches)) or any(f % config.video.block_frames for f in switches):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -35,13 +34,11 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     config = config_lib.resolve(None, workdir, arguments)
     config_lib.check_files(config)
     config_lib.use_compilation_cache()
-    mesh = sharding.make_mesh(
-        config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, config.rollout.branches
-    )
+    branches = rollout.branches_at_once(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, branches)
     backbone = backbone_lib.load(config)
     params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    decoder = backbone.load_decoder(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    decode = partial(heldout.make_decode(backbone, mesh), decoder)
+    decoder = heldout.Decoder(backbone, mesh, config.video.block_frames)
     stages = rollout.build(config, mesh)
     with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
         restored = checkpoint.restore_latest(
@@ -51,7 +48,7 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
         raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")
     iteration, state, _ = restored
     results = {
-        name: heldout.evaluate(config, backbone, mesh, stages, decode, {"params": params, "lora": lora})
+        name: heldout.evaluate(config, backbone, mesh, stages, decoder, {"params": params, "lora": lora})
         for name, lora in (("reference", state.reference), ("online", state.lora), ("ema", state.ema))
     }
     rewards = {name: {"reward": result.reward, **result.components} for name, result in results.items()}

@@ -131,9 +131,10 @@ def writer(path: Path, height: int, width: int, fps: int):
 
 
 def enlarge(pixels: np.ndarray) -> np.ndarray:
-    """uint8[frames, h, w, 3] of pixels in [0, 1], by a whole factor no smaller than SMALLEST."""
+    """uint8[frames, h, w, 3] of pixels uint8 or in [0, 1], by a whole factor no smaller than SMALLEST."""
     factor = -(-SMALLEST // min(pixels.shape[1:3]))
-    pixels = np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        pixels = np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else pixels
 
 
@@ -152,12 +153,12 @@ def write_video(
     sentence: Callable[[], str],
 ) -> int:
     """Decodes and writes blocks as they come, with a progress line; returns the number of pixel frames."""
-    decode_next = jax.jit(backbone.decode_next)
+    decode = jax.jit(backbone.decode)
     state, out, frames, begin = None, None, 0, time.monotonic()
     try:
         for block, x in enumerate(latents):
-            pixels, state = decode_next(decoder, state, x)
-            images = enlarge(np.asarray(pixels[0], np.float32))
+            pixels, state = decode(decoder, x, state)
+            images = enlarge(np.asarray(pixels[0]))
             if out is None:
                 out = writer(path, *images.shape[1:3], backbone.fps)
             for image in images:

@@ -5,15 +5,16 @@ python -m kvpo_jax.evaluate --workdir=runs/tiny-...
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from kvpo_jax import report, rollout, sharding
 from kvpo_jax.backbone import Backbone
@@ -26,8 +27,8 @@ class Heldout:
     """Videos of one policy on the held-out prompts.
 
     Attributes:
-      pixels: float[m, frames, h, w, 3], m <= report.PICTURED: of the first prompts, as many as follow one another on
-        this process's devices.
+      pixels: [m, frames, h, w, 3], m <= report.PICTURED: of the first prompts, as many as follow one another on this
+        process's devices.
       reward: float[n], the composite reward.
       components: name -> float[n], of what is optimised and of what is only watched (config.eval.scorer).
     """
@@ -62,22 +63,75 @@ def prompt_batch(backbone: Backbone, mesh: Mesh, split: str, indices: Sequence[i
     return PromptBatch(sharding.from_own_prompts(embeddings, mesh, len(sentences)), changed, sentences)
 
 
-def make_decode(backbone: Backbone, mesh: Mesh) -> Callable[[PyTree, Array], Array]:
-    """(decoder weights, latents float[P, T, frames, Y, X, C]) -> pixels float[P, T, frames', h, w, 3] in [0, 1].
+class Decoder:
+    """Latents float[P, T, frames, Y, X, C] to pixels [P, T, frames', h, w, 3], a block at a time.
 
-    Each device decodes its own videos; where T is not a multiple of the shards of `branch`, all of its prompts'.
+    Each device decodes its own videos; where T is not a multiple of the shards of `branch`, all of its prompts'. The
+    programs are the same for every pivot.
+
+    Args:
+      backbone: whose decoder.
+      mesh: of the latents.
+      block_frames: F.
     """
 
-    def flat(decoder: PyTree, latents: Array) -> Array:
-        pixels = backbone.decode(decoder, latents.reshape(-1, *latents.shape[2:]))
-        return pixels.reshape(*latents.shape[:2], *pixels.shape[1:])
+    def __init__(self, backbone: Backbone, mesh: Mesh, block_frames: int):
+        self._weights = backbone.load_decoder(NamedSharding(mesh, sharding.REPLICATED))
+        self._mesh, self._frames = mesh, block_frames
 
-    @jax.jit
-    def decode(decoder: PyTree, latents: Array) -> Array:
-        spec = sharding.PROMPTS if latents.shape[1] % mesh.shape["branch"] else sharding.TRAJECTORIES
-        return sharding.shard(flat, mesh, in_specs=(sharding.REPLICATED, spec), out_specs=spec)(decoder, latents)
+        def of_shard(weights: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+            p, t = latents.shape[:2]
+            flat, unflat = (lambda x: x.reshape(p * t, *x.shape[2:])), (lambda x: x.reshape(p, t, *x.shape[1:]))
+            return jax.tree.map(unflat, backbone.decode(weights, *jax.tree.map(flat, (latents, state))))
 
-    return decode
+        @partial(jax.jit, donate_argnums=3)
+        def step(weights: PyTree, latents: Array, first: Array, state: Any) -> tuple[Array, Any]:
+            block = jax.lax.dynamic_slice_in_dim(latents, first, block_frames, axis=2)
+            spec = self._sharding(latents.shape[1]).spec
+            shard = sharding.shard(
+                of_shard, mesh, in_specs=(sharding.REPLICATED, spec, spec), out_specs=(spec, spec)
+            )  # fmt: skip
+            return shard(weights, block, state)
+
+        self._step = step
+        self._repeat = cache(
+            lambda t: jax.jit(lambda tree: jax.tree.map(lambda x: jnp.repeat(x, t, axis=1), tree),
+                              out_shardings=self._sharding(t))
+        )  # fmt: skip
+        self._join = cache(
+            lambda t: jax.jit(lambda blocks: jnp.concatenate(blocks, axis=2), out_shardings=self._sharding(t))
+        )
+
+    def _sharding(self, trajectories: int) -> NamedSharding:
+        divides = trajectories % self._mesh.shape["branch"] == 0
+        return NamedSharding(self._mesh, sharding.TRAJECTORIES if divides else sharding.PROMPTS)
+
+    def _blocks(self, latents: Array, first: int, end: int, state: Any) -> tuple[list[Array], Any]:
+        pixels = []
+        for block in range(first, end):
+            out, state = self._step(self._weights, latents, block * self._frames, state)
+            pixels.append(out)
+        return pixels, state
+
+    def videos(self, latents: Array) -> Array:
+        """Pixels of float[P, T, frames, Y, X, C]."""
+        pixels, _ = self._blocks(latents, 0, latents.shape[2] // self._frames, None)
+        return self._join(latents.shape[1])(pixels)
+
+    def group(self, branches: Array, anchor: Array, pivot: int) -> tuple[Array, Array]:
+        """Pixels [P, G, ...] of branches and [P, 1, ...] of their anchor; what is before the pivot is decoded once.
+
+        Args:
+          branches: float[P, G, frames, Y, X, C].
+          anchor: float[P, frames, Y, X, C].
+          pivot: the first block in which they differ.
+        """
+        g, blocks, anchor = branches.shape[1], branches.shape[2] // self._frames, anchor[:, None]
+        prefix, state = self._blocks(anchor, 0, pivot, None)
+        of_branches, _ = self._blocks(branches, pivot, blocks, self._repeat(g)(state))
+        of_anchor, _ = self._blocks(anchor, pivot, blocks, state)
+        prefixes = map(self._repeat(g), prefix)
+        return self._join(g)([*prefixes, *of_branches]), self._join(1)([*prefix, *of_anchor])
 
 
 def release(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
@@ -92,13 +146,10 @@ def evaluate(
     backbone: Backbone,
     mesh: Mesh,
     stages: rollout.Stages,
-    decode: Callable[[Array], Array],
+    decoder: Decoder,
     variables: PyTree,
 ) -> Heldout:
-    """Generates and scores every held-out prompt; the noise depends on the prompt's index alone.
-
-    `decode` is that of `make_decode`, with its weights bound.
-    """
+    """Generates and scores every held-out prompt; the noise depends on the prompt's index alone."""
     if config.eval.prompts % config.eval.batch or config.eval.batch % mesh.shape["data"]:
         raise ValueError(
             f"eval.prompts={config.eval.prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the "
@@ -121,7 +172,7 @@ def evaluate(
         text = stages.encode_text(variables, batch.embeddings)
         key = rollout.NoiseKey(rollout.stream(0, "heldout", first), jnp.arange(config.eval.batch))
         latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
-        videos = sharding.own_part(decode(jnp.concatenate(latents, axis=1)[:, None]))
+        videos = sharding.own_part(decoder.videos(jnp.concatenate(latents, axis=1)[:, None]))
         scores = sharding.gather(partial(score, videos, [batch.sentences[i] for i in own]), mesh)
         if first + own[0] == len(pixels):
             pixels.extend(np.asarray(videos[: report.PICTURED - len(pixels), 0]))

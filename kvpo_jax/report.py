@@ -49,7 +49,7 @@ class MetricWriter:
             self._events.add_scalar(name, value, iteration)
 
     def write_videos(self, iteration: int, name: str, rows: Sequence[tuple[str, np.ndarray]]) -> None:
-        """Labelled clips float[frames, height, width, 3], as strips in one picture."""
+        """Labelled clips [frames, height, width, 3], as strips in one picture."""
         self._events.add_image(name, np.asarray(_sheet(rows)), iteration, dataformats="HWC")
         self._events.flush()
 
@@ -130,7 +130,8 @@ INK, FAINT, GOOD, BAD = "#202020", "#8a8a8a", "#1a7f37", "#b42318"
 
 
 def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path | str) -> None:
-    """Writes a PNG with one labelled strip of frames per row; the clips are float[frames, height, width, 3]."""
+    """Writes a PNG with one labelled strip of frames per row; the clips are float[frames, height, width, 3] in [0, 1]
+    or uint8."""
     _sheet(rows).save(path)
 
 
@@ -148,7 +149,7 @@ def before_after(
     Args:
       prompts: n sequences of M prompts.
       switch_frames: the M - 1 frames of the clips at which the next prompt begins.
-      before, after: float[n, frames, height, width, 3].
+      before, after: float[n, frames, height, width, 3] in [0, 1] or uint8.
       rewards_before, rewards_after: float[n].
       path: the PNG; its folder is made.
     """
@@ -217,7 +218,9 @@ def _shown(clip: np.ndarray) -> np.ndarray:
 
 def _tile(frame: np.ndarray) -> Image.Image:
     """A frame at about 48 to 96 pixels of height: small ones with their pixels as squares, large ones smoothed."""
-    image = Image.fromarray(np.round(255 * np.clip(np.asarray(frame, np.float32), 0, 1)).astype(np.uint8))
+    if frame.dtype != np.uint8:
+        frame = np.round(255 * np.clip(np.asarray(frame, np.float32), 0, 1)).astype(np.uint8)
+    image = Image.fromarray(np.asarray(frame))
     factor = 48 // image.height
     if factor:
         return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)

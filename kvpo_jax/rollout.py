@@ -197,6 +197,11 @@ def recorded_blocks(config: ml_collections.ConfigDict) -> int:
     return max(config.replay.blocks, config.rollout.window_blocks)
 
 
+def branches_at_once(config: ml_collections.ConfigDict) -> int:
+    """Branches that are rolled out together, each chunk with an anchor of its own."""
+    return config.rollout.branch_chunk or config.rollout.branches
+
+
 @struct.dataclass
 class NoiseKey:
     """What the noise of a batch is drawn from.
@@ -246,7 +251,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
     tokens = cfg.tokens_per_frame(video.height, video.width)
     noise_shape = (passes, video.block_frames, video.height, video.width, cfg.channels)
     has_bank = config.window.bank > 0
-    order, _ = sharding.trajectories(mesh, config.rollout.branches)
+    order, _ = sharding.trajectories(mesh, branches_at_once(config))
     routed_pass = np.arange(passes) < config.rollout.perturbed_steps
     routed_pass[-1] = config.rollout.perturb_write
 
@@ -442,11 +447,53 @@ def rollout(
 
     Arguments as in `generate`; `selected` int32[P, G, routed] are the CHR draws (`stages.draw`), `pivot` the first
     perturbed block. Blocks before the pivot are generated once; within the window the branches' first solver steps are
-    routed; after it the default window returns, and what the branches wrote stays in their pages.
+    routed; after it the default window returns, and what the branches wrote stays in their pages, which last as long
+    as their chunk (config.rollout.branch_chunk).
     """
-    frames, switches = config.video.block_frames, tuple(config.video.switch_frames)
-    branches, window_blocks, recorded = config.rollout.branches, config.rollout.window_blocks, recorded_blocks(config)
     prefix, history = generate(stages, config, variables, text, changed, noise_key, pivot)
+    at_once = branches_at_once(config)
+    chunks = [
+        _branches(
+            stages,
+            config,
+            mesh,
+            variables,
+            text,
+            changed,
+            noise_key,
+            selected[:, first : first + at_once],
+            pivot,
+            prefix,
+            history,
+        )  # fmt: skip
+        for first in range(0, config.rollout.branches, at_once)
+    ]
+    if len(chunks) == 1:
+        return chunks[0]
+    join = lambda *x: jnp.concatenate(x, axis=1)
+    tuples = [chunk.replay for chunk in chunks]
+    return chunks[0].replace(
+        branches=join(*(chunk.branches for chunk in chunks)),
+        replay=tuples[0].replace(z=join(*(t.z for t in tuples)), u=join(*(t.u for t in tuples))),
+    )
+
+
+def _branches(
+    stages: Stages,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    variables: PyTree,
+    text: TextKV,
+    changed: np.ndarray,
+    noise_key: NoiseKey,
+    selected: Array,
+    pivot: int,
+    prefix: Sequence[Array],
+    history: KVCache,
+) -> Rollout:
+    """The anchor and a chunk of the branches, from the fork to the end of the video; see `rollout`."""
+    frames, switches = config.video.block_frames, tuple(config.video.switch_frames)
+    window_blocks, recorded = config.rollout.window_blocks, recorded_blocks(config)
     page = stages.fork(history)
     trajectories = page.frame.shape[1]
     latents = [jnp.repeat(x[:, None], trajectories, axis=1) for x in prefix]
@@ -472,7 +519,7 @@ def rollout(
 
     video = jnp.concatenate(latents, axis=2)
     window = routing.window(config)
-    of_branches = lambda x: sharding.branches_of(x, mesh, branches)
+    of_branches = lambda x: sharding.branches_of(x, mesh, selected.shape[1])
     starts = [block * frames for block, _ in records]
     shape = (len(config.sampler.steps) + 1, *prefix[0].shape[1:])
     noise = [block_noise(noise_key, start, shape)[:, -1] for start in starts]

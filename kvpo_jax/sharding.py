@@ -10,6 +10,7 @@ is replicated on every device, or this process's part of an array (`own_part`), 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -58,19 +59,20 @@ def replay_spec(sink: int, bank: bool = False) -> ReplayTuples:
 def make_mesh(data: int, branch: int, prompts: int, branches: int) -> Mesh:
     """A mesh of data x branch devices.
 
-    0 lets the device count choose: as many devices over prompts as divide both, then over branches. ValueError where
-    the sizes do not divide `prompts` and `branches`, or need more devices than there are, or, with several processes,
-    leave some idle or cut one's devices into no rectangle.
+    0 lets the device count choose: sizes that divide `prompts` and `branches` and use the most devices; of several,
+    the one with most over prompts, for every shard of branches has an anchor of its own. ValueError where given sizes
+    do not divide them, or need more devices than there are, or, with several processes, leave some idle or cut one's
+    devices into no rectangle.
     """
     devices = jax.devices()
-    if not data:
-        data = math.gcd(len(devices) // max(branch, 1), prompts)
-    if not branch:
-        branch = math.gcd(len(devices) // data, branches)
-    if prompts % data:
+    if data and prompts % data:
         raise ValueError(f"mesh.data={data} does not divide train.prompts_per_iteration={prompts}")
-    if branches % branch:
+    if branch and branches % branch:
         raise ValueError(f"mesh.branch={branch} does not divide rollout.branches={branches}")
+    divisors = lambda size, count: [size] if size else [n for n in range(1, count + 1) if count % n == 0]
+    sizes = itertools.product(divisors(data, prompts), divisors(branch, branches))
+    fitting = [size for size in sizes if math.prod(size) <= len(devices)]
+    data, branch = max(fitting, key=lambda size: (math.prod(size), size[0]), default=(data or 1, branch or 1))
     if data * branch > len(devices):
         raise ValueError(f"mesh.data={data} x mesh.branch={branch} needs {data * branch} of {len(devices)} devices")
     own = jax.local_device_count()
@@ -81,6 +83,16 @@ def make_mesh(data: int, branch: int, prompts: int, branches: int) -> Mesh:
             "other mesh sizes, prompts (train.prompts_per_iteration or train.micro_batch) or rollout.branches"
         )
     return Mesh(np.asarray(devices[: data * branch]).reshape(data, branch), ("data", "branch"))
+
+
+def describe(mesh: Mesh, prompts: int, branches: int) -> str:
+    """What lies where, in words, and how many devices have nothing to do."""
+    data, branch = mesh.shape["data"], mesh.shape["branch"]
+    idle = len(jax.devices()) - mesh.size
+    text = (
+        f"{mesh.size} device{'s' * (mesh.size > 1)}: {prompts} prompts over {data}, {branches} branches over {branch}"
+    )
+    return f"{text}; {idle} idle, for no larger sizes divide prompts and branches" if idle else text
 
 
 def shard(function: Callable, mesh: Mesh, in_specs: PyTree, out_specs: PyTree) -> Callable:

@@ -105,6 +105,8 @@ def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[...
         variables = {"params": params, "lora": sharding.vary(lora)}
         if config.replay.text == "policy":
             text = rollout.encode_text(model, variables, embeddings)
+        else:
+            text = jax.tree.map(sharding.vary_over_branch, text)
         network = partial(model.apply, variables)
         frozen = partial(model.apply, jax.lax.stop_gradient(variables))
         return energies(network, frozen, config.replay, schedule, text, tuples)
@@ -213,7 +215,7 @@ def score(
 ) -> tuple[Scores, Scores | None]:
     """Rewards of the whole videos and, where anchor-relative advantages need them, of the replayed blocks alone.
 
-    branches float[P, G, frames, h, w, 3] and anchor float[P, frames, h, w, 3] are pixels.
+    branches [P, G, frames, h, w, 3] and anchor [P, frames, h, w, 3] are pixels.
     """
     whole = composite.score_rollout(
         backbone.rewards, branches, anchor, sentences, config.reward.weights, config.video.switch_frames,
@@ -236,7 +238,7 @@ class Group:
       scores: of its P groups.
       energies: float[P, G], of the old policy.
       pixel_std: float[], of the branches of a group, the mean over pixels.
-      clips: float[1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, in its first
+      clips: [1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, in its first
         micro-batch and on the main process; there, of G, those that its own devices made.
       sentences: P sequences (static).
     """
@@ -246,6 +248,13 @@ class Group:
     pixel_std: Array
     clips: np.ndarray | None
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
+
+
+@jax.jit
+def diversity(pixels: Array) -> Array:
+    """The standard deviation over the branches of [P, G, frames, h, w, 3], the mean over pixels, float[]."""
+    scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
+    return pixels.std(axis=1, dtype=jnp.float32).mean() / scale
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -331,15 +340,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
     workdir = Path(workdir)
     clock = Clock()
     prompts_at_once = config.train.micro_batch or config.train.prompts_per_iteration
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts_at_once, config.rollout.branches)
+    branches_at_once = rollout.branches_at_once(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts_at_once, branches_at_once)
     backbone = backbone_lib.load(config)
     params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
     stages = rollout.build(config, mesh)
     optimiser = make_optimiser(config.train)
     energies = jax.jit(make_energies(config, mesh))
     gradient, apply = make_gradient(config, mesh), make_apply(config, mesh, optimiser)
-    decoder = backbone.load_decoder(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    decode = partial(heldout.make_decode(backbone, mesh), decoder)
+    decoder = heldout.Decoder(backbone, mesh, config.video.block_frames)
 
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
     state = init_state(config, optimiser, mesh, backbone.load_lora(None))
@@ -352,7 +361,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
         progress, doctor = report.Progress(config.train.iterations), Doctor(config)
         print(
             f"{config.backbone}: {count(params):,} parameters, {count(state.lora):,} in LoRA; "
-            f"{dict(mesh.shape)} devices; iteration {iteration} of {config.train.iterations}",
+            f"{sharding.describe(mesh, prompts_at_once, branches_at_once)}; "
+            f"iteration {iteration} of {config.train.iterations}",
             flush=True,
         )
 
@@ -376,8 +386,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
 
         # Step 3: rewards and group-normalised advantages.
         with clock.time("reward"):
-            branches, anchor = decode(videos.branches), decode(videos.anchor[:, None])
-            pixel_std = branches.std(axis=1).mean()
+            branches, anchor = decoder.group(videos.branches, videos.anchor, pivot)
+            pixel_std = diversity(branches)
             branches, anchor = sharding.own_part(branches), sharding.own_part(anchor)[:, 0]
             sentences = [batch.sentences[i] for i in sharding.own_prompts(mesh, prompts_at_once)]
             of_own = partial(score, config, backbone, sentences, branches, anchor, pivot)
@@ -399,7 +409,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
 
     def evaluation(lora: PyTree) -> heldout.Heldout:
         with clock.time("evaluation"):
-            return heldout.evaluate(config, backbone, mesh, stages, decode, {"params": params, "lora": lora})
+            return heldout.evaluate(config, backbone, mesh, stages, decoder, {"params": params, "lora": lora})
 
     def save(state: TrainState) -> None:
         checkpoint.save(checkpoints, int(state.iteration), state, {"seconds": clock.seconds})
@@ -524,7 +534,8 @@ class Clock:
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, seconds: float, **_) -> None:
-        if "/compile/" in event or "compilation_cache" in event:
+        # Not the tracing, which is told once for every function within a function.
+        if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
             self._compiling += seconds
 
     def add(self, seconds: dict[str, float]) -> None:

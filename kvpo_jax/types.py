@@ -117,6 +117,12 @@ class Context:
             chunk=pick(self.chunk),
         )
 
+    def valid_first(self) -> Context:
+        """The same entries, the empty ones behind the others; to attention their order means nothing."""
+        order = jnp.argsort(self.frame < 0, axis=1, stable=True)
+        sort = lambda x: None if x is None else jnp.take_along_axis(x, order, axis=1)
+        return self.replace(slot=tuple(map(sort, self.slot)), frame=sort(self.frame), chunk=sort(self.chunk))
+
     @property
     def k(self) -> Array:
         """float[L, batch, A, N, H, D]: the keys of all layers, gathered."""

@@ -59,6 +59,7 @@ def test_a_wrong_override_is_named(argument, message):
     [
         ("--config.objective.gate=zer", "config.objective.gate='zer' is not one of zero, mechanism_1, mechanism_2; di"),
         ("--config.objective.tau=nan", "config.objective.tau=nan is not finite"),
+        ("--config.rollout.branch_chunk=3", "config.rollout.branch_chunk=3 does not divide config.rollout.branches=8"),
         ("--config.objective.tau=0", "config.objective.tau=0.0 is not positive"),
         ("--config.rollout.branches=1", "config.rollout.branches=1 is less than 2"),
         ("--config.rollout.perturbed_steps=99", "config.rollout.perturbed_steps=99, but config.sampler.steps has only"),

@@ -90,7 +90,7 @@ def test_command_writes_videos_that_play(tmp_path, world):
     noise = rollout.NoiseKey(rollout.stream(5, "heldout", 0), jnp.arange(1))
     run = partial(generate.stream, stages, config, backbone.embed, variables, noise)
     latents = jnp.concatenate(list(run(generate.schedule(SENTENCES, (6,)), 5)), axis=1)
-    pixels = generate.enlarge(np.asarray(backbone.decode({}, latents)[0]))
+    pixels = generate.enlarge(np.asarray(backbone.decode({}, latents, None)[0][0]))
     assert np.abs(video.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
     assert "5/5" in done.stdout and "frames/s" in done.stdout
 

@@ -34,6 +34,7 @@ def test_parts_and_programs_of_the_toy(tmp_path):
     assert sizes["history (shared by the branches)"] == 2 * 36 * (frame + index)  # half of 4 prompts
     # Every shard has half of the branches and its anchor; a page holds the sink and twelve frames.
     assert sizes["pages (one per trajectory)"] == 2 * 5 * 15 * (frame + index)
+    # The same 4 branches and the anchor.
     assert sizes["latents of all trajectories"] == 2 * 5 * 36 * 4 * 4 * 12 * 4
     assert sizes["pixels of all trajectories"] == 2 * 5 * 36 * 8 * 8 * 3 * 4
     assert set(figures["program_gb"]) == {
@@ -57,6 +58,9 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
         "reward videoalign": 2 * (2_208_561_664 + norms["videoalign"]) + 4 * 4608,
     }
     assert {name: round(1e9 * figures["resident_gb"][name]) for name in rewards} == rewards
-    assert "does not fit into 24 GB; what helps: rollout.branches smaller" in said
+    assert "does not fit into 24 GB; what helps: rollout.branch_chunk" in said
+    chunks, _ = plan(tmp_path, "--config.train.prompts_per_iteration=8", "--config.rollout.branch_chunk=2")
+    pages = "pages (one per trajectory)"
+    assert chunks["resident_gb"][pages] == pytest.approx(figures["resident_gb"][pages] * 3 / 9)
     released, said = plan(tmp_path, "--memory_gb=24", "--config.reward.resident=False")
     assert "(without 19.92 of rewards" in said and released["resident_gb"].keys() == figures["resident_gb"].keys()

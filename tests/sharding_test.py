@@ -21,7 +21,7 @@ FIELDS = {
     "video.height": 4, "video.width": 2, "video.blocks": 7, "video.switch_frames": (12, 18),
     "rollout.branches": BRANCHES, "rollout.window_blocks": 1,
 }  # fmt: skip
-MESHES = ((2, 4), (4, 2), (1, 8))
+MESHES = ((2, 4, 0), (4, 2, 4), (1, 8, 0))  # data, branch, branches at a time (0: all)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,10 @@ class Run:
     compilations: dict[str, int]
 
 
-def run(data: int, branch: int, tuples: ReplayTuples | None = None) -> Run:
+def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) -> Run:
+    fields = {**FIELDS, "rollout.branch_chunk": chunk}
     config = config_lib.override(
-        config_lib.load("configs/tiny.py"), [f"--config.{name}={value}" for name, value in FIELDS.items()]
+        config_lib.load("configs/tiny.py"), [f"--config.{name}={value}" for name, value in fields.items()]
     )
     mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
     stages = rollout.build(config, mesh)
@@ -72,12 +73,12 @@ def run(data: int, branch: int, tuples: ReplayTuples | None = None) -> Run:
 
 @pytest.fixture(scope="module")
 def one_device() -> Run:
-    return run(1, 1)
+    return run(1, 1, 0)
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=str)
 def eight_devices(request, one_device) -> Run:
-    return run(*request.param, one_device.rollout.replay)
+    return run(*request.param, tuples=one_device.rollout.replay)
 
 
 # ---------------------------------------------------------------- independence of the mesh
@@ -123,16 +124,24 @@ def test_nothing_compiles_twice_on_a_mesh(eight_devices):
         (0, 0, 4, 8, (4, 2)),  # the rest over branches
         (0, 0, 6, 8, (2, 4)),  # 2 divides 6 prompts and 8 devices
         (0, 0, 3, 8, (1, 8)),
-        (0, 0, 3, 3, (1, 1)),  # what divides nothing stays idle
+        (0, 0, 3, 3, (3, 1)),  # what divides nothing stays idle
         (0, 4, 8, 8, (2, 4)),
         (2, 0, 2, 8, (2, 4)),
-        (2, 0, 2, 6, (2, 2)),
+        (2, 0, 2, 6, (2, 3)),
+        (0, 0, 12, 6, (4, 2)),
+        (0, 0, 5, 7, (1, 7)),
     ],
 )
 def test_make_mesh(data, branch, prompts, branches, expected):
     mesh = sharding.make_mesh(data, branch, prompts, branches)
     assert mesh.axis_names == ("data", "branch") and mesh.devices.shape == expected
     assert [device.id for device in mesh.devices.flat] == list(range(mesh.size))
+
+
+def test_what_a_mesh_is_for_is_said():
+    said = [sharding.describe(sharding.make_mesh(0, 0, p, g), p, g) for p, g in ((4, 8), (5, 7))]
+    assert said[0] == "8 devices: 4 prompts over 4, 8 branches over 2"
+    assert said[1].startswith("7 devices: 5 prompts over 1, 7 branches over 7; 1 idle, for no larger sizes")
 
 
 @pytest.mark.parametrize(

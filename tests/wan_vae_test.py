@@ -46,12 +46,12 @@ def test_golden_decode(golden):
     z = np.moveaxis(data["z_btchw"], 2, -1)
     np.testing.assert_allclose(cfg.latent_mean, data["latent_mean"], atol=1e-6)
     np.testing.assert_allclose(cfg.latent_std, data["latent_std"], atol=1e-6)
-    ours = jax.jit(partial(wan_vae.decode, cfg))(params, z)
+    ours, _ = jax.jit(partial(wan_vae.decode, cfg))(params, z)
     np.testing.assert_allclose(ours, np.moveaxis(data["decode_to_pixel_btchw"], 2, -1), **TOLERANCE)
     np.testing.assert_allclose(ours, np.clip(video(data["decode_bcthw"]), -1, 1), **TOLERANCE)
     np.testing.assert_allclose(ours[:, :1], np.clip(video(data["decode_first_frame_only"]), -1, 1), **TOLERANCE)
     unit = dataclasses.replace(cfg, latent_mean=(0.0,) * cfg.z_dim, latent_std=(1.0,) * cfg.z_dim)
-    ours = wan_vae.decode(unit, params, z)
+    ours, _ = wan_vae.decode(unit, params, z)
     np.testing.assert_allclose(ours, np.clip(video(data["decode_unit_scale"]), -1, 1), **TOLERANCE)
 
 
@@ -63,7 +63,7 @@ def test_golden_stream(golden):
     for name in chunks:
         theirs = np.clip(video(data[name]), -1, 1)
         frames = theirs.shape[1] // 4 if first else 1 + (theirs.shape[1] - 1) // 4
-        ours, cache = wan_vae.decode_next(cfg, params, cache, z[:, first : first + frames])
+        ours, cache = wan_vae.decode(cfg, params, z[:, first : first + frames], cache)
         np.testing.assert_allclose(ours, theirs, **TOLERANCE)
         first += frames
     assert first == z.shape[1]
@@ -109,18 +109,18 @@ def test_diffusers(theirs, ours):
         decoded = theirs.decode(channels_first(z)).sample.numpy()
     assert np.abs(encoded).max() > 0.1 and np.abs(decoded).std() > 0.05
     np.testing.assert_allclose(wan_vae.encode(cfg, params, pixels), video(encoded), atol=1e-5)
-    np.testing.assert_allclose(wan_vae.decode(cfg, params, z), np.clip(video(decoded), -1, 1), atol=1e-5)
+    np.testing.assert_allclose(wan_vae.decode(cfg, params, z)[0], np.clip(video(decoded), -1, 1), atol=1e-5)
 
 
 def test_streamed_is_full_whatever_the_chunks(ours):
     cfg, params = ours
     z = jax.random.normal(jax.random.key(0), (1, 7, 2, 3, cfg.z_dim))
-    full = wan_vae.decode(cfg, params, z)
+    full, _ = wan_vae.decode(cfg, params, z)
     assert full.shape == (1, 25, 16, 24, 3)
     for chunks in ((7,), (3, 3, 1), (1, 2, 4)):
         parts, cache, first = [], None, 0
         for frames in chunks:
-            pixels, cache = wan_vae.decode_next(cfg, params, cache, z[:, first : first + frames])
+            pixels, cache = wan_vae.decode(cfg, params, z[:, first : first + frames], cache)
             parts.append(pixels)
             first += frames
         np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, **TOLERANCE)
@@ -130,17 +130,17 @@ def test_branches_share_the_decoded_prefix(ours):
     cfg, params = ours
     prefix = jax.random.normal(jax.random.key(1), (1, 3, 2, 2, cfg.z_dim))
     rest = jax.random.normal(jax.random.key(2), (3, 2, 2, 2, cfg.z_dim))
-    _, cache = wan_vae.decode_next(cfg, params, None, prefix)
+    _, cache = wan_vae.decode(cfg, params, prefix, None)
     forked = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), cache)
-    pixels, _ = wan_vae.decode_next(cfg, params, forked, rest)
-    whole = wan_vae.decode(cfg, params, jnp.concatenate([jnp.repeat(prefix, 3, axis=0), rest], axis=1))
+    pixels, _ = wan_vae.decode(cfg, params, rest, forked)
+    whole, _ = wan_vae.decode(cfg, params, jnp.concatenate([jnp.repeat(prefix, 3, axis=0), rest], axis=1))
     np.testing.assert_allclose(pixels, whole[:, 9:], **TOLERANCE)
 
 
 def test_the_past_does_not_see_the_future(ours):
     cfg, params = ours
     z = jax.random.normal(jax.random.key(3), (1, 4, 2, 2, cfg.z_dim))
-    changed = wan_vae.decode(cfg, params, z.at[:, 3].add(1.0)) != wan_vae.decode(cfg, params, z)
+    changed = wan_vae.decode(cfg, params, z.at[:, 3].add(1.0))[0] != wan_vae.decode(cfg, params, z)[0]
     per_frame = changed.any(axis=(0, 2, 3, 4))
     np.testing.assert_array_equal(per_frame, [False] * 9 + [True] * 4)
 

@@ -55,10 +55,10 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
 
     cfg, video = wan_config(config), config.video
     p, g = config.train.micro_batch or config.train.prompts_per_iteration, config.rollout.branches
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, p, g)
+    at_once = rollout.branches_at_once(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, p, at_once)
     stages, optimiser = rollout.build(config, mesh), train.make_optimiser(config.train)
-    order, _ = sharding.trajectories(mesh, g)
-    t, m, w = len(order), len(video.switch_frames) + 1, rollout.recorded_blocks(config)
+    m, w = len(video.switch_frames) + 1, rollout.recorded_blocks(config)
     s, slots = len(config.sampler.steps), config.window.sink + config.window.past
 
     def placed(tree, spec):
@@ -83,7 +83,7 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     block = (video.block_frames, video.height, video.width, cfg.channels)
     routed = config.window.sink + config.window.past - config.window.near
     routed -= config.window.sink if config.window.keep_sink else 0
-    selected = array((p, g, routed), jnp.int32, one)
+    selected = array((p, at_once, routed), jnp.int32, one)
     plain = sharding.replay_spec(config.window.sink)
     anchor_page = jax.eval_shape(lambda page: rollout.kv_cache.trajectory(page, 0).replace(bank=None), page)
     tuples = ReplayTuples(
@@ -105,9 +105,10 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     )  # fmt: skip
 
     frames = video.blocks * video.block_frames
-    pixel_frames = frames if config.backbone == "toy" else 4 * frames - 3
-    scale = 2 if config.backbone == "toy" else 8
+    toy = config.backbone == "toy"
+    pixel_frames, scale = (frames, 2) if toy else (4 * frames - 3, 8)
     pixels = (pixel_frames, scale * video.height, scale * video.width, 3)
+    of_all = lambda shape, dtype: [array((p, g, *shape), dtype, each), array((p, 1, *shape), dtype, prompts)]
     parts = {
         "base weights": params,
         "LoRA: policy, old, reference, EMA": [lora] * 4,
@@ -116,8 +117,8 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
         "history (shared by the branches)": history,
         "pages (one per trajectory)": page,
         "replay tuples and the anchor's page": tuples.replace(history=None),
-        "latents of all trajectories": array((p, t, frames, *block[1:]), jnp.float32, each),
-        "pixels of all trajectories": array((p, t, *pixels), jnp.float32, each),
+        "latents of all trajectories": of_all((frames, *block[1:]), jnp.float32),
+        "pixels of all trajectories": of_all(pixels, jnp.float32 if toy else jnp.uint8),
     }
     return parts, {
         "block of the prefix (generate)": (stages.shared_block, (variables, text, 0, history, key, 30)),
@@ -175,12 +176,12 @@ def reward_models(config) -> dict[str, tuple[Any, tuple[Callable, tuple]]]:
 def advice(rows: dict[str, float], config) -> str:
     """The setting that helps most against the largest part."""
     helps = {
-        "history": "window.cache_frames or train.prompts_per_iteration smaller, or more devices over mesh.data",
-        "pages": "rollout.branches smaller, or more devices over mesh.branch",
-        "pixels": "train.prompts_per_iteration smaller, or more devices",
+        "history": "window.cache_frames smaller, train.micro_batch, or more devices over mesh.data",
+        "pages": "rollout.branch_chunk, or more devices over mesh.branch",
+        "pixels": "train.micro_batch, or more devices",
         "replay": f"replay.chunk below {config.replay.chunk}, model.remat=block",
         "gradient": f"replay.chunk below {config.replay.chunk}, model.remat=block",
-        "block of": "train.prompts_per_iteration or rollout.branches smaller, or more devices",
+        "block of": "train.micro_batch or rollout.branch_chunk, or more devices",
         "LoRA": "lora.rank smaller",
         "reward": "reward.resident=False, which loads a reward model whenever it scores",
         "base": "model.dtype=bfloat16",

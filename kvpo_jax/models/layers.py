@@ -1,4 +1,4 @@
-"""Layers of the Wan video transformer: LoRA Linear, norms, rotary tables, attention.
+"""Layers of the Wan video transformer: LoRA Linear, norms, rotary tables.
 
 All arithmetic follows Wan2.1. Norms, softmax and modulation are computed in float32, products in the model's dtype.
 """
@@ -9,12 +9,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from kvpo_jax.types import Array
 
 ROPE_THETA = 10000.0
 MAX_FRAMES = 1024  # length of Wan's rotary table
-MAX_LOGITS = 2**28  # of one attention at once, 1 GiB in float32
 
 
 def wide(x: Array) -> Array:
@@ -46,15 +46,17 @@ class LoRADense(nn.Module):
         fan_in = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (fan_in, self.features), self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
-        x = x.astype(self.dtype)
+        # As a matrix: with more axes, XLA's CPU backend transposes the operands of LoRA's gradients.
+        leading, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, fan_in)
         y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         if self.rank:
             # peft's initialisation: A uniform in +-1/sqrt(in), B zero.
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             a = self.variable("lora", "a", lambda: uniform(self.make_rng("lora"), (fan_in, self.rank), jnp.float32))
             b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32)
-            y += (self.alpha / self.rank) * ((x @ a.value.astype(self.dtype)) @ b.value.astype(self.dtype))
-        return y
+            low = checkpoint_name(x @ a.value.astype(self.dtype), "linear")
+            y += (self.alpha / self.rank) * (low @ b.value.astype(self.dtype))
+        return checkpoint_name(y, "linear").reshape(*leading, self.features)
 
 
 def layer_norm(x: Array, eps: float) -> Array:
@@ -125,18 +127,3 @@ def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
     real, imaginary = pairs[..., 0], pairs[..., 1]
     rotated = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
-
-
-def attention(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Softmax attention, float[batch, queries, H, D]; mask bool[batch, 1 or H, 1, keys] is False for keys left out.
-
-    Where the logits of all queries would be large, some queries at a time, in the backward pass too.
-    """
-    batch, queries, heads, _ = q.shape
-    wanted = -(-batch * heads * queries * k.shape[1] // MAX_LOGITS)
-    pieces = next(n for n in range(wanted, queries + 1) if queries % n == 0) if wanted < queries else queries
-    some = lambda q: jax.nn.dot_product_attention(q, k, v, mask=mask)
-    if pieces == 1:
-        return some(q)
-    out = jax.lax.map(jax.checkpoint(some), jnp.moveaxis(q.reshape(batch, pieces, -1, *q.shape[2:]), 1, 0))
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape)

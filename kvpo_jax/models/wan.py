@@ -16,10 +16,17 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from kvpo_jax.models.layers import LoRADense, RMSNorm, apply_rope, attention, layer_norm, rope_table, sinusoid, wide
+from kvpo_jax.models.attention import Keys, attention
+from kvpo_jax.models.layers import LoRADense, RMSNorm, apply_rope, layer_norm, rope_table, sinusoid, wide
 from kvpo_jax.types import Array, BlockKV, Context, PyTree, TextKV
 
 TIME_SCALE = 1000.0  # Wan is conditioned on 1000 sigma
+# What the backward pass finds of a block: everything; what products gave, not what is elementwise; its input alone.
+REMAT = {
+    "none": None,
+    "products": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,7 @@ class WanConfig:
     eps: float = 1e-6
     sparse_memory: int = 0
     dtype: str = "float32"
+    attention: str = "auto"
     remat: str = "none"
     lora_rank: int = 0
     lora_alpha: float = 1.0
@@ -97,9 +105,12 @@ class Block(nn.Module):
         e0: Array,
         rope: tuple[Array, Array],
         context: Context,
-        key_mask: Array,
+        own_mask: Array | None,
     ) -> tuple[Array, BlockKV]:
-        """Layer `index` on x float[batch, F*N, dim]; e0 float32[batch, F, 6, dim], rope of `rope_table`."""
+        """Layer `index` on x float[batch, F*N, dim]; e0 float32[batch, F, 6, dim], rope of `rope_table`.
+
+        The entries of `context` that are not empty come first; own_mask bool[batch, 1, F*N] or None is for own keys.
+        """
         cfg = self.cfg
         dtype, frames = x.dtype, e0.shape[1]
         per_frame = lambda y: einops.rearrange(y, "b (f n) d -> b f n d", f=frames)
@@ -112,21 +123,21 @@ class Block(nn.Module):
         k = RMSNorm(cfg.eps, name="self_norm_k")(_linear(cfg, cfg.dim, "self_k")(y))
         v = _split_heads(_linear(cfg, cfg.dim, "self_v")(y), cfg)
         q, k = (apply_rope(_split_heads(t, cfg), *rope) for t in (q, k))
-        layer_context = context.layer(index)
-        keys, values = (
-            jnp.concatenate([einops.rearrange(past, "b a n h d -> b (a n) h d").astype(dtype), own], axis=1)
-            for past, own in zip(layer_context, (k, v), strict=True)
+        past_k, past_v = (past.astype(dtype) for past in context.layer(index))
+        past = Keys(
+            *(einops.rearrange(past, "b a n h d -> b (a n) h d") for past in (past_k, past_v)),
+            length=jnp.sum(context.frame >= 0, axis=1) * past_k.shape[2],
+            mask=self._activated(q, past_k, context.chunk) if cfg.sparse_memory else None,
         )
-        mask = key_mask[:, None, None, :]
-        if cfg.sparse_memory:
-            mask &= self._activated(q, layer_context[0], context.chunk, keys.shape[1])
-        y = einops.rearrange(attention(q, keys, values, mask), "b t h d -> b t (h d)")
+        y = attention(q, Keys(k, v, mask=own_mask), past, cfg.attention)
+        y = einops.rearrange(y, "b t h d -> b t (h d)")
         y = _linear(cfg, cfg.dim, "self_o")(y)
         x = (x + per_token(per_frame(wide(y)) * gate1)).astype(dtype)
 
         y = nn.LayerNorm(epsilon=cfg.eps, use_fast_variance=False, name="norm3")(wide(x)).astype(dtype)
         q = _split_heads(RMSNorm(cfg.eps, name="cross_norm_q")(_linear(cfg, cfg.dim, "cross_q")(y)), cfg)
-        y = einops.rearrange(attention(q, text.k.astype(dtype), text.v.astype(dtype)), "b t h d -> b t (h d)")
+        y = attention(q, Keys(text.k.astype(dtype), text.v.astype(dtype)), None, cfg.attention)
+        y = einops.rearrange(y, "b t h d -> b t (h d)")
         x = x + _linear(cfg, cfg.dim, "cross_o")(y)
 
         y = per_token(per_frame(layer_norm(x, cfg.eps)) * (1 + scale2) + shift2).astype(dtype)
@@ -136,8 +147,8 @@ class Block(nn.Module):
         k, v = (einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v))
         return x, BlockKV(k=k, v=v)
 
-    def _activated(self, q: Array, past: Array, chunk: Array, keys: int) -> Array:
-        """MemFlow's sparse memory activation, bool[batch, H, 1, keys]: False for the chunks that a head leaves out.
+    def _activated(self, q: Array, past: Array, chunk: Array) -> Array:
+        """MemFlow's sparse memory activation, bool[batch, H, A*N]: False for the chunks that a head leaves out.
 
         Of the context entries that `chunk` bool[batch, A] marks, each head attends to the `sparse_memory` whose mean
         key has the largest product with the block's mean query.
@@ -146,8 +157,7 @@ class Block(nn.Module):
         score = jnp.einsum("bhd,bahd->bha", wide(q).mean(axis=1), wide(past).mean(axis=2))
         order = jnp.argsort(jnp.where(chunk[:, None], -score, jnp.inf), axis=-1, stable=True)
         keep = (jnp.argsort(order, axis=-1) < self.cfg.sparse_memory) | ~chunk[:, None]
-        keep = jnp.repeat(keep, past.shape[2], axis=-1)
-        return jnp.pad(keep, ((0, 0), (0, 0), (0, keys - keep.shape[-1])), constant_values=True)[:, :, None]
+        return jnp.repeat(keep, past.shape[2], axis=-1)
 
 
 class Wan(nn.Module):
@@ -157,8 +167,8 @@ class Wan(nn.Module):
 
     def setup(self):
         cfg = self.cfg
-        if cfg.remat not in ("none", "block"):
-            raise ValueError(f"model.remat is {cfg.remat!r}; expected none or block")
+        if cfg.remat not in REMAT:
+            raise ValueError(f"model.remat is {cfg.remat!r}; expected one of {', '.join(REMAT)}")
         self.patch_embedding = _plain_linear(cfg, cfg.dim, None)
         self.text_embedding_0 = _plain_linear(cfg, cfg.dim, None)
         self.text_embedding_2 = _plain_linear(cfg, cfg.dim, None)
@@ -170,7 +180,9 @@ class Wan(nn.Module):
             "split_rngs": {"params": True, "lora": True},
             "length": cfg.num_layers,
         }
-        block = nn.remat(Block, prevent_cse=False) if cfg.remat == "block" else Block
+        block = Block
+        if cfg.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[cfg.remat])
         self.text_kv = nn.scan(TextKVLayer, **over_layers)(cfg)
         same = nn.broadcast
         self.blocks = nn.scan(block, **over_layers, in_axes=(0, 0, same, same, same, same))(cfg)
@@ -233,11 +245,11 @@ class Wan(nn.Module):
         e0 = wide(self.time_projection_1(nn.silu(e))).reshape(batch, 1, 6, cfg.dim)
         e0 = jnp.broadcast_to(e0, (batch, frames, 6, cfg.dim))
 
-        own = jnp.ones(frames, bool) if own_keys is None else own_keys
-        frame_mask = jnp.concatenate([context.frame >= 0, jnp.broadcast_to(own, (batch, frames))], axis=1)
-        key_mask = jnp.repeat(frame_mask, tokens, axis=1)
+        own_mask = (
+            None if own_keys is None else jnp.broadcast_to(jnp.repeat(own_keys, tokens), (batch, 1, frames * tokens))
+        )
         rope = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
-        h, new_kv = self.blocks(h, jnp.arange(cfg.num_layers), text, e0, rope, context, key_mask)
+        h, new_kv = self.blocks(h, jnp.arange(cfg.num_layers), text, e0, rope, context.valid_first(), own_mask)
 
         shift, scale = jnp.moveaxis(wide(e)[:, None, :] + self.head_modulation, 1, 0)
         h = layer_norm(h, cfg.eps) * (1 + scale[:, None]) + shift[:, None]

@@ -277,40 +277,34 @@ def encode(cfg: VAEConfig, params: PyTree, pixels: Array) -> Array:
     return (apply(pixels.astype(cfg.dtype))[0].astype(jnp.float32) - mean) / std
 
 
-def _decode(cfg: VAEConfig, params: PyTree, cache: PyTree | None, latents: Array) -> tuple[Array, PyTree]:
-    mean, std = _statistics(cfg)
-    x = (latents.astype(jnp.float32) * std + mean).astype(cfg.dtype)
-    variables = {"params": params} if cache is None else {"params": params, "cache": cache}
-    pixels, state = WanVAE(cfg).apply(variables, x, cache is None, method="decode", mutable=["cache"])
-    return jnp.clip(pixels.astype(jnp.float32), -1, 1), state["cache"]
+def decode(cfg: VAEConfig, params: PyTree, latents: Array, cache: PyTree | None = None) -> tuple[Array, PyTree]:
+    """Decodes the next latent frames of a video, or all of them.
 
-
-def decode_next(cfg: VAEConfig, params: PyTree, cache: PyTree | None, latents: Array) -> tuple[Array, PyTree]:
-    """Decodes the next latent frames of a video.
+    One latent frame at a time: the activations are those of four pixel frames, however many there are.
 
     Args:
       cfg: sizes.
       params: collection `params`.
-      cache: what the call before returned; None at the beginning. Every leaf has the batch first.
       latents: float[n, t, Y, X, C], normalised.
+      cache: what the call before returned; None at the beginning. Every leaf has the batch first.
 
     Returns:
       pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), cache.
     """
     chex.assert_shape(latents, (None, None, None, None, cfg.z_dim))
-    return _decode(cfg, params, cache, latents)
+    mean, std = _statistics(cfg)
+    latents = (latents.astype(jnp.float32) * std + mean).astype(cfg.dtype)
 
+    def step(cache: PyTree | None, x: Array) -> tuple[PyTree, Array]:
+        variables = {"params": params} if cache is None else {"params": params, "cache": cache}
+        pixels, state = WanVAE(cfg).apply(variables, x[:, None], cache is None, method="decode", mutable=["cache"])
+        return state["cache"], jnp.clip(pixels.astype(jnp.float32), -1, 1)
 
-def decode(cfg: VAEConfig, params: PyTree, latents: Array) -> Array:
-    """Decodes a whole video, float[n, T, Y, X, C] to float32[n, 1 + 4 (T - 1), 8 Y, 8 X, 3] in [-1, 1].
-
-    One latent frame at a time: the activations are those of four pixel frames, however long the video.
-    """
-    first, cache = decode_next(cfg, params, None, latents[:, :1])
-
-    def step(cache: PyTree, x: Array) -> tuple[PyTree, Array]:
-        pixels, cache = decode_next(cfg, params, cache, x[:, None])
-        return cache, pixels
-
-    _, rest = jax.lax.scan(step, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
-    return jnp.concatenate([first, einops.rearrange(rest, "s n t ... -> n (s t) ...")], axis=1)
+    pixels = []
+    if cache is None:
+        cache, first = step(None, latents[:, 0])
+        pixels, latents = [first], latents[:, 1:]
+    if latents.shape[1]:
+        cache, rest = jax.lax.scan(step, cache, jnp.moveaxis(latents, 1, 0))
+        pixels.append(einops.rearrange(rest, "s n t ... -> n (s t) ..."))
+    return jnp.concatenate(pixels, axis=1), cache

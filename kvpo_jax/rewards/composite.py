@@ -128,7 +128,7 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
 
     Args:
       scorer: see the module.
-      clips: float[P, T, frames, h, w, 3].
+      clips: float[P, T, frames, h, w, 3] in [0, 1] or uint8; the scorer gets floats.
       sentences: P, one per prompt sequence.
 
     Returns:
@@ -140,6 +140,8 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
     p, t = clips.shape[:2]
     chex.assert_shape(clips, (p, t, None, None, None, 3))
     chex.assert_equal(len(sentences), p)
+    if clips.dtype == np.uint8:
+        clips = jnp.asarray(clips, jnp.float32) / 255
     raw = scorer(clips.reshape(p * t, *clips.shape[2:]), [s for s in sentences for _ in range(t)])
     scores = {}
     for name, values in raw.items():
@@ -167,7 +169,7 @@ def segment_rewards(
 
     Args:
       scorer: see the module; called once per segment, with all P * T clips.
-      pixels: float[P, T, frames, h, w, 3].
+      pixels: float[P, T, frames, h, w, 3] in [0, 1] or uint8.
       prompts: P sequences of M sentences.
       switch_frames, clip_frames, to_pixel: see `segment_clips`.
 
@@ -225,8 +227,8 @@ def score_rollout(
     """`segment_rewards` of a group and its anchor, in one batch.
 
     Args:
-      branches: pixels float[P, G, frames, h, w, 3].
-      anchor: pixels float[P, frames, h, w, 3].
+      branches: pixels [P, G, frames, h, w, 3], as in `score_clips`.
+      anchor: pixels [P, frames, h, w, 3].
       weights: component -> weight, see `composite`.
       scorer, prompts, switch_frames, clip_frames, to_pixel: see `segment_rewards`.
     """
@@ -247,8 +249,8 @@ def score_window(
     Frames of the window before the fork are the same in all trajectories and are scored with the rest.
 
     Args:
-      branches: pixels float[P, G, frames, h, w, 3].
-      anchor: pixels float[P, frames, h, w, 3].
+      branches: pixels [P, G, frames, h, w, 3], as in `score_clips`.
+      anchor: pixels [P, frames, h, w, 3].
       sentences: P, of the segment that holds the fork (`segment_for_frame`).
       weights: component -> weight, see `composite`.
       window: [start, end) in pixel frames.

@@ -1,0 +1,103 @@
+"""Attention over a block's own keys and its past: against JAX's own, in tiles of any size, with its gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from kvpo_jax.models import attention as attention_lib
+from kvpo_jax.models.attention import Keys, attention
+
+BATCH, QUERIES, OWN, PAST, HEADS, DIM = 2, 12, 12, 20, 3, 4
+
+
+def random(*shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(sum(shape)).normal(size=shape), dtype)
+
+
+def inputs(dtype=jnp.float32):
+    kv = lambda keys: (random(BATCH, keys, HEADS, DIM, dtype=dtype), random(BATCH, keys, DIM, HEADS, dtype=dtype))
+    (own_k, own_v), (past_k, past_v) = kv(OWN), kv(PAST)
+    swap = lambda x: jnp.moveaxis(x, 2, 3)
+    return random(BATCH, QUERIES, HEADS, DIM, dtype=dtype), own_k, swap(own_v), past_k, swap(past_v)
+
+
+# What counts of the past, and of a block's own keys: (length, mask, own mask).
+RULES = {
+    "all": (None, None, None),
+    "length": (jnp.array([0, 13]), None, None),
+    "mask": (jnp.array([20, 7]), jnp.asarray(np.random.default_rng(0).random((BATCH, HEADS, PAST)) < 0.6), None),
+    "own mask": (None, None, jnp.arange(OWN)[None, None] >= jnp.array([3, 0])[:, None, None]),
+}
+
+
+def ours(rule, q, own_k, own_v, past_k, past_v, **options):
+    length, mask, own_mask = RULES[rule]
+    return attention(q, Keys(own_k, own_v, mask=own_mask), Keys(past_k, past_v, length, mask), **options)
+
+
+def theirs(rule, q, own_k, own_v, past_k, past_v):
+    length, mask, own_mask = RULES[rule]
+    counts = jnp.ones((BATCH, HEADS, PAST + OWN), bool)
+    if length is not None:
+        counts &= jnp.arange(PAST + OWN) < jnp.where(length == PAST, PAST + OWN, length)[:, None, None]
+        counts |= jnp.arange(PAST + OWN) >= PAST
+        if rule == "mask":
+            counts &= (jnp.arange(PAST + OWN) < length[:, None, None]) | (jnp.arange(PAST + OWN) >= PAST)
+    if mask is not None:
+        counts = counts.at[:, :, :PAST].set(counts[:, :, :PAST] & mask)
+    if own_mask is not None:
+        counts = counts.at[:, :, PAST:].set(own_mask)
+    k, v = jnp.concatenate([past_k, own_k], axis=1), jnp.concatenate([past_v, own_v], axis=1)
+    return jax.nn.dot_product_attention(q, k, v, mask=counts[:, :, None])
+
+
+def test_by_hand():
+    # Logits q k / sqrt(1) = log 1, log 3, and a masked key: weights 1/4 and 3/4 of the values 8 and 4.
+    q, k, v = (jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1) for x in ([1], [0, np.log(3), 9], [8, 4, 100]))
+    masked = attention(q, Keys(k, v, mask=jnp.array([[[True, True, False]]])))
+    np.testing.assert_allclose(masked.reshape(-1), [5.0], atol=1e-6)
+    past = attention(q, Keys(k[:, :1], v[:, :1]), Keys(k[:, 1:], v[:, 1:], jnp.array([1])))
+    np.testing.assert_allclose(past.reshape(-1), [5.0], atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [1, 3 * QUERIES * (OWN + PAST), 2**20])
+@pytest.mark.parametrize("rule", RULES)
+def test_is_that_of_the_library(rule, tile, monkeypatch):
+    """The output, and the gradients of the queries and a block's own keys and values; those of the past are zero."""
+    monkeypatch.setattr(attention_lib, "TILE", {jax.default_backend(): tile})
+    arguments = inputs()
+    loops = {1: 6, 3 * QUERIES * (OWN + PAST): 2, 2**20: None}[tile]
+    assert (f"length={loops}" in str(jax.make_jaxpr(lambda *x: ours(rule, *x))(*arguments))) == (loops is not None)
+    np.testing.assert_allclose(ours(rule, *arguments), theirs(rule, *arguments), atol=1e-6)
+    loss = lambda function: lambda *x: jnp.sum(jnp.sin(function(rule, *x)))
+    gradient, expected = (jax.grad(loss(function), (0, 1, 2, 3))(*arguments) for function in (ours, theirs))
+    for a, b in zip(gradient[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert not np.any(gradient[3])
+
+
+def test_gradients_are_finite_differences():
+    with jax.enable_x64(True):
+        q, own_k, own_v, past_k, past_v = inputs(jnp.float64)
+        function = lambda q, k, v: attention(q, Keys(k, v), Keys(past_k, past_v, jnp.array([0, 13])))
+        check_grads(function, (q, own_k, own_v), order=1, modes=("rev",), atol=1e-7, rtol=1e-7)
+
+
+def test_half_precision_is_close():
+    arguments = inputs()
+    half = ours("length", *(x.astype(jnp.bfloat16) for x in arguments))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), ours("length", *arguments), atol=0.03)
+
+
+@pytest.mark.parametrize("rule", ["all", "length"])
+def test_arguments_of_the_library(rule):
+    """What is handed to cuDNN on a GPU, here to XLA: own keys first, lengths instead of masks."""
+    q, own_k, own_v, past_k, past_v = inputs()
+    past = Keys(past_k, past_v, RULES[rule][0])
+    out = attention_lib._library(q, Keys(own_k, own_v), past, implementation="xla")
+    np.testing.assert_allclose(out, theirs(rule, q, own_k, own_v, past_k, past_v), atol=1e-6)
+    alone = attention_lib._library(q, Keys(own_k, own_v), implementation="xla")
+    np.testing.assert_allclose(alone, attention(q, Keys(own_k, own_v)), atol=1e-6)

@@ -1,0 +1,48 @@
+"""Decoding: what the branches share is decoded once, block by block, by programs that serve every pivot."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax import heldout, sharding
+
+P, G, BLOCKS, FRAMES = 2, 4, 5, 3
+
+
+class Causal:
+    """A decoder with a memory, like the VAE's: a pixel is the sum of the latents so far; the first frame is one."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+
+    def load_decoder(self, placed):
+        return jax.device_put({"scale": jnp.float32(2.0)}, placed)
+
+    def decode(self, weights, latents, state):
+        total = jnp.cumsum(weights["scale"] * latents, axis=1) + (0 if state is None else state[:, None])
+        pixels = jnp.repeat(total[..., :3], 2, axis=1)[:, 1 if state is None else 0 :]
+        return pixels.astype(self.dtype), total[:, -1]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint8])
+def test_a_group_is_its_videos(shape, dtype):
+    mesh = sharding.make_mesh(*shape, P, G)
+    decoder = heldout.Decoder(Causal(dtype), mesh, FRAMES)
+    rng = np.random.default_rng(0)
+    branches = rng.integers(0, 3, (P, G, BLOCKS * FRAMES, 2, 2, 4)).astype(np.float32)
+    programs = []
+    for pivot in (0, 1, 3, BLOCKS - 1):
+        branches[:, :, : pivot * FRAMES] = branches[:, :1, : pivot * FRAMES]
+        anchor = np.concatenate([branches[:, 0, : pivot * FRAMES], branches[:, 1, pivot * FRAMES :] + 1], axis=1)
+        expected = np.repeat(np.cumsum(2 * branches, axis=2)[..., :3], 2, axis=2)[:, :, 1:]
+        of_branches, of_anchor = decoder.group(
+            sharding.place(branches, mesh, sharding.TRAJECTORIES), sharding.place(anchor, mesh, sharding.PROMPTS), pivot
+        )
+        assert of_branches.dtype == dtype and of_branches.shape == (P, G, 2 * BLOCKS * FRAMES - 1, 2, 2, 3)
+        np.testing.assert_array_equal(of_branches, expected)
+        np.testing.assert_array_equal(of_anchor[:, 0], np.repeat(np.cumsum(2 * anchor, 1)[..., :3], 2, axis=1)[:, 1:])
+        programs.append(decoder._step._cache_size())
+    assert programs[1] == programs[-1]  # nothing is compiled for another pivot, but for that of no prefix
+    np.testing.assert_array_equal(decoder.videos(sharding.place(branches, mesh, sharding.TRAJECTORIES)), expected)
