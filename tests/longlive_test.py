@@ -39,6 +39,7 @@ def get_config(preset="paper"):
     c.replay.blocks = 1
     c.replay.chunk = 3
     c.reward.scorer = "kvpo_jax.rewards.motion:score"
+    c.eval.scorer = ""
     c.reward.weights = ConfigDict(dict(motion=1.0, smoothness=0.5))
     c.reward.clip_frames = 8
     c.train.update(prompts_per_iteration=1, iterations=2, checkpoint_every=1, warmup=1, learning_rate=1e-3)

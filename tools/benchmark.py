@@ -65,6 +65,7 @@ PRESETS = {
         {
             "model.dim": 256, "model.ffn_dim": 1024, "model.num_heads": 4, "model.num_layers": 6,
             "model.freq_dim": 256, "model.text_dim": 256, "model.text_len": 64, "model.channels": 16,
+            "model.remat": "products",
             "lora.rank": 32, "lora.alpha": 32.0,  # an eighth of the width; LongLive's adapter is a sixth of its
             "video.height": 16, "video.width": 16, "video.blocks": 13, "video.switch_frames": (),
             "rollout.branches": 8, "rollout.window_blocks": 5, "replay.blocks": 5,
