@@ -16,8 +16,8 @@ from einops import rearrange
 
 from kvpo_jax.types import Array
 
-# Logits that exist at once, unless one head has more: what stays in a core's cache; 1 GiB in float32.
-TILE = {"cpu": 2**18, "gpu": 2**28, "tpu": 2**28}
+# Logits that exist at once, unless one head has more: in float32 4 MiB, which a cache holds, or 1 GiB.
+TILE = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 _MASKED = -1e30
 
 
