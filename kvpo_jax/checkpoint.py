@@ -32,7 +32,15 @@ def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
       directory: made if it does not exist.
       keep: how many checkpoints are kept, the newest.
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return _open(directory, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True))
+
+
+def reader(directory: Path | str) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a run, which may be under way, to `restore_latest`; nothing there is touched."""
+    return _open(directory, ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _open(directory: Path | str, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(Path(directory).absolute(), options=options, item_handlers=handlers)
 

@@ -24,6 +24,7 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, heldout, report, rollout, sharding, train
 from kvpo_jax import config as config_lib
 from kvpo_jax.data import prompts
+from kvpo_jax.decoder import Decoder
 from kvpo_jax.rewards import composite, registry
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
@@ -38,9 +39,9 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, branches)
     backbone = backbone_lib.load(config)
     params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    decoder = heldout.Decoder(backbone, mesh, config.video.block_frames)
+    decoder = Decoder(backbone, mesh, config.video.block_frames)
     stages = rollout.build(config, mesh)
-    with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
+    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
         restored = checkpoint.restore_latest(
             checkpoints, train.init_state(config, train.make_optimiser(config.train), mesh)
         )

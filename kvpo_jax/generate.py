@@ -190,7 +190,7 @@ def load_policy(
     mesh = sharding.make_mesh(1, 1, 1, 1)
     state = train.init_state(config, train.make_optimiser(config.train), mesh, backbone.load_lora(None))
     if workdir is not None:
-        with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
+        with checkpoint.reader(workdir / "checkpoints") as checkpoints:
             restored = checkpoint.restore_latest(checkpoints, state)
         if restored is None:
             raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")

@@ -6,18 +6,17 @@ python -m kvpo_jax.evaluate --workdir=runs/tiny-...
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kvpo_jax import report, rollout, sharding
 from kvpo_jax.backbone import Backbone
+from kvpo_jax.decoder import Decoder
 from kvpo_jax.rewards import composite
 from kvpo_jax.types import Array, PyTree
 
@@ -61,77 +60,6 @@ def prompt_batch(backbone: Backbone, mesh: Mesh, split: str, indices: Sequence[i
     embeddings = flat.reshape(len(own), -1, *flat.shape[1:])
     changed = np.array([[m == 0 or s[m] != s[m - 1] for m in range(len(s))] for s in sentences])
     return PromptBatch(sharding.from_own_prompts(embeddings, mesh, len(sentences)), changed, sentences)
-
-
-class Decoder:
-    """Latents float[P, T, frames, Y, X, C] to pixels [P, T, frames', h, w, 3], a block at a time.
-
-    Each device decodes its own videos; where T is not a multiple of the shards of `branch`, all of its prompts'. The
-    programs are the same for every pivot.
-
-    Args:
-      backbone: whose decoder.
-      mesh: of the latents.
-      block_frames: F.
-    """
-
-    def __init__(self, backbone: Backbone, mesh: Mesh, block_frames: int):
-        self._weights = backbone.load_decoder(NamedSharding(mesh, sharding.REPLICATED))
-        self._mesh, self._frames = mesh, block_frames
-
-        def of_shard(weights: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
-            p, t = latents.shape[:2]
-            flat, unflat = (lambda x: x.reshape(p * t, *x.shape[2:])), (lambda x: x.reshape(p, t, *x.shape[1:]))
-            return jax.tree.map(unflat, backbone.decode(weights, *jax.tree.map(flat, (latents, state))))
-
-        @partial(jax.jit, donate_argnums=3)
-        def step(weights: PyTree, latents: Array, first: Array, state: Any) -> tuple[Array, Any]:
-            block = jax.lax.dynamic_slice_in_dim(latents, first, block_frames, axis=2)
-            spec = self._sharding(latents.shape[1]).spec
-            shard = sharding.shard(
-                of_shard, mesh, in_specs=(sharding.REPLICATED, spec, spec), out_specs=(spec, spec)
-            )  # fmt: skip
-            return shard(weights, block, state)
-
-        self._step = step
-        self._repeat = cache(
-            lambda t: jax.jit(lambda tree: jax.tree.map(lambda x: jnp.repeat(x, t, axis=1), tree),
-                              out_shardings=self._sharding(t))
-        )  # fmt: skip
-        self._join = cache(
-            lambda t: jax.jit(lambda blocks: jnp.concatenate(blocks, axis=2), out_shardings=self._sharding(t))
-        )
-
-    def _sharding(self, trajectories: int) -> NamedSharding:
-        divides = trajectories % self._mesh.shape["branch"] == 0
-        return NamedSharding(self._mesh, sharding.TRAJECTORIES if divides else sharding.PROMPTS)
-
-    def _blocks(self, latents: Array, first: int, end: int, state: Any) -> tuple[list[Array], Any]:
-        pixels = []
-        for block in range(first, end):
-            out, state = self._step(self._weights, latents, block * self._frames, state)
-            pixels.append(out)
-        return pixels, state
-
-    def videos(self, latents: Array) -> Array:
-        """Pixels of float[P, T, frames, Y, X, C]."""
-        pixels, _ = self._blocks(latents, 0, latents.shape[2] // self._frames, None)
-        return self._join(latents.shape[1])(pixels)
-
-    def group(self, branches: Array, anchor: Array, pivot: int) -> tuple[Array, Array]:
-        """Pixels [P, G, ...] of branches and [P, 1, ...] of their anchor; what is before the pivot is decoded once.
-
-        Args:
-          branches: float[P, G, frames, Y, X, C].
-          anchor: float[P, frames, Y, X, C].
-          pivot: the first block in which they differ.
-        """
-        g, blocks, anchor = branches.shape[1], branches.shape[2] // self._frames, anchor[:, None]
-        prefix, state = self._blocks(anchor, 0, pivot, None)
-        of_branches, _ = self._blocks(branches, pivot, blocks, self._repeat(g)(state))
-        of_anchor, _ = self._blocks(anchor, pivot, blocks, state)
-        prefixes = map(self._repeat(g), prefix)
-        return self._join(g)([*prefixes, *of_branches]), self._join(1)([*prefix, *of_anchor])
 
 
 def release(config: ml_collections.ConfigDict, backbone: Backbone) -> None:

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import checkpoint, flow, heldout, objective, replay, report, rollout, routing, sharding
+from kvpo_jax.decoder import Decoder
 from kvpo_jax.doctor import Doctor
 from kvpo_jax.models.wan import Wan, init_variables, wan_config
 from kvpo_jax.rewards import composite
@@ -348,7 +349,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
     optimiser = make_optimiser(config.train)
     energies = jax.jit(make_energies(config, mesh))
     gradient, apply = make_gradient(config, mesh), make_apply(config, mesh, optimiser)
-    decoder = heldout.Decoder(backbone, mesh, config.video.block_frames)
+    decoder = Decoder(backbone, mesh, config.video.block_frames)
 
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
     state = init_state(config, optimiser, mesh, backbone.load_lora(None))

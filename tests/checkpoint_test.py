@@ -91,12 +91,21 @@ def test_an_unfinished_save_is_passed_over(tmp_path):
     unfinished = (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
     for commit in unfinished.rglob("commit_success.txt"):
         commit.unlink()
+    with checkpoint.reader(tmp_path) as checkpoints:  # it may be a save in progress
+        assert checkpoint.restore_latest(checkpoints, train_state(0.0))[0] == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.orbax-checkpoint-tmp"]
     with checkpoint.manager(tmp_path, keep=3) as checkpoints:
         step, tree, _ = checkpoint.restore_latest(checkpoints, train_state(0.0))
         assert step == 1
         assert_bitwise_equal(tree, train_state(1))
         checkpoint.save(checkpoints, 2, train_state(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_reading_where_nothing_is_makes_nothing(tmp_path):
+    with checkpoint.reader(tmp_path / "none") as checkpoints:
+        assert checkpoint.restore_latest(checkpoints, train_state(0.0)) is None
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):

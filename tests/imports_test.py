@@ -17,7 +17,7 @@ RANKS = [
     {"types", "config"},
     {"flow", "routing", "kv_cache", "memory_bank", "objective", "doctor", "data", "models.layers"},
     {"models"},
-    {"rollout", "replay", "rewards", "backbone", "checkpoint", "report", "sharding"},
+    {"rollout", "replay", "rewards", "backbone", "decoder", "checkpoint", "report", "sharding"},
     {"train", "generate", "evaluate", "heldout"},
     {"main"},
 ]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax import heldout, sharding
+from kvpo_jax import sharding
+from kvpo_jax.decoder import Decoder
 
 P, G, BLOCKS, FRAMES = 2, 4, 5, 3
 
@@ -29,7 +30,7 @@ class Causal:
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint8])
 def test_a_group_is_its_videos(shape, dtype):
     mesh = sharding.make_mesh(*shape, P, G)
-    decoder = heldout.Decoder(Causal(dtype), mesh, FRAMES)
+    decoder = Decoder(Causal(dtype), mesh, FRAMES)
     rng = np.random.default_rng(0)
     branches = rng.integers(0, 3, (P, G, BLOCKS * FRAMES, 2, 2, 4)).astype(np.float32)
     programs = []
