@@ -60,6 +60,8 @@ def test_by_hand():
     np.testing.assert_allclose(masked.reshape(-1), [5.0], atol=1e-6)
     past = attention(q, Keys(k[:, :1], v[:, :1]), Keys(k[:, 1:], v[:, 1:], jnp.array([1])))
     np.testing.assert_allclose(past.reshape(-1), [5.0], atol=1e-6)
+    none = attention(q, Keys(k[:, :2], v[:, :2]), Keys(k[:, :0], v[:, :0], jnp.array([0])))
+    np.testing.assert_allclose(none.reshape(-1), [5.0], atol=1e-6)
 
 
 @pytest.mark.parametrize("tile", [1, 3 * QUERIES * (OWN + PAST), 2**20])
