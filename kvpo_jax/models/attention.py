@@ -49,9 +49,9 @@ def attention(q: Array, own: Keys, past: Keys | None = None, implementation: str
       implementation: "auto" is cuDNN's flash attention on NVIDIA GPUs, for half precision and unless there is a mask,
         else "xla".
     """
-    parts = (
-        (own,) if past is None or not past.k.shape[1] else (own, Keys(*map(jax.lax.stop_gradient, past[:2]), *past[2:]))
-    )
+    parts = (own,)
+    if past is not None and past.k.shape[1]:
+        parts += (Keys(*map(jax.lax.stop_gradient, past[:2]), *past[2:]),)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     masked = own.length is not None or any(part.mask is not None for part in parts)
     if implementation == "auto" and jax.default_backend() == "gpu" and half and not masked:
