@@ -374,7 +374,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs between processes, in JAX_COMPILATION_CACHE_DIR or under ~/.cache/kvpo_jax."""
+    """Keeps compiled programs between processes, under ~/.cache/kvpo_jax unless JAX's own variables say otherwise."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kvpo_jax/xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

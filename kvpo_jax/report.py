@@ -76,6 +76,7 @@ COLUMNS = {
     "reward": "reward {:+.3f}",
     "reward_anchor": "anchor {:+.3f}",
     "win_rate": "win {:4.0%}",
+    "log_ratio_std": "ratio ±{:.0e}",
     "kl": "KL {:.2e}",
     "clip_fraction": "clip {:4.0%}",
     "grad_norm": "grad {:.2e}",
@@ -104,13 +105,16 @@ class Progress:
         left = rate * (self._iterations - iteration - 1)
         columns = [text.format(metrics[name]) for name, text in COLUMNS.items() if name in metrics]
         took = self._times[-1] - self._times[-2]
+        stages = {name.removeprefix("seconds_"): x for name, x in metrics.items() if name.startswith("seconds_")}
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in stages.items() if seconds >= 0.05)
         elapsed = self._times[-1] - self._times[0]
         width = len(str(self._iterations))
         line = "  ".join(
             [
                 f"{iteration + 1:{width}d}/{self._iterations}",
                 *columns,
-                f"{took:.1f} s/it  {_duration(elapsed)} elapsed, {_duration(left)} left",
+                f"{took:.1f} s" + (f" ({parts})" if parts else ""),
+                f"{_duration(elapsed)} elapsed, {_duration(left)} left",
             ]
         )
         print(line, flush=True)

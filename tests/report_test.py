@@ -44,11 +44,15 @@ def test_tensorboard_gets_scalars_and_strips(tmp_path):
 def test_progress_tells_the_rate_and_the_time_left(capsys):
     times = iter([0.0, 100.0, 110.0, 120.0])  # the first iteration compiles, then 10 s each
     progress = report.Progress(9, clock=lambda: next(times))
-    metrics = {"reward": 0.5, "reward_anchor": 0.25, "win_rate": 0.75, "other": 1.0}
+    metrics = {"reward": 0.5, "reward_anchor": 0.25, "win_rate": 0.75, "other": 1.0, "log_ratio_std": 0.02}
+    metrics |= {"seconds_rollout": 60.02, "seconds_update": 39.96, "seconds_evaluation": 0.0}
     first = progress.line(0, metrics)
-    assert first == "1/9  reward +0.500  anchor +0.250  win  75%  100.0 s/it  1:40 elapsed, 13:20 left"
-    assert progress.line(1, {}) == "2/9  10.0 s/it  1:50 elapsed, 1:10 left"
-    assert progress.line(2, {}) == "3/9  10.0 s/it  2:00 elapsed, 1:00 left"
+    assert first == (
+        "1/9  reward +0.500  anchor +0.250  win  75%  ratio ±2e-02  100.0 s (rollout 60.0, update 40.0)  "
+        "1:40 elapsed, 13:20 left"
+    )
+    assert progress.line(1, {}) == "2/9  10.0 s  1:50 elapsed, 1:10 left"
+    assert progress.line(2, {}) == "3/9  10.0 s  2:00 elapsed, 1:00 left"
     assert capsys.readouterr().out.count("\n") == 3
 
 
