@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -148,8 +149,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """A causal Wan2.1 generator with its VAE and UMT5; files as `config.check_files` asks for them."""
     cfg = wan_config(config)
     segments = len(config.video.switch_frames) + 1
-    made = checkpoint.metadata_config(config.paths.vae, "wan_vae")
-    vae = wan_vae.VAEConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in made.items()})
+    vae = wan_vae.config_from_dict(checkpoint.metadata_config(config.paths.vae, "wan_vae"))
 
     @cache
     def splits() -> dict[str, list[prompts.Sequence]]:
@@ -164,12 +164,22 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     like = wan_vae.abstract_params(vae)
 
     def decode(decoder: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
-        def one(video: tuple[Array, Any]) -> tuple[Array, Any]:
-            pixels, after = wan_vae.decode(vae, decoder, *jax.tree.map(lambda x: x[None], video))
-            return jax.tree.map(lambda x: x[0], (preprocess.to_uint8((pixels + 1) / 2), after))
+        # One video at a time: the decoder's activations are a hundred times its input. And in place: so is its state.
+        def of_video(x: Array, before: Any) -> tuple[Array, Any]:
+            pixels, after = wan_vae.decode(vae, decoder, x[None], before)
+            return preprocess.to_uint8((pixels[0] + 1) / 2), after
 
-        # One video at a time: the decoder's activations are a hundred times its input.
-        return jax.lax.map(one, (latents, state))
+        def next_frames(state: Any, video: tuple[Array, Array]) -> tuple[Any, Array]:
+            index, x = video
+            pixels, after = of_video(x, jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, index, 1), state))
+            write = lambda s, new: jax.lax.dynamic_update_slice_in_dim(s, new, index, 0)
+            return jax.tree.map(write, state, after), pixels
+
+        if state is None:
+            pixels, state = jax.lax.map(lambda x: of_video(x, None), latents)
+            return pixels, jax.tree.map(lambda s: s[:, 0], state)
+        state, pixels = jax.lax.scan(next_frames, state, (jnp.arange(len(latents)), latents))
+        return pixels, state
 
     return Backbone(
         load=partial(load_params, config.weights, cfg),

@@ -62,5 +62,7 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
     chunks, _ = plan(tmp_path, "--config.train.prompts_per_iteration=8", "--config.rollout.branch_chunk=2")
     pages = "pages (one per trajectory)"
     assert chunks["resident_gb"][pages] == pytest.approx(figures["resident_gb"][pages] * 3 / 9)
+    # Two frames of the input of every temporal convolution, in float32: 1.89 GB in bfloat16 by the release's.
+    assert figures["resident_gb"]["VAE: memory of all trajectories"] == pytest.approx(9 * 2 * 1.89, rel=0.02)
     released, said = plan(tmp_path, "--memory_gb=24", "--config.reward.resident=False")
     assert "(without 19.92 of rewards" in said and released["resident_gb"].keys() == figures["resident_gb"].keys()

@@ -29,6 +29,7 @@ _COMPILE = flags.DEFINE_bool("compile", False, "compile the programs too; minute
 _JSON = flags.DEFINE_string("json", "", "file to write the figures to")
 
 GB = 1e9
+PAGES, VAE = "pages (one per trajectory)", "VAE: memory of all trajectories"
 
 
 def bytes_of(tree: Any) -> int:
@@ -49,7 +50,8 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from kvpo_jax import rollout, sharding, train
+    from kvpo_jax import checkpoint, rollout, sharding, train
+    from kvpo_jax.models import wan_vae
     from kvpo_jax.models.wan import init_variables, wan_config
     from kvpo_jax.types import ReplayTuples
 
@@ -115,11 +117,20 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
         "optimiser": state.optimiser,
         "text keys and values": text,
         "history (shared by the branches)": history,
-        "pages (one per trajectory)": page,
+        PAGES: page,
         "replay tuples and the anchor's page": tuples.replace(history=None),
         "latents of all trajectories": of_all((frames, *block[1:]), jnp.float32),
         "pixels of all trajectories": of_all(pixels, jnp.float32 if toy else jnp.uint8),
     }
+    if not toy:
+        vae = wan_vae.VAEConfig()
+        if config.paths.vae:
+            vae = wan_vae.config_from_dict(checkpoint.metadata_config(config.paths.vae, "wan_vae"))
+        weights = wan_vae.abstract_params(vae)
+        latent = jax.ShapeDtypeStruct((1, 1, *block[1:3], vae.z_dim), jnp.float32)
+        memory = jax.eval_shape(partial(wan_vae.decode, vae), weights, latent)[1]
+        parts[VAE] = [of_all(x.shape[1:], x.dtype) for x in jax.tree.leaves(memory)]
+        parts["VAE: weights"] = weights
     return parts, {
         "block of the prefix (generate)": (stages.shared_block, (variables, text, 0, history, key, 30)),
         "block of all branches": (
@@ -216,9 +227,14 @@ def main(arguments: list[str]) -> None:
     for name, size in resident.items():
         print(f"  {name:42s} {size:9.2f}")
     released = sum(size for name, size in resident.items() if name.startswith("reward ") and not config.reward.resident)
-    together = sum(resident.values()) - released
-    print(f"  {'all of it at once':42s} {together:9.2f}   of {_MEMORY.value:.0f}")
-    print(f"  (without {released:.2f} of rewards, which are loaded to score and released)\n" if released else "")
+    # When videos are decoded, the pages are gone.
+    together = sum(resident.values()) - released - min(resident[PAGES], resident.get(VAE, 0.0))
+    print(f"  {'the most of it at once':42s} {together:9.2f}   of {_MEMORY.value:.0f}")
+    if VAE in resident:
+        print("  (pages or the VAE's memory, whichever is larger: the pages are gone when videos are decoded)")
+    if released:
+        print(f"  (without {released:.2f} of rewards, which are loaded to score and released)")
+    print()
     peaks = {}
     if _COMPILE.value:
         print(

@@ -4,8 +4,8 @@ Every temporal convolution is causal and remembers its last two input frames. Th
 an ordinary pytree with the batch as leading axis: a prefix can be decoded once and its cache be repeated for every
 branch that goes on from it. Latent frame 0 is one pixel frame; every other one is four.
 
-    pixels, cache = decode_next(cfg, params, None, first latents)
-    pixels, cache = decode_next(cfg, params, cache, next latents)
+    pixels, cache = decode(cfg, params, first_latents)
+    pixels, cache = decode(cfg, params, next_latents, cache)
 
 Pixels are in [-1, 1], latents normalised per channel; the arithmetic is that of Wan2.1.
 """
@@ -13,7 +13,9 @@ Pixels are in [-1, 1], latents normalised per channel; the arithmetic is that of
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import chex
 import einops
@@ -64,6 +66,11 @@ class VAEConfig:
     def temporal_factor(self) -> int:
         """Pixel frames per latent frame, but for the first."""
         return 2 ** sum(self.temporal_downsample)
+
+
+def config_from_dict(values: Mapping[str, Any]) -> VAEConfig:
+    """The config that a converted file notes, by way of JSON."""
+    return VAEConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
 
 
 def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options) -> nn.Conv:
