@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from kvpo_jax.types import Array
 
@@ -145,7 +146,7 @@ def _attention_forward(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, tuple]
     rows = (_rows(q), tuple(_part_rows(part, heads) for part in parts))
     out, lse = _in_tiles(_forward_tile, keys, rows)
     out = rearrange(out, "(b h) t d -> b t h d", h=heads)
-    out, lse = (jax.ad_checkpoint.checkpoint_name(x, "attention") for x in (out, lse))
+    out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return out, (q, parts, out, lse)
 
 
