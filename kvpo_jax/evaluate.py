@@ -21,8 +21,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import checkpoint, heldout, report, rollout, sharding, train
 from kvpo_jax import config as config_lib
+from kvpo_jax import heldout, report, rollout, sharding, train
 from kvpo_jax.data import prompts
 from kvpo_jax.decoder import Decoder
 from kvpo_jax.rewards import composite, registry
@@ -38,16 +38,11 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     branches = rollout.branches_at_once(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, branches)
     backbone = backbone_lib.load(config)
+    like = train.init_state(config, train.make_optimiser(config.train), mesh)
+    iteration, state = train.newest_state(workdir, like)
     params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
     decoder = Decoder(backbone, mesh, config.video.block_frames)
     stages = rollout.build(config, mesh)
-    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
-        restored = checkpoint.restore_latest(
-            checkpoints, train.init_state(config, train.make_optimiser(config.train), mesh)
-        )
-    if restored is None:
-        raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")
-    iteration, state, _ = restored
     results = {
         name: heldout.evaluate(config, backbone, mesh, stages, decoder, {"params": params, "lora": lora})
         for name, lora in (("reference", state.reference), ("online", state.lora), ("ema", state.ema))

@@ -29,8 +29,8 @@ import numpy as np
 from absl import app, flags, logging
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import checkpoint, rollout, sharding, train
 from kvpo_jax import config as config_lib
+from kvpo_jax import rollout, sharding, train
 from kvpo_jax.data import prompts
 from kvpo_jax.models.wan import wan_config
 from kvpo_jax.types import Array, PyTree
@@ -190,11 +190,7 @@ def load_policy(
     mesh = sharding.make_mesh(1, 1, 1, 1)
     state = train.init_state(config, train.make_optimiser(config.train), mesh, backbone.load_lora(None))
     if workdir is not None:
-        with checkpoint.reader(workdir / "checkpoints") as checkpoints:
-            restored = checkpoint.restore_latest(checkpoints, state)
-        if restored is None:
-            raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")
-        state = restored[1]
+        _, state = train.newest_state(workdir, state)
     policy = state.ema if ema else state.lora
     if lora:
         policy = backbone_lib.load_lora(lora, wan_config(config))

@@ -450,92 +450,63 @@ def rollout(
     routed; after it the default window returns, and what the branches wrote stays in their pages, which last as long
     as their chunk (config.rollout.branch_chunk).
     """
+    frames, switches = config.video.block_frames, tuple(config.video.switch_frames)
+    window_blocks, recorded = config.rollout.window_blocks, recorded_blocks(config)
     prefix, history = generate(stages, config, variables, text, changed, noise_key, pivot)
+
+    def of_chunk(selected: Array) -> Rollout:
+        """The anchor and some of the branches, from the fork to the end of the video."""
+        page = stages.fork(history)
+        trajectories = page.frame.shape[1]
+        latents = [jnp.repeat(x[:, None], trajectories, axis=1) for x in prefix]
+        records, banks, anchor_page = [], [], None
+        for block in range(pivot, config.video.blocks):
+            frame = block * frames
+            segment = segment_of(frame, switches)
+            if frame in switches and block > pivot:
+                page = stages.branch_recache(
+                    variables, text, segment, changed[:, segment], history, page, _recent(latents, config, 2),
+                    frame - config.window.recache_frames,
+                )  # fmt: skip
+            if block == pivot + recorded - 1:
+                # Every later write may evict what the replay of the first blocks reads.
+                anchor_page = kv_cache.trajectory(page, 0)
+            record, page = stages.branch_block(
+                variables, text, segment, history, page, selected, block < pivot + window_blocks, noise_key, frame
+            )
+            latents.append(record.x_clean)
+            if block < pivot + recorded:
+                records.append((block, record))
+                banks.append(memory_bank.trajectory(page.bank, 0))
+
+        video = jnp.concatenate(latents, axis=2)
+        window = routing.window(config)
+        of_branches = lambda x: sharding.branches_of(x, mesh, selected.shape[1])
+        starts = [block * frames for block, _ in records]
+        shape = (len(config.sampler.steps) + 1, *prefix[0].shape[1:])
+        noise = [block_noise(noise_key, start, shape)[:, -1] for start in starts]
+        return Rollout(
+            branches=of_branches(video),
+            anchor=video[:, 0],
+            replay=ReplayTuples(
+                z=jnp.stack([of_branches(r.z) for _, r in records], axis=2),
+                u=jnp.stack([of_branches(r.u) for _, r in records], axis=2),
+                history=history.replace(bank=None),
+                page=anchor_page.replace(bank=None),
+                bank=jax.tree.map(lambda *x: jnp.stack(x, axis=2), *banks),
+                rows=jnp.stack([routing.deployment_row(window, start) for start in starts]),
+                start_frame=jnp.asarray(starts, jnp.int32),
+                segment=jnp.asarray([segment_of(start, switches) for start in starts], jnp.int32),
+                noise=jnp.stack(noise, axis=1),
+            ),
+            pivot=jnp.asarray(pivot, jnp.int32),
+        )
+
     at_once = branches_at_once(config)
-    chunks = [
-        _branches(
-            stages,
-            config,
-            mesh,
-            variables,
-            text,
-            changed,
-            noise_key,
-            selected[:, first : first + at_once],
-            pivot,
-            prefix,
-            history,
-        )  # fmt: skip
-        for first in range(0, config.rollout.branches, at_once)
-    ]
+    chunks = [of_chunk(selected[:, first : first + at_once]) for first in range(0, config.rollout.branches, at_once)]
     if len(chunks) == 1:
         return chunks[0]
     join = lambda *x: jnp.concatenate(x, axis=1)
-    tuples = [chunk.replay for chunk in chunks]
-    return chunks[0].replace(
-        branches=join(*(chunk.branches for chunk in chunks)),
-        replay=tuples[0].replace(z=join(*(t.z for t in tuples)), u=join(*(t.u for t in tuples))),
-    )
-
-
-def _branches(
-    stages: Stages,
-    config: ml_collections.ConfigDict,
-    mesh: Mesh,
-    variables: PyTree,
-    text: TextKV,
-    changed: np.ndarray,
-    noise_key: NoiseKey,
-    selected: Array,
-    pivot: int,
-    prefix: Sequence[Array],
-    history: KVCache,
-) -> Rollout:
-    """The anchor and a chunk of the branches, from the fork to the end of the video; see `rollout`."""
-    frames, switches = config.video.block_frames, tuple(config.video.switch_frames)
-    window_blocks, recorded = config.rollout.window_blocks, recorded_blocks(config)
-    page = stages.fork(history)
-    trajectories = page.frame.shape[1]
-    latents = [jnp.repeat(x[:, None], trajectories, axis=1) for x in prefix]
-    records, banks, anchor_page = [], [], None
-    for block in range(pivot, config.video.blocks):
-        frame = block * frames
-        segment = segment_of(frame, switches)
-        if frame in switches and block > pivot:
-            page = stages.branch_recache(
-                variables, text, segment, changed[:, segment], history, page, _recent(latents, config, 2),
-                frame - config.window.recache_frames,
-            )  # fmt: skip
-        if block == pivot + recorded - 1:
-            # Every later write may evict what the replay of the first blocks reads.
-            anchor_page = kv_cache.trajectory(page, 0)
-        record, page = stages.branch_block(
-            variables, text, segment, history, page, selected, block < pivot + window_blocks, noise_key, frame
-        )
-        latents.append(record.x_clean)
-        if block < pivot + recorded:
-            records.append((block, record))
-            banks.append(memory_bank.trajectory(page.bank, 0))
-
-    video = jnp.concatenate(latents, axis=2)
-    window = routing.window(config)
-    of_branches = lambda x: sharding.branches_of(x, mesh, selected.shape[1])
-    starts = [block * frames for block, _ in records]
-    shape = (len(config.sampler.steps) + 1, *prefix[0].shape[1:])
-    noise = [block_noise(noise_key, start, shape)[:, -1] for start in starts]
-    return Rollout(
-        branches=of_branches(video),
-        anchor=video[:, 0],
-        replay=ReplayTuples(
-            z=jnp.stack([of_branches(r.z) for _, r in records], axis=2),
-            u=jnp.stack([of_branches(r.u) for _, r in records], axis=2),
-            history=history.replace(bank=None),
-            page=anchor_page.replace(bank=None),
-            bank=jax.tree.map(lambda *x: jnp.stack(x, axis=2), *banks),
-            rows=jnp.stack([routing.deployment_row(window, start) for start in starts]),
-            start_frame=jnp.asarray(starts, jnp.int32),
-            segment=jnp.asarray([segment_of(start, switches) for start in starts], jnp.int32),
-            noise=jnp.stack(noise, axis=1),
-        ),
-        pivot=jnp.asarray(pivot, jnp.int32),
-    )
+    branches, tuples = [chunk.branches for chunk in chunks], [chunk.replay for chunk in chunks]
+    joined = tuples[0].replace(z=join(*(t.z for t in tuples)), u=join(*(t.u for t in tuples)))
+    return chunks[0].replace(branches=join(*branches), replay=joined)

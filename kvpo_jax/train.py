@@ -239,8 +239,8 @@ class Group:
       scores: of its P groups.
       energies: float[P, G], of the old policy.
       pixel_std: float[], of the branches of a group, the mean over pixels.
-      clips: [1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, in its first
-        micro-batch and on the main process; there, of G, those that its own devices made.
+      clips: [1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, where they are to be
+        shown, in its first micro-batch and on the main process; there, of G, those that its own devices made.
       sentences: P sequences (static).
     """
 
@@ -319,6 +319,25 @@ def init_state(
     copy = lambda: jax.tree.map(jnp.copy, lora)
     state = TrainState(jnp.zeros((), jnp.int32), lora, copy(), copy(), copy(), optimiser.init(lora))
     return sharding.place(state, mesh)
+
+
+def newest_state(workdir: Path, like: TrainState) -> tuple[int, TrainState]:
+    """Iterations done and state of a run's newest checkpoint, as `like` (see `checkpoint.restore_latest`), to read.
+
+    Raises:
+      ValueError: there is none yet.
+    """
+    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
+        restored = checkpoint.restore_latest(checkpoints, like)
+    if restored is None:
+        raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")
+    return restored[:2]
+
+
+def pictured(config: ml_collections.ConfigDict, iteration: int) -> bool:
+    """Whether the branches of an iteration, numbered from 0, are shown: the first, the last, every `video_every`-th."""
+    done, every = iteration + 1, config.train.video_every
+    return every > 0 and (done in (1, config.train.iterations) or done % every == 0)
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, profile: bool = False) -> dict:
@@ -405,7 +424,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
                 energies_old=reference if on_policy else energies(params, state.old, *replayed),
                 energies_ref=reference, on_policy=jnp.asarray(on_policy),
             )  # fmt: skip
-        clips = np.concatenate([anchor[:1], branches[0]]) if main and first == 0 else None
+        # Gigabytes at full size, so they leave the devices only to be shown.
+        shown = main and first == 0 and pictured(config, iteration)
+        clips = np.concatenate([anchor[:1], branches[0]]) if shown else None
         return experience, Group(scores, reference, pixel_std, clips, batch.sentences)
 
     def evaluation(lora: PyTree) -> heldout.Heldout:
@@ -466,7 +487,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
                 progress.line(iteration - 1, metrics)
                 for line in doctor.visit(iteration - 1, metrics):
                     print(line, flush=True)
-                if config.train.video_every and (iteration == 1 or last or iteration % config.train.video_every == 0):
+                if groups[0].clips is not None:
                     names = ("anchor", *(f"branch {g}" for g in range(config.rollout.branches)))
                     writer.write_videos(iteration - 1, "branches", list(zip(names, groups[0].clips, strict=False)))
             if last or iteration % config.train.checkpoint_every == 0:

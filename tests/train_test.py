@@ -335,3 +335,17 @@ def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
     config = make_config(weights, **iterations)
     assert_equal(saved_state(tmp_path / "killed", config, 6), saved_state(tmp_path / "whole", config, 6))
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_which_iterations_are_pictured(weights):
+    config = make_config(weights, train__iterations=7, train__video_every=3)
+    assert [i for i in range(7) if train.pictured(config, i)] == [0, 2, 5, 6]
+    config = make_config(weights, train__iterations=7, train__video_every=0)
+    assert not any(train.pictured(config, i) for i in range(7))
+
+
+def test_a_run_without_a_checkpoint_is_an_error_that_names_the_folder(weights, tmp_path):
+    config = make_config(weights)
+    like = train.init_state(config, train.make_optimiser(config.train), sharding.make_mesh(1, 1, PROMPTS, BRANCHES))
+    with pytest.raises(ValueError, match="checkpoints has no checkpoint yet"):
+        train.newest_state(tmp_path, like)

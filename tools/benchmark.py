@@ -31,6 +31,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -361,11 +362,9 @@ def limit_threads(threads: int) -> None:
 
 
 def reset_peak() -> None:
-    """Linux forgets the process's highest resident size."""
-    try:
+    """Linux forgets the process's highest resident size; elsewhere the peak is that of the process's whole life."""
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # then the peak is that of the process's whole life
 
 
 def peak_memory_bytes() -> int:

@@ -168,8 +168,9 @@ def read_index(path: Path) -> list[Tensor]:
 def read_safetensors(path: Path) -> list[Tensor]:
     """The tensors of a safetensors file."""
     try:
-        with safetensors.safe_open(path, framework="numpy"):
-            pass  # checks that the header is right and the file whole
+        # To open it checks that the header is right and the file whole.
+        with safetensors.safe_open(path, framework="numpy") as opened:
+            opened.keys()
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     with path.open("rb") as file:

@@ -47,11 +47,7 @@ def from_run(workdir: Path, policy: str) -> tuple[LoRAConfig, Flat, Path]:
     config = config_lib.load_saved(workdir / "config.json")
     mesh = sharding.make_mesh(1, 1, config.train.prompts_per_iteration, config.rollout.branches)
     state = jax.eval_shape(lambda: train.init_state(config, train.make_optimiser(config.train), mesh))
-    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
-        restored = checkpoint.restore_latest(checkpoints, state)
-    if restored is None:
-        raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint yet")
-    iteration, state, _ = restored
+    iteration, state = train.newest_state(workdir, state)
     print(f"{policy} policy of {workdir} after iteration {iteration}", flush=True)
     model, lora = config.model, jax.device_get(getattr(state, POLICIES[policy]))
     cfg = LoRAConfig(model.dim, model.ffn_dim, model.num_layers, config.lora.rank, config.lora.alpha)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
@@ -15,6 +16,31 @@ TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 def clean(text: str) -> str:
     """The text with its encoding mended, HTML entities resolved (twice) and white space collapsed."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def load_tokenizer(folder: Path | str, files: Sequence[str], hint: str) -> Any:
+    """transformers' tokenizer in a local folder; nothing is downloaded.
+
+    Args:
+      folder: where it is.
+      files: of which the folder must have one.
+      hint: which folder to name instead, for the error.
+
+    Raises:
+      FileNotFoundError: the folder has none of the files.
+      ImportError: without transformers.
+      ValueError: its files cannot be read.
+    """
+    if not any((Path(folder) / name).is_file() for name in files):
+        raise FileNotFoundError(f"{folder} has no tokenizer ({' or '.join(files)}): name {hint}")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("prompts are tokenized by transformers: pip install transformers") from error
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers makes of the files
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
 def tokenizer(folder: Path | str, text_len: int = 512) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
@@ -29,24 +55,9 @@ def tokenizer(folder: Path | str, text_len: int = 512) -> Callable[[Sequence[str
       token, then padding, where the mask is False.
 
     Raises:
-      FileNotFoundError: if the folder has no tokenizer.
-      ImportError: without transformers.
-      ValueError: if its files cannot be read, or it does not end sentences.
+      FileNotFoundError, ImportError, ValueError: see `load_tokenizer`; ValueError too if it does not end sentences.
     """
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise FileNotFoundError(
-            f"{folder} has no tokenizer ({' or '.join(TOKENIZER_FILES)}): name the folder google/umt5-xxl of a "
-            "Wan2.1 checkpoint"
-        )
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError("prompts are tokenized by transformers: pip install transformers") from error
-    try:
-        tokenize = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of the files
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    tokenize = load_tokenizer(folder, TOKENIZER_FILES, "the folder google/umt5-xxl of a Wan2.1 checkpoint")
     if tokenize("a").input_ids[-1] != tokenize.eos_token_id:
         raise ValueError(f"the tokenizer in {folder} does not end a sentence with its eos token: it is not UMT5's")
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax import checkpoint, sharding
+from kvpo_jax.data.text import load_tokenizer
 from kvpo_jax.models import reward_model
 from kvpo_jax.models.qwen2_vl import Tokens
 from kvpo_jax.models.reward_model import RewardConfig
@@ -77,21 +78,9 @@ def tokenizer(folder: Path | str, tokens: Sequence[str]) -> tuple[Encode, dict[s
       text -> token ids, and the ids of the reward tokens and of the pad tokens.
 
     Raises:
-      FileNotFoundError: the folder has no tokenizer.
-      ImportError: without transformers.
-      ValueError: its files cannot be read, or it is not Qwen2-VL's.
+      FileNotFoundError, ImportError, ValueError: see `text.load_tokenizer`; ValueError too if it is not Qwen2-VL's.
     """
-    folder = Path(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise FileNotFoundError(f"{folder} has no tokenizer (tokenizer.json): name a folder of Qwen2-VL")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ImportError("prompts are tokenized by transformers: pip install transformers") from error
-    try:
-        made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers makes of the files
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    made = load_tokenizer(folder, ("tokenizer.json", "vocab.json"), "a folder of Qwen2-VL")
     made.add_tokens(list(tokens), special_tokens=True)
     encode = lambda text: made(text, add_special_tokens=False).input_ids
     ids = {}
