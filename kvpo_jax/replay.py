@@ -60,7 +60,6 @@ def _replay_rows(
 
 def _energies(
     network: rollout.Network,
-    frozen: rollout.Network,
     replay: ml_collections.ConfigDict,
     schedule: flow.Schedule,
     text: TextKV,
@@ -69,29 +68,23 @@ def _energies(
     z: Array,
     u: Array,
     start_frame: Array,
+    steps: range,
 ) -> tuple[Array, Array]:
-    """Summed step energies float[P, G] of z, u float[P, G, W, S, ...], and the last step's velocities [P, G, W, ...].
+    """Summed energies float[P, G] of some solver steps, and the velocities float[P, G, W, ...] of the last of them.
 
-    Rows (P, G, W, S) are folded into one batch. context_of int32[P, G, W] is the row of `context` and `text` that
-    each block reads. The first `grad_steps` steps go through `network`, the others through `frozen`.
+    z and u are float[P, G, W, S, ...]; rows (P, G, W, step) are folded into one batch. context_of int32[P, G, W] is the
+    row of `context` and `text` that each block reads.
     """
-    p, g, w, s = z.shape[:4]
-    total, velocity = 0.0, None
-    for net, first, last in ((network, 0, replay.grad_steps), (frozen, replay.grad_steps, s)):
-        steps = min(last, s) - first
-        if steps <= 0:
-            continue
-        flat = lambda x, first=first, last=last: x[:, :, :, first:last].reshape(-1, *x.shape[4:])
-        per_row = lambda x, steps=steps: jnp.broadcast_to(x, (p, g, w, steps)).reshape(-1)
-        sigma = per_row(schedule.sigma[:s][first:last])
-        velocity = _replay_rows(
-            net, text, context, flat(z), sigma, per_row(start_frame[:, None]), per_row(context_of[..., None]),
-            replay.chunk,
-        )  # fmt: skip
-        energy = step_energy(replay.energy, velocity, flat(u), sigma, replay.sigma_floor)
-        total += energy.reshape(p, g, -1).sum(axis=-1)
-        velocity = velocity.reshape(p, g, w, steps, *velocity.shape[1:])[:, :, :, -1]
-    return total, velocity
+    p, g, w = z.shape[:3]
+    flat = lambda x: x[:, :, :, steps.start : steps.stop].reshape(-1, *x.shape[4:])
+    per_row = lambda x: jnp.broadcast_to(x, (p, g, w, len(steps))).reshape(-1)
+    sigma = per_row(schedule.sigma[steps.start : steps.stop])
+    velocity = _replay_rows(
+        network, text, context, flat(z), sigma, per_row(start_frame[:, None]), per_row(context_of[..., None]),
+        replay.chunk,
+    )  # fmt: skip
+    energy = step_energy(replay.energy, velocity, flat(u), sigma, replay.sigma_floor).reshape(p, g, -1).sum(axis=-1)
+    return energy, velocity.reshape(p, g, w, len(steps), *velocity.shape[1:])[:, :, :, -1]
 
 
 def anchor_energies(
@@ -112,15 +105,23 @@ def anchor_energies(
       text: float[L, P, M, K, H, D].
       tuples: what the rollout recorded.
     """
-    p, g, w = tuples.z.shape[:3]
+    p, g, w, s = tuples.z.shape[:4]
     # One context and one prompt per (prompt, block): row p * W + w, shared by its G * S replayed states.
     rows = jnp.broadcast_to(tuples.rows, (p, *tuples.rows.shape))
     context = memory_bank.attend(kv_cache.read(rows, tuples.history, tuples.page), tuples.bank)
     text = jax.tree.map(lambda x: x[:, :, tuples.segment].reshape(x.shape[0], p * w, *x.shape[3:]), text)
     context_of = jnp.broadcast_to(jnp.arange(p * w).reshape(p, 1, w), (p, g, w))
-    return _energies(
-        network, frozen, replay, schedule, text, context, context_of, tuples.z, tuples.u, tuples.start_frame
-    )[0]
+    learned = min(replay.grad_steps, s)
+    total = jnp.zeros((p, g))
+    for net, prompt, steps in (
+        (network, text, range(learned)),
+        (frozen, jax.lax.stop_gradient(text), range(learned, s)),
+    ):
+        if steps:
+            total += _energies(
+                net, replay, schedule, prompt, context, context_of, tuples.z, tuples.u, tuples.start_frame, steps
+            )[0]
+    return total
 
 
 def self_rolled_energies(
@@ -137,27 +138,41 @@ def self_rolled_energies(
     prediction of its last step, noised to the context level with the rollout's noise, is written into a page of the
     branch's own; nothing flows back through it.
     """
-    p, g, w = tuples.z.shape[:3]
-    page = kv_cache.repeat(tuples.page.replace(frame=jnp.full_like(tuples.page.frame, -1)), g)
-    total = 0.0
-    for b in range(w):
-        start = tuples.start_frame[b]
+    p, g, w, s = tuples.z.shape[:4]
+    learned = min(replay.grad_steps, s)
+    text = jax.tree.map(lambda x: x[:, :, tuples.segment], text)  # [L, P, W, ...]
+
+    def of_block(net, text, page, b, steps):
         rows = jnp.broadcast_to(tuples.rows[b], (p, g, tuples.rows.shape[1]))
-        bank = jax.tree.map(lambda x, b=b: x[:, :, b], tuples.bank)
+        bank = jax.tree.map(lambda x: x[:, :, b], tuples.bank)
         context = memory_bank.attend(kv_cache.read(rows, tuples.history, page), memory_bank.repeat(bank, g))
-        prompt = rollout.per_trajectory(jax.tree.map(lambda x, b=b: x[:, :, tuples.segment[b]], text), g)
+        prompt = rollout.per_trajectory(jax.tree.map(lambda x: x[:, :, b], text), g)
         energy, velocity = _energies(
-            network, frozen, replay, schedule, prompt, context, jnp.arange(p * g).reshape(p, g, 1),
-            tuples.z[:, :, b : b + 1], tuples.u[:, :, b : b + 1], tuples.start_frame[b : b + 1],
+            net, replay, schedule, prompt, context, jnp.arange(p * g).reshape(p, g, 1),
+            tuples.z[:, :, b : b + 1], tuples.u[:, :, b : b + 1], tuples.start_frame[b : b + 1], steps,
         )  # fmt: skip
-        total += energy
+        return prompt, context, energy, velocity[:, :, 0]
+
+    # First all that has no gradient: what is written, which needs the last step, and the energies on the way. Then the
+    # steps that have one, all of which find their past in one page, not each block in a page as it was at its time.
+    page = kv_cache.repeat(tuples.page.replace(frame=jnp.full_like(tuples.page.frame, -1)), g)
+    total = jnp.zeros((p, g))
+    for b in range(w):
+        if learned == s and b == w - 1:
+            break
+        steps = range(min(learned, s - 1), s)
+        prompt, context, energy, velocity = of_block(frozen, jax.lax.stop_gradient(text), page, b, steps)
+        if learned < s:
+            total += energy
         if b < w - 1:
             last_sigma, context_sigma = schedule.sigma[-2], schedule.sigma[-1]
-            x = flow.to_clean(tuples.z[:, :, b, -1], jax.lax.stop_gradient(velocity[:, :, 0]), last_sigma)
+            x = flow.to_clean(tuples.z[:, :, b, -1], velocity, last_sigma)
             x = flow.add_noise(x, tuples.noise[:, None, b], context_sigma).reshape(p * g, *x.shape[2:])
             told = jnp.full((p * g,), schedule.told[-1])
-            kv = frozen(x, told, prompt, context, jnp.full((p * g,), start, jnp.int32))[1]
-            page = kv_cache.append(page, kv, start)
+            start = jnp.full((p * g,), tuples.start_frame[b], jnp.int32)
+            page = kv_cache.append(page, frozen(x, told, prompt, context, start)[1], tuples.start_frame[b])
+    for b in range(w):
+        total += of_block(network, text, page, b, range(learned))[2]
     return total
 
 

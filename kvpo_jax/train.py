@@ -103,7 +103,7 @@ def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[...
     energies = replay.energies_function(config.replay)
 
     def of_shard(params, lora, embeddings, text, tuples):
-        variables = {"params": params, "lora": sharding.vary(lora)}
+        variables = sharding.vary({"params": params, "lora": lora})
         if config.replay.text == "policy":
             text = rollout.encode_text(model, variables, embeddings)
         else:

@@ -298,6 +298,27 @@ def test_steps_without_gradient_are_constants(world, residual):
     assert_gradients_close(gradient, expected, 1e-5)
 
 
+@pytest.mark.parametrize("context", replay.CONTEXTS)
+def test_nothing_flows_back_from_steps_without_gradient(world, context):
+    """Not through the text either, which may be the policy's own: their targets are of no consequence."""
+
+    @jax.jit
+    def gradient(u):
+        settings = Hashable(world.settings(grad_steps=2, context=context))
+        tuples = world.tuples.replace(u=u)
+        total = lambda lora, text: jnp.sum(
+            energies(settings, world.schedule, {"params": world.policy["params"], "lora": lora}, text, tuples)
+        )
+        return jax.grad(total, argnums=(0, 1))(world.policy["lora"], world.text)
+
+    u = world.tuples.u
+    ours, others, first = gradient(u), gradient(u.at[:, :, :, 2:].add(1.0)), gradient(u.at[:, :, :, :2].add(1.0))
+    assert_gradients_close(others, ours, 1e-6)
+    for one, another in zip(ours, first, strict=True):
+        with pytest.raises(AssertionError):
+            assert_gradients_close(another, one, 1e-2)
+
+
 # ---------------------------------------------------------------- the release's context
 
 

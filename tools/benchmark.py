@@ -95,11 +95,12 @@ def forward_flops(cfg: WanConfig, tokens: int, frames: int, past: int) -> int:
     """Multiplications and additions of the matrix products of one pass: `frames` frames attend to `past` others too.
 
     A product [m, k] x [k, n] is 2 m k n. `tokens` is N. Norms, softmax, rotations and gelu are left out: a percent.
+    So is LoRA in float32, where it is added to the kernel, whatever the number of tokens.
     """
     q, keys, d = frames * tokens, (frames + past) * tokens, cfg.dim
     patch = cfg.channels * cfg.patch[0] * cfg.patch[1] * cfg.patch[2]
     linears = 6 * d * d + 2 * d * cfg.ffn_dim  # self q, k, v, o; cross q, o; MLP
-    lora = cfg.lora_rank * (6 * (d + d) + 2 * (d + cfg.ffn_dim))
+    lora = cfg.lora_rank * (6 * (d + d) + 2 * (d + cfg.ffn_dim)) if cfg.dtype != "float32" else 0
     attention = 2 * d * (keys + cfg.text_len)  # logits, and what they weight
     time_mlp = cfg.freq_dim * d + d * d + 6 * d * d
     return 2 * (cfg.num_layers * q * (linears + lora + attention) + 2 * q * d * patch + time_mlp)
@@ -171,7 +172,8 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
                 flops = backward_flops(cfg, tokens, video.block_frames, past(block), own_text)
                 out += Work(flops) * min(replay.grad_steps, steps)
             if replay.context == "self_rolled" and block != recorded[-1]:
-                out += forward(block)
+                # What it writes, and the last step without its gradient where it has one.
+                out += forward(block) * (2 if replay.grad_steps >= steps else 1)
         return out * branches + text * own_text
 
     whole = text + blocks(0, pivot) + blocks(pivot, video.blocks) * (1 + branches)

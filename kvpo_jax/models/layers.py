@@ -22,9 +22,32 @@ def wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+@jax.custom_vjp
+def _folded(x: Array, kernel: Array, a: Array, b: Array) -> Array:
+    """x (W + A B) in one product, of matrices."""
+    return x @ (kernel + a @ b)
+
+
+def _folded_forward(x: Array, kernel: Array, a: Array, b: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _folded(x, kernel, a, b), (x, kernel, a, b)
+
+
+def _folded_backward(residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, ...]:
+    """The gradients of A and B at the price of their rank: that of W, the frozen one, is not on the way to them."""
+    x, kernel, a, b = residuals
+    # The barriers keep XLA's CPU backend from moving the transposes to the wide operands, at several times the cost.
+    fixed = jax.lax.optimization_barrier
+    low, d_low = fixed(x @ a), fixed(d_y @ b.T)
+    return d_y @ (kernel + a @ b).T, x.T @ d_y, fixed(d_low.T @ x).T, low.T @ d_y
+
+
+_folded.defvjp(_folded_forward, _folded_backward)
+
+
 class LoRADense(nn.Module):
     """A Linear with a low-rank update in its own collection: y = x W + b + (alpha / rank) (x A) B.
 
+    In float32 as x (W + (alpha / rank) A B) + b, which is less work; half precision would round small updates away.
     W and b are in the collection `params`; A float32[in, rank] and B float32[rank, features] in `lora`, where B
     starts at zero, so a fresh adapter changes nothing. rank 0 has no adapter.
 
@@ -48,15 +71,21 @@ class LoRADense(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
         # As a matrix: with more axes, XLA's CPU backend transposes the operands of LoRA's gradients.
         leading, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, fan_in)
-        y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        kernel = kernel.astype(self.dtype)
         if self.rank:
             # peft's initialisation: A uniform in +-1/sqrt(in), B zero.
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
             a = self.variable("lora", "a", lambda: uniform(self.make_rng("lora"), (fan_in, self.rank), jnp.float32))
             b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32)
-            low = checkpoint_name(x @ a.value.astype(self.dtype), "linear")
-            y += (self.alpha / self.rank) * (low @ b.value.astype(self.dtype))
-        return checkpoint_name(y, "linear").reshape(*leading, self.features)
+            a, b = a.value.astype(self.dtype), (self.alpha / self.rank * b.value).astype(self.dtype)
+            if jnp.finfo(self.dtype).bits >= 32:
+                y = _folded(x, kernel, a, b)
+            else:
+                y = x @ kernel + checkpoint_name(x @ a, "linear") @ b
+        else:
+            y = x @ kernel
+        y = checkpoint_name(y + bias.astype(self.dtype), "linear")
+        return y.reshape(*leading, self.features)
 
 
 def layer_norm(x: Array, eps: float) -> Array:
