@@ -68,7 +68,7 @@ def test_by_hand():
 @pytest.mark.parametrize("rule", RULES)
 def test_is_that_of_the_library(rule, tile, monkeypatch):
     """The output, and the gradients of the queries and a block's own keys and values; those of the past are zero."""
-    monkeypatch.setattr(attention_lib, "TILE", {jax.default_backend(): tile})
+    monkeypatch.setattr(attention_lib, "logits_at_once", lambda: tile)
     arguments = inputs()
     loops = {1: 6, 3 * QUERIES * (OWN + PAST): 2, 2**20: None}[tile]
     assert (f"length={loops}" in str(jax.make_jaxpr(lambda *x: ours(rule, *x))(*arguments))) == (loops is not None)

@@ -7,6 +7,7 @@ of each query (FlashAttention, arXiv 2205.14135, at the granularity of a head). 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kvpo_jax.types import Array
 
-# Logits that exist at once, unless one head has more: in float32 4 MiB, which a cache holds, or 1 GiB.
-TILE = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 _MASKED = -1e30
 
 
@@ -76,6 +75,14 @@ def _library(q: Array, own: Keys, past: Keys | None = None, *, implementation: s
 # ---------------------------------------------------------------- in tiles
 
 
+def logits_at_once() -> int:
+    """Unless one head has more: 1 GiB in float32, and on CPU the 4 MiB that a core's cache holds, for every core."""
+    if jax.default_backend() != "cpu":
+        return 2**28
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores * 2**20
+
+
 def _rows(x: Array) -> Array:
     return rearrange(x, "b t h d -> (b h) t d")
 
@@ -89,9 +96,11 @@ def _part_rows(part: Keys, heads: int) -> Keys:
 
 
 def _in_tiles(tile: Callable, keys: int, rows: tuple) -> tuple:
-    """tile(*rows) for as many of the R rows at a time as TILE allows, the arrays of `rows` and the result [R, ...]."""
+    """tile(*rows), for so many rows at a time that `logits_at_once` holds; the arrays of `rows` and of the result are
+    [R, ...].
+    """
     count, queries = rows[0].shape[:2]
-    most = max(1, TILE[jax.default_backend()] // (queries * keys))
+    most = max(1, logits_at_once() // (queries * keys))
     some = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
     if some == count:
         return tile(*rows)
