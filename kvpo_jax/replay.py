@@ -156,21 +156,18 @@ def self_rolled_energies(
     # First all that has no gradient: what is written, which needs the last step, and the energies on the way. Then the
     # steps that have one, all of which find their past in one page, not each block in a page as it was at its time.
     page = kv_cache.repeat(tuples.page.replace(frame=jnp.full_like(tuples.page.frame, -1)), g)
+    constant = range(min(learned, s - 1), s)
     total = jnp.zeros((p, g))
-    for b in range(w):
-        if learned == s and b == w - 1:
-            break
-        steps = range(min(learned, s - 1), s)
-        prompt, context, energy, velocity = of_block(frozen, jax.lax.stop_gradient(text), page, b, steps)
+    for b in range(w if learned < s else w - 1):
+        prompt, context, energy, velocity = of_block(frozen, jax.lax.stop_gradient(text), page, b, constant)
         if learned < s:
             total += energy
         if b < w - 1:
-            last_sigma, context_sigma = schedule.sigma[-2], schedule.sigma[-1]
-            x = flow.to_clean(tuples.z[:, :, b, -1], velocity, last_sigma)
-            x = flow.add_noise(x, tuples.noise[:, None, b], context_sigma).reshape(p * g, *x.shape[2:])
-            told = jnp.full((p * g,), schedule.told[-1])
-            start = jnp.full((p * g,), tuples.start_frame[b], jnp.int32)
-            page = kv_cache.append(page, frozen(x, told, prompt, context, start)[1], tuples.start_frame[b])
+            x = flow.to_clean(tuples.z[:, :, b, -1], velocity, schedule.sigma[-2])
+            x = flow.add_noise(x, tuples.noise[:, None, b], schedule.sigma[-1]).reshape(p * g, *x.shape[2:])
+            start, told = tuples.start_frame[b], schedule.told[-1]
+            kv = frozen(x, jnp.full((p * g,), told), prompt, context, jnp.full((p * g,), start, jnp.int32))[1]
+            page = kv_cache.append(page, kv, start)
     for b in range(w):
         total += of_block(network, text, page, b, range(learned))[2]
     return total

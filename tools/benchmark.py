@@ -95,7 +95,7 @@ def forward_flops(cfg: WanConfig, tokens: int, frames: int, past: int) -> int:
     """Multiplications and additions of the matrix products of one pass: `frames` frames attend to `past` others too.
 
     A product [m, k] x [k, n] is 2 m k n. `tokens` is N. Norms, softmax, rotations and gelu are left out: a percent.
-    So is LoRA in float32, where it is added to the kernel, whatever the number of tokens.
+    So is LoRA in float32, where batches go through kernels that it was added to.
     """
     q, keys, d = frames * tokens, (frames + past) * tokens, cfg.dim
     patch = cfg.channels * cfg.patch[0] * cfg.patch[1] * cfg.patch[2]
