@@ -234,6 +234,12 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"config.{name}={value} is less than {MINIMUM[name]}")
         if name in POSITIVE and value <= 0:
             raise ValueError(f"config.{name}={value} is not positive")
+    levels = (*config.sampler.steps, config.sampler.context_step)
+    if len(levels) < 2 or levels[0] > 1 or any(after >= before for before, after in itertools.pairwise(levels)):
+        raise ValueError(
+            f"config.sampler.steps={config.sampler.steps}, config.sampler.context_step={config.sampler.context_step}: "
+            "expected levels that fall, from 1 at most"
+        )
     steps, frames = len(config.sampler.steps), config.video.blocks * config.video.block_frames
     for name in ("rollout.perturbed_steps", "replay.grad_steps"):
         if fields[name] > steps:

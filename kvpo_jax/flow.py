@@ -49,8 +49,6 @@ def schedule(steps: Sequence[float], shift: float, solver: str, context_step: fl
     levels = np.asarray(steps, np.float64)
     if levels.size == 0 or np.any(np.diff(levels) >= 0) or levels[0] > 1 or levels[-1] <= 0:
         raise ValueError(f"sampler.steps is {tuple(steps)}; expected falling levels in (0, 1]")
-    if not 0 <= context_step < 1:
-        raise ValueError(f"sampler.context_step is {context_step}; expected a level in [0, 1)")
     sigma = warp(levels, shift)
     return Schedule(
         sigma=jnp.asarray(np.append(sigma, warp(context_step, shift)), jnp.float32),

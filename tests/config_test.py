@@ -61,6 +61,8 @@ def test_a_wrong_override_is_named(argument, message):
         ("--config.objective.tau=nan", "config.objective.tau=nan is not finite"),
         ("--config.rollout.branch_chunk=3", "config.rollout.branch_chunk=3 does not divide config.rollout.branches=8"),
         ("--config.objective.tau=0", "config.objective.tau=0.0 is not positive"),
+        ("--config.sampler.context_step=1.5", "config.sampler.context_step=1.5: expected levels that fall"),
+        ("--config.sampler.steps=(0.5,1.0)", "config.sampler.steps=(0.5, 1.0), "),
         ("--config.rollout.branches=1", "config.rollout.branches=1 is less than 2"),
         ("--config.rollout.perturbed_steps=99", "config.rollout.perturbed_steps=99, but config.sampler.steps has only"),
         ("--config.video.switch_frames=(12,25)", "config.video.switch_frames=(12, 25): expected ascending multiples"),

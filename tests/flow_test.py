@@ -54,12 +54,6 @@ def test_levels_that_do_not_fall_are_an_error(steps):
         flow.schedule(steps, 1.0, "euler", 0.0)
 
 
-@pytest.mark.parametrize("level", [-0.1, 1.0])
-def test_cached_latents_are_not_noise_alone(level):
-    with pytest.raises(ValueError, match="sampler.context_step is"):
-        flow.schedule(STEPS, 1.0, "euler", level)
-
-
 def test_an_unknown_solver_is_an_error_that_names_the_known_ones():
     with pytest.raises(ValueError, match="sampler.solver is 'heun'.*euler, renoise"):
         flow.schedule(STEPS, 1.0, "heun", 0.0)

@@ -96,9 +96,7 @@ def _part_rows(part: Keys, heads: int) -> Keys:
 
 
 def _in_tiles(tile: Callable, keys: int, rows: tuple) -> tuple:
-    """tile(*rows), for so many rows at a time that `logits_at_once` holds; the arrays of `rows` and of the result are
-    [R, ...].
-    """
+    """tile(*rows), arrays [R, ...] to arrays [R, ...], so many rows at a time as `logits_at_once` allows."""
     count, queries = rows[0].shape[:2]
     most = max(1, logits_at_once() // (queries * keys))
     some = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
