@@ -9,7 +9,7 @@ root = pathlib.Path(__file__).parent
 version = re.search(r'__version__ = "(.+)"', (root / "kvpo_jax" / "__init__.py").read_text())[1]
 
 # Prompt datasets, stored embeddings and the tokenizer; TensorFlow is not among what these need here.
-data = ["array_record>=0.8", "tensorflow-datasets>=4.9.7", "transformers>=5.0"]
+data = ["array_record>=0.8", "tensorflow-datasets>=4.9.7", "tqdm>=4.66", "transformers>=5.0"]
 # Reading checkpoints of the PyTorch releases; training never needs these.
 convert = ["torch>=2.4"]
 
@@ -31,7 +31,7 @@ setuptools.setup(
         "ftfy>=6.2",
         "imageio>=2.35",
         "imageio-ffmpeg>=0.5",
-        "jax>=0.8",
+        "jax>=0.10.2",
         "matplotlib>=3.9",
         "ml-collections>=1.0",
         "numpy>=2.0",
@@ -42,7 +42,7 @@ setuptools.setup(
         "tensorboardX>=2.6.2.2",
     ],
     extras_require={
-        "cuda12": ["jax[cuda12]>=0.8"],
+        "cuda12": ["jax[cuda12]>=0.10.2"],
         "data": data,
         "convert": convert,
         "test": [

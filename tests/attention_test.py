@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from kvpo_jax import sharding
 from kvpo_jax.models import attention as attention_lib
 from kvpo_jax.models.attention import Keys, attention
+from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
 
 BATCH, QUERIES, OWN, PAST, HEADS, DIM = 2, 12, 12, 20, 3, 4
 
@@ -103,3 +105,60 @@ def test_arguments_of_the_library(rule):
     np.testing.assert_allclose(out, theirs(rule, q, own_k, own_v, past_k, past_v), atol=1e-6)
     alone = attention_lib._library(q, Keys(own_k, own_v), implementation="xla")
     np.testing.assert_allclose(alone, attention(q, Keys(own_k, own_v)), atol=1e-6)
+
+
+# ---------------------------------------------------------------- cuDNN, traced and lowered for a GPU that is not there
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """JAX asks the installed library for its version before it traces; everything after that is JAX's own."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+
+
+def calls(function, *arguments) -> dict[str, int]:
+    """How often the program, lowered for NVIDIA GPUs, calls cuDNN's attention, forward and backward."""
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return {name: program.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward")}
+
+
+def test_cudnn_has_gradients_on_a_mesh(cudnn):
+    """The types of the gradients say over which axes of the mesh they vary (JAX before 0.10.2 loses them)."""
+    mesh = sharding.make_mesh(2, 4, 2, 4)
+    each = sharding.TRAJECTORIES
+
+    def loss(q, own_k, own_v, past_k, past_v, length):
+        of_shard = lambda q, own_k, own_v, past_k, past_v, length: attention(
+            q[0], Keys(own_k[0], own_v[0]), Keys(past_k[0], past_v[0], length[0]), "cudnn"
+        )[None]
+        out = sharding.shard(of_shard, mesh, in_specs=(each,) * 6, out_specs=each)
+        return jnp.sum(out(q, own_k, own_v, past_k, past_v, length).astype(jnp.float32))
+
+    half = lambda keys: jax.ShapeDtypeStruct((2, 4, keys, 2, 8), jnp.bfloat16)
+    arguments = [half(k) for k in (6, 6, 6, 10, 10)]
+    gradient = jax.grad(loss, (0, 1, 2))
+    length = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+    assert [x.shape for x in jax.eval_shape(gradient, *arguments, length)] == [x.shape for x in arguments[:3]]
+    assert calls(gradient, *arguments, length) == {"": 1, "Backward": 1}
+
+
+@pytest.mark.parametrize("remat, forward", [("none", 2), ("products", 2), ("block", 4)])
+def test_attention_is_not_computed_again_where_products_are_saved(remat, forward, cudnn):
+    """Attention over the context and over the text, in a loop over layers: with "block" there is a second forward."""
+    cfg = WanConfig(
+        dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4, channels=4, lora_rank=2,
+        dtype="bfloat16", attention="cudnn", remat=remat,
+    )  # fmt: skip
+    variables = jax.eval_shape(lambda: init_variables(cfg, jax.random.key(0)))
+
+    def loss(lora, params, x, text, context):
+        one = jnp.zeros(len(x))
+        velocity = Wan(cfg).apply(
+            {"params": params, "lora": lora}, x, one, text, context, one.astype(jnp.int32), method=Wan.touch_all
+        )
+        return jnp.sum(velocity)
+
+    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    context = jax.eval_shape(lambda: empty_context(cfg, 1, 2, 4))
+    program = calls(jax.grad(loss), variables["lora"], variables["params"], half(1, 3, 4, 4, 4), half(1, 4, 8), context)
+    assert program == {"": forward, "Backward": 2}

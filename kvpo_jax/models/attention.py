@@ -2,7 +2,8 @@
 
 The past is never concatenated to the rest: two products of logits share one softmax. Logits exist for some (batch row,
 head) pairs at a time, in the backward pass too, which makes them again from the queries, the keys and the log-sum-exp
-of each query (FlashAttention, arXiv 2205.14135, at the granularity of a head). On NVIDIA GPUs cuDNN does all of it.
+of each query (FlashAttention, arXiv 2205.14135, at the granularity of a head). On NVIDIA GPUs cuDNN does all of it, on
+one array of keys.
 """
 
 from __future__ import annotations
@@ -46,15 +47,16 @@ def attention(q: Array, own: Keys, past: Keys | None = None, implementation: str
       q: float[batch, T, H, D].
       own: at least one key of every batch row must count.
       past: of any number; None is no more than `own`.
-      implementation: "auto" is cuDNN's flash attention on NVIDIA GPUs, for half precision and unless there is a mask,
-        else "xla".
+      implementation: "cudnn" is its flash attention for half precision and unless there is a mask, "auto" the same
+        where the devices are GPUs, "xla" never.
     """
     parts = (own,)
     if past is not None and past.k.shape[1]:
         parts += (Keys(*map(jax.lax.stop_gradient, past[:2]), *past[2:]),)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     masked = own.length is not None or any(part.mask is not None for part in parts)
-    if implementation == "auto" and jax.default_backend() == "gpu" and half and not masked:
+    wanted = implementation == "cudnn" or (implementation == "auto" and jax.default_backend() == "gpu")
+    if wanted and half and not masked:
         return _library(q, *parts, implementation="cudnn")
     return _attention(q, parts)
 
@@ -70,6 +72,11 @@ def _library(q: Array, own: Keys, past: Keys | None = None, *, implementation: s
         q, k, v, query_seq_lengths=jnp.full(batch, queries, jnp.int32), key_value_seq_lengths=length.astype(jnp.int32),
         implementation=implementation,
     )  # fmt: skip
+
+
+def saved(primitive, *_, **__) -> bool:
+    """A policy for `jax.checkpoint`: cuDNN's output and statistics are kept. Those of the tiles are by name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 # ---------------------------------------------------------------- in tiles

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from kvpo_jax.models import attention as attention_lib
 from kvpo_jax.models.attention import Keys, attention
 from kvpo_jax.models.layers import LoRADense, RMSNorm, apply_rope, layer_norm, rope_table, sinusoid, wide
 from kvpo_jax.types import Array, BlockKV, Context, PyTree, TextKV
@@ -24,7 +25,9 @@ TIME_SCALE = 1000.0  # Wan is conditioned on 1000 sigma
 # What the backward pass finds of a block: everything; what products gave, not what is elementwise; its input alone.
 REMAT = {
     "none": None,
-    "products": jax.checkpoint_policies.save_only_these_names("linear", "attention"),
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names("linear", "attention"), attention_lib.saved
+    ),
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
