@@ -32,7 +32,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     m.eps = 1e-6
     m.sparse_memory = 0  # of sink and bank frames, how many a head attends to (MemFlow); 0 = all
     m.dtype = "float32"  # activations and base weights; LoRA masters are always float32
-    m.attention = "auto"  # auto: cuDNN's on NVIDIA GPUs in bfloat16, else XLA | xla
+    m.attention = "auto"  # cudnn: its flash attention in bfloat16 | xla | auto: cudnn on NVIDIA GPUs, else xla
     m.remat = "none"  # what the backward pass recomputes: none | products: all but products | block: blocks
     c.weights = ""  # base weights; empty is the toy generator that ships with the package
 
@@ -70,6 +70,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     w.excluded = 3  # youngest past frames that are not routable
     w.cache_frames = 36  # ring capacity of the history, sink included
     w.keep_sink = True  # whether a routed context keeps the sink; if not, its slots are routed too (MemFlow's release)
+    w.shared_ring = False  # draw only what would outlast the window in a ring that its blocks are written to (release)
     w.recache_frames = 12  # frames whose keys and values are made anew at a prompt switch
     w.global_sink = True  # the sink outlives a prompt switch; if not, it is attended to as zeros afterwards (LongLive)
     w.bank = 0  # frames of MemFlow's narrative memory; 0 = none (LongLive)
@@ -117,6 +118,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.train = t = ConfigDict()
     t.iterations = 40
     t.prompts_per_iteration = 4  # P
+    t.held_out = 32  # sequences of the prompt file that are never trained on; the toy makes its own
     t.micro_batch = 0  # prompts at a time, their gradients summed; a divisor of P, 0 = all at once
     t.epochs = 1  # optimiser steps per rollout
     t.rollouts_per_sync = 1  # rollouts before the old policy is refreshed
@@ -130,7 +132,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     t.video_every = 20  # iterations between pictures of the branches
 
     c.eval = ConfigDict()
-    c.eval.prompts = 32  # held-out prompt sequences
+    c.eval.prompts = 32  # held-out prompt sequences, the first so many; train.held_out of a prompt file at most
     c.eval.every = 20  # iterations between evaluations
     c.eval.batch = 16  # videos generated at once
     c.eval.scorer = "motion"  # as reward.scorer; only watched, never optimised: does the reward get hacked?
@@ -141,7 +143,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     if preset == "release":
         s.update(solver="renoise", shift=5.0, context_step=0.001)
-        w.update(past=6, near=1, excluded=4, cache_frames=33)
+        w.update(past=6, near=1, excluded=4, cache_frames=33, shared_ring=True)
         r.update(perturbed_steps=4, perturb_write=True, draw="dispersed")
         c.replay.update(context="self_rolled", text="rollout", blocks=4, energy="clean", grad_steps=2)
         o.update(tau=1.0, tau_unit="absolute", beta=10.0, advantage="anchor", advantage_clip=2.5)

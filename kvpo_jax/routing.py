@@ -33,6 +33,8 @@ class Window:
       cache_frames: frames that the history holds, sink included; older ones cannot be drawn.
       keep_sink: whether a routed row keeps the sink; if not, its slots are routed too and its frames may be drawn
         (MemFlow's release).
+      shared_ring: whether only frames are drawn that a ring to which the perturbed blocks are written would still hold
+        at the last of them (release). Here a fork freezes the history, and every frame in it stays.
     """
 
     sink: int
@@ -41,6 +43,7 @@ class Window:
     excluded: int
     cache_frames: int
     keep_sink: bool = True
+    shared_ring: bool = False
 
     @property
     def kept(self) -> int:
@@ -65,7 +68,7 @@ def window(config: ml_collections.ConfigDict) -> Window:
             f"config.window: near={w.near}, past={w.past}, excluded={w.excluded}, cache_frames={w.cache_frames}; "
             "expected 0 <= near < past, excluded >= near and cache_frames >= sink + past"
         )
-    return Window(w.sink, w.past, w.near, w.excluded, w.cache_frames, w.keep_sink)
+    return Window(w.sink, w.past, w.near, w.excluded, w.cache_frames, w.keep_sink, w.shared_ring)
 
 
 def _ascending(frames: Array, valid: Array) -> Array:
@@ -91,14 +94,12 @@ def routed_rows(window: Window, selected: Array, start_frame: Array) -> Array:
     return _ascending(rows, rows >= 0)
 
 
-def routable(window: Window, fork: Array | int, last_start: Array | int | None = None) -> tuple[Array, Array]:
-    """The routable set Omega = [start, stop) at a fork with `fork` past frames.
+def routable(window: Window, fork: Array | int, last_start: Array | int) -> tuple[Array, Array]:
+    """The routable set Omega = [start, stop) at a fork with `fork` past frames, before routed blocks up to last_start.
 
-    Paper: {4, ..., L - 3} counted from 1, i.e. [sink, fork - near). Frames that the history has evicted are left out;
-    `last_start` is the first frame of the window's last block where the frames must stay resident until then (release).
+    Paper: {4, ..., L - 3} counted from 1, i.e. [sink, fork - near). Frames that the history has evicted are left out.
     """
-    last_start = fork if last_start is None else last_start
-    resident = last_start - (window.cache_frames - window.sink)
+    resident = (last_start if window.shared_ring else fork) - (window.cache_frames - window.sink)
     # While the ring has not evicted anything everything is resident; afterwards the sink's own slots are set apart.
     return jnp.where(resident <= window.sink, window.kept, resident), jnp.asarray(fork - window.excluded)
 

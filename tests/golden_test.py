@@ -60,7 +60,8 @@ def blocks_of(video: np.ndarray, frames: int) -> jnp.ndarray:
 def release_window(sizes: dict, nearest: int, capacity: int) -> routing.Window:
     """The release counts the current block in its window and in its m nearest frames; ours counts past frames."""
     frames, sink = sizes["num_frame_per_block"], sizes["sink_size"]
-    return routing.Window(sink, sizes["local_attn_size"] - sink - frames, nearest - frames, nearest, capacity)
+    past = sizes["local_attn_size"] - sink - frames
+    return routing.Window(sink, past, nearest - frames, nearest, capacity, shared_ring=True)
 
 
 def bank_of(data, prefix: str, recorded: int, newest: int, frames, pending: bool, cfg: WanConfig) -> MemoryBank:

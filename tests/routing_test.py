@@ -1,5 +1,6 @@
 """Rows and draws by hand, and the draws' distribution."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,7 +13,7 @@ from kvpo_jax import config as config_lib
 from kvpo_jax import routing
 
 PAPER = routing.Window(sink=3, past=9, near=3, excluded=3, cache_frames=36)
-RELEASE = routing.Window(sink=3, past=6, near=1, excluded=4, cache_frames=33)
+RELEASE = routing.Window(sink=3, past=6, near=1, excluded=4, cache_frames=33, shared_ring=True)
 BLOCK = 3
 
 
@@ -104,7 +105,7 @@ def test_the_draw_of_the_deployment_window_is_the_deployment_row():
 
 
 def test_routed_rows_of_many_branches():
-    selected = routing.draw_independent(jax.random.key(0), PAPER, 10, 36, *routing.routable(PAPER, 21))
+    selected = routing.draw_independent(jax.random.key(0), PAPER, 10, 36, *routing.routable(PAPER, 21, 33))
     rows = routing.routed_rows(PAPER, selected.reshape(2, 5, 6), 21)
     assert rows.shape == (2, 5, 12) and rows.dtype == jnp.int32
     for branch, ours in zip(selected, rows.reshape(10, 12), strict=True):
@@ -115,7 +116,7 @@ def test_routed_rows_of_many_branches():
 
 
 def test_omega_of_the_paper():
-    start, stop = routing.routable(PAPER, 15)
+    start, stop = routing.routable(PAPER, 15, 27)
     # L = 15: {4, ..., 12} counted from 1
     assert list(range(int(start) + 1, int(stop) + 1)) == [4, 5, 6, 7, 8, 9, 10, 11, 12]
 
@@ -123,9 +124,9 @@ def test_omega_of_the_paper():
 @pytest.mark.parametrize(
     "window, fork, last_start, expected",
     [
-        (PAPER, 12, None, (3, 9)),
-        (PAPER, 36, None, (3, 33)),
-        (PAPER, 42, None, (9, 39)),  # 36 frames held: 0 1 2 and 9 ... 41
+        (PAPER, 12, 24, (3, 9)),
+        (PAPER, 36, 48, (3, 33)),
+        (PAPER, 42, 54, (9, 39)),  # 36 frames held: 0 1 2 and 9 ... 41; the fork freezes them
         (RELEASE, 15, 21, (3, 11)),
         (RELEASE, 36, 36, (6, 32)),  # 33 held: 0 1 2 and 6 ... 35
         (RELEASE, 36, 48, (18, 32)),  # and still held when block 48 is written
@@ -140,7 +141,7 @@ def test_routable_frames_by_hand(window, fork, last_start, expected):
 
 
 def draws(kind: str, window=PAPER, seed=0, branches=8, fork=15):
-    start, stop = routing.routable(window, fork)
+    start, stop = routing.routable(window, fork, fork)
     return np.asarray(routing.DRAWS[kind](jax.random.key(seed), window, branches, 36, start, stop))
 
 
@@ -166,7 +167,7 @@ def test_branches_draw_differently():
 
 def test_the_bound_on_frames_does_not_matter():
     """The same set of draws is possible for any `frames` that holds the routable set."""
-    start, stop = routing.routable(PAPER, 15)
+    start, stop = routing.routable(PAPER, 15, 15)
     selected = routing.draw_independent(jax.random.key(0), PAPER, 1200, 12, start, stop)
     assert (int(selected.min()), int(selected.max())) == (3, 11)
     assert len({tuple(branch) for branch in np.asarray(selected)}) == 84
@@ -188,7 +189,7 @@ def test_independent_draws_are_uniform():
 
 @pytest.mark.parametrize("branch", [0, 5])
 def test_dispersed_draws_of_a_branch_are_uniform(branch):
-    start, stop = routing.routable(PAPER, 15)
+    start, stop = routing.routable(PAPER, 15, 15)
     keys = jax.random.split(jax.random.key(1), 8400)
     selected = jax.vmap(lambda key: routing.draw_dispersed(key, PAPER, 8, 36, start, stop)[branch])(keys)
     assert 0.01 < subsets_p_value(np.asarray(selected), range(3, 12)) < 0.99
@@ -245,13 +246,16 @@ def test_pivots_of_the_release():
     assert routing.eligible_pivots(RELEASE, 12, BLOCK, 4, ()) == [5, 6, 7, 8]
 
 
-def test_pivots_need_frames_that_stay_resident():
+def test_pivots_of_a_shared_ring_need_frames_that_stay_resident():
     """A history of 18 frames is a sink of 3 and a ring of 15."""
-    small = routing.Window(sink=3, past=6, near=1, excluded=4, cache_frames=18)
+    small = routing.Window(sink=3, past=6, near=1, excluded=4, cache_frames=18, shared_ring=True)
     assert routing.eligible_pivots(small, 12, BLOCK, 1, ()) == [5, 6, 7, 8, 9, 10, 11]
     # When the fourth block of the window is written, fork - 6 is the oldest frame held; fork - 5 the youngest routable.
     with pytest.raises(ValueError, match="no block can be a pivot"):
         routing.eligible_pivots(small, 12, BLOCK, 4, ())
+    # Where the fork freezes the history, how long the window lasts does not matter.
+    frozen = dataclasses.replace(small, shared_ring=False)
+    assert routing.eligible_pivots(frozen, 12, BLOCK, 4, ()) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
