@@ -40,7 +40,7 @@ def diagnose(config: ml_collections.ConfigDict, iteration: int, rows: Sequence[M
         found["no spread"] = (
             "the branches differ but their rewards do not: nothing to learn from. Is the reward saturated, or rounded?"
         )
-    if settled and np.all(lately("gate") == 0):
+    if settled and np.all(lately("gate_open") == 0):
         found["gate"] = (
             f"no branch has beaten its anchor in {PATIENCE} iterations, so nothing is learned. Try fewer "
             "rollout.perturbed_steps or rollout.window_blocks (milder routing), or more rollout.branches"

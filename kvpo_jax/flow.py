@@ -67,11 +67,6 @@ def to_clean(x: Array, velocity: Array, sigma: Array) -> Array:
     return x - sigma * velocity
 
 
-def to_velocity(x: Array, x_clean: Array, sigma: Array) -> Array:
-    """The velocity that points from x to x_clean; sigma must not be 0."""
-    return (x - x_clean) / sigma
-
-
 def step(solver: str, x: Array, velocity: Array, sigma: Array, sigma_next: Array, noise: Array) -> Array:
     """One solver step from sigma to sigma_next.
 

@@ -69,6 +69,23 @@ def release(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
         backbone.watch.release()
 
 
+def batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
+    """Held-out videos that are generated at once: config.eval.batch, or as many as there are prompts in training.
+
+    Raises:
+      ValueError: the held-out prompts cannot be divided into such batches, or a batch over the mesh.
+    """
+    prompts, shards = config.eval.prompts, mesh.shape["data"]
+    most = config.eval.batch or rollout.prompts_at_once(config)
+    fitting = [n for n in range(1, most + 1) if prompts % n == 0 and n % shards == 0]
+    if not fitting or config.eval.batch not in (0, fitting[-1]):
+        raise ValueError(
+            f"eval.prompts={prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the mesh's "
+            f"{shards} shards of prompts"
+        )
+    return fitting[-1]
+
+
 def evaluate(
     config: ml_collections.ConfigDict,
     backbone: Backbone,
@@ -78,29 +95,28 @@ def evaluate(
     variables: PyTree,
 ) -> Heldout:
     """Generates and scores every held-out prompt; the noise depends on the prompt's index alone."""
-    if config.eval.prompts % config.eval.batch or config.eval.batch % mesh.shape["data"]:
-        raise ValueError(
-            f"eval.prompts={config.eval.prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the "
-            f"mesh's {mesh.shape['data']} shards of prompts"
-        )
+    count = batch_size(config, mesh)
 
     def score(pixels: Array, sentences: Sequence[Sequence[str]]) -> dict[str, Array]:
         of_clips = lambda scorer: composite.segment_rewards(
             scorer, pixels, sentences, config.video.switch_frames, config.reward.clip_frames, backbone.to_pixel
         )
         rewards, watched = of_clips(backbone.rewards), of_clips(backbone.watch)
-        if twice := rewards.keys() & watched.keys():
-            raise ValueError(f"config.eval.scorer has a component {min(twice)!r} that config.reward.scorer has too")
+        composite.check(rewards, watched, config.reward.weights)
         return rewards | watched
 
-    own = sharding.own_prompts(mesh, config.eval.batch)
-    pixels, components = [], []
-    for first in range(0, config.eval.prompts, config.eval.batch):
-        batch = prompt_batch(backbone, mesh, "heldout", range(first, first + config.eval.batch))
+    def generate(batch: PromptBatch, first: int) -> Array:
+        """Pixels [P, 1, frames, h, w, 3] of this process's prompts. No name keeps the cache."""
         text = stages.encode_text(variables, batch.embeddings)
-        key = rollout.NoiseKey(rollout.stream(0, "heldout", first), jnp.arange(config.eval.batch))
-        latents, _ = rollout.generate(stages, config, variables, text, batch.changed, key, config.video.blocks)
-        videos = sharding.own_part(decoder.videos(jnp.concatenate(latents, axis=1)[:, None]))
+        noise = rollout.NoiseKey(rollout.stream(0, "heldout", 0), jnp.arange(first, first + count))
+        latents = rollout.generate(stages, config, variables, text, batch.changed, noise, config.video.blocks)[0]
+        return sharding.own_part(decoder.videos(jnp.concatenate(latents, axis=1)[:, None]))
+
+    own = sharding.own_prompts(mesh, count)
+    pixels, components = [], []
+    for first in range(0, config.eval.prompts, count):
+        batch = prompt_batch(backbone, mesh, "heldout", range(first, first + count))
+        videos = generate(batch, first)
         scores = sharding.gather(partial(score, videos, [batch.sentences[i] for i in own]), mesh)
         if first + own[0] == len(pixels):
             pixels.extend(np.asarray(videos[: report.PICTURED - len(pixels), 0]))

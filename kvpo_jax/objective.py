@@ -22,11 +22,11 @@ LOG_RATIO_BOUND = 20.0  # release; keeps exp finite, and takes the gradient only
 
 
 def spread(values: Array) -> Array:
-    """Population std of float[G], float[]; exactly 0 where all values are equal.
+    """Population std over the branches, float[G, ...] to float[...]; exactly 0 where all values are equal.
 
     Their rounded mean need not be equal to them: at G = 8 the residue would be normalised to an advantage of up to 0.9.
     """
-    return (values - values[0]).std()
+    return (values - values[0]).std(axis=0)
 
 
 # ---------------------------------------------------------------- advantages
@@ -233,6 +233,7 @@ def loss(
     energies_ref: Array,
     advantages: Array,
     safe: Array,
+    on_policy: Array | bool = False,
 ) -> tuple[Array, Diagnostics]:
     """Eq. 16 with the gate: scale * (L_PPO + beta KL(pi || pi_ref)) of one group, float[], and its diagnostics.
 
@@ -245,12 +246,15 @@ def loss(
       energies_ref: float[G] under the frozen initial policy.
       advantages: float[G].
       safe: bool[], whether a branch beats the anchor.
+      on_policy: bool[], the two policies are one: `energies` are the old ones too, and the ratio is exactly 1 however
+        the program is compiled.
     """
     chex.assert_equal_shape([energies, energies_old, energies_ref, advantages])
+    energies_old = jnp.where(on_policy, jax.lax.stop_gradient(energies), energies_old)
     tau = temperature(energies_old, config.tau, config.tau_unit)
     log_pi = log_policy(energies, tau)
     log_pi_old, log_pi_ref = (jax.lax.stop_gradient(log_policy(e, tau)) for e in (energies_old, energies_ref))
-    log_rho = log_ratio(log_pi, log_pi_old)
+    log_rho = log_ratio(log_pi, jnp.where(on_policy, jax.lax.stop_gradient(log_pi), log_pi_old))
     surrogate = clipped_surrogate(log_rho, jax.lax.stop_gradient(advantages), config.clip_low, config.clip_high)
     kl = kl_divergence(log_pi, log_pi_ref)
     scale = gate_scale(config.gate, safe, log_pi)

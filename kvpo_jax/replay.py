@@ -134,9 +134,9 @@ def self_rolled_energies(
 ) -> Array:
     """As `anchor_energies`, but from the second block on each branch reads what the replaying model wrote (release).
 
-    The first block reads the unperturbed cache at the fork. After each block the replaying model's own clean
-    prediction of its last step, noised to the context level with the rollout's noise, is written into a page of the
-    branch's own; nothing flows back through it.
+    The first block reads the unperturbed cache at the fork. After each block the solver's step from the replaying
+    model's own last velocity to the context level, with the rollout's noise, is written into a page of the branch's
+    own; nothing flows back through it.
     """
     p, g, w, s = tuples.z.shape[:4]
     learned = min(replay.grad_steps, s)
@@ -163,8 +163,10 @@ def self_rolled_energies(
         if learned < s:
             total += energy
         if b < w - 1:
-            x = flow.to_clean(tuples.z[:, :, b, -1], velocity, schedule.sigma[-2])
-            x = flow.add_noise(x, tuples.noise[:, None, b], schedule.sigma[-1]).reshape(p * g, *x.shape[2:])
+            x = flow.step(
+                schedule.solver, tuples.z[:, :, b, -1], velocity, schedule.sigma[-2], schedule.sigma[-1],
+                tuples.noise[:, None, b],
+            ).reshape(p * g, *velocity.shape[2:])  # fmt: skip
             start, told = tuples.start_frame[b], schedule.told[-1]
             kv = frozen(x, jnp.full((p * g,), told), prompt, context, jnp.full((p * g,), start, jnp.int32))[1]
             page = kv_cache.append(page, kv, start)

@@ -197,9 +197,19 @@ def recorded_blocks(config: ml_collections.ConfigDict) -> int:
     return max(config.replay.blocks, config.rollout.window_blocks)
 
 
+def prompts_at_once(config: ml_collections.ConfigDict) -> int:
+    """Prompts that are rolled out, scored and replayed together."""
+    return config.train.micro_batch or config.train.prompts_per_iteration
+
+
 def branches_at_once(config: ml_collections.ConfigDict) -> int:
     """Branches that are rolled out together, each chunk with an anchor of its own."""
     return config.rollout.branch_chunk or config.rollout.branches
+
+
+def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """The mesh of a run: the config's sizes, or those that use the most devices."""
+    return sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts_at_once(config), branches_at_once(config))
 
 
 @struct.dataclass
@@ -251,7 +261,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
     tokens = cfg.tokens_per_frame(video.height, video.width)
     noise_shape = (passes, video.block_frames, video.height, video.width, cfg.channels)
     has_bank = config.window.bank > 0
-    order, _ = sharding.trajectories(mesh, branches_at_once(config))
+    order = sharding.trajectories(mesh, branches_at_once(config))
     routed_pass = np.arange(passes) < config.rollout.perturbed_steps
     routed_pass[-1] = config.rollout.perturb_write
 
@@ -344,7 +354,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Stages:
         return jax.tree.map(jax.lax.with_sharding_constraint, cache, named)
 
     def fork(history):
-        slots = window.sink + max(config.window.recache_frames, recorded_blocks(config) * video.block_frames)
+        # What a recache writes, what the replay reads, and what the next block attends to.
+        written = (config.window.recache_frames, recorded_blocks(config) * video.block_frames, window.past)
+        slots = window.sink + max(written)
         page = empty((history.frame.shape[0], len(order)), slots, page_spec)
         return page.replace(bank=memory_bank.repeat(history.bank, len(order)))
 
@@ -499,14 +511,15 @@ def rollout(
                 segment=jnp.asarray([segment_of(start, switches) for start in starts], jnp.int32),
                 noise=jnp.stack(noise, axis=1),
             ),
-            pivot=jnp.asarray(pivot, jnp.int32),
         )
 
     at_once = branches_at_once(config)
-    chunks = [of_chunk(selected[:, first : first + at_once]) for first in range(0, config.rollout.branches, at_once)]
-    if len(chunks) == 1:
-        return chunks[0]
+    out = of_chunk(selected[:, :at_once])
     join = lambda *x: jnp.concatenate(x, axis=1)
-    branches, tuples = [chunk.branches for chunk in chunks], [chunk.replay for chunk in chunks]
-    joined = tuples[0].replace(z=join(*(t.z for t in tuples)), u=join(*(t.u for t in tuples)))
-    return chunks[0].replace(branches=join(*branches), replay=joined)
+    for first in range(at_once, config.rollout.branches, at_once):
+        # Of its copy of the anchor nothing is kept.
+        chunk = of_chunk(selected[:, first : first + at_once])
+        z, u = join(out.replay.z, chunk.replay.z), join(out.replay.u, chunk.replay.u)
+        out = out.replace(branches=join(out.branches, chunk.branches), replay=out.replay.replace(z=z, u=u))
+        del chunk
+    return out

@@ -66,9 +66,9 @@ def make_mesh(data: int, branch: int, prompts: int, branches: int) -> Mesh:
     """
     devices = jax.devices()
     if data and prompts % data:
-        raise ValueError(f"mesh.data={data} does not divide train.prompts_per_iteration={prompts}")
+        raise ValueError(f"mesh.data={data} does not divide {prompts} prompts at a time (train.micro_batch)")
     if branch and branches % branch:
-        raise ValueError(f"mesh.branch={branch} does not divide rollout.branches={branches}")
+        raise ValueError(f"mesh.branch={branch} does not divide {branches} branches at a time (rollout.branch_chunk)")
     divisors = lambda size, count: [size] if size else [n for n in range(1, count + 1) if count % n == 0]
     sizes = itertools.product(divisors(data, prompts), divisors(branch, branches))
     fitting = [size for size in sizes if math.prod(size) <= len(devices)]
@@ -128,15 +128,14 @@ def constrain(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
     return jax.tree.map(partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec)), tree)
 
 
-def trajectories(mesh: Mesh, branches: int) -> tuple[np.ndarray, np.ndarray]:
-    """The order of the T = branch shards + G trajectories: (branch of each, -1 for an anchor; positions of branches).
+def trajectories(mesh: Mesh, branches: int) -> np.ndarray:
+    """The order of the T = branch shards + G trajectories, int[T]: the branch of each, -1 for an anchor.
 
     Every shard of the mesh axis `branch` begins with its copy of the anchor.
     """
     shards = mesh.shape["branch"]
     order = np.arange(branches).reshape(shards, -1)
-    order = np.concatenate([np.full((shards, 1), -1), order], axis=1).reshape(-1)
-    return order, np.flatnonzero(order >= 0)
+    return np.concatenate([np.full((shards, 1), -1), order], axis=1).reshape(-1)
 
 
 def branches_of(x: Array, mesh: Mesh, branches: int) -> Array:

@@ -133,9 +133,9 @@ class Gradient:
 
 
 def make_gradient(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable:
-    """(lora, params, Experience, Gradient or None) -> (Gradient, energies float[P, G]): Eqs. 6-8, 15-16.
+    """(lora, params, Experience) -> (Gradient, energies float[P, G] of theta): Eqs. 6-8, 15-16.
 
-    Adds the micro-batch's share of the mean over all prompts of the iteration to what was there.
+    Of a micro-batch, its share of the mean over all prompts of the iteration.
     """
     energies = make_energies(config, mesh)
     of_group = partial(objective.loss, config.objective)
@@ -143,21 +143,28 @@ def make_gradient(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable:
     def loss(lora, params, experience):
         e = energies(params, lora, experience.embeddings, experience.text, experience.tuples)
         e = sharding.constrain(e, mesh)  # every device sees the G energies of a group
-        old = jnp.where(experience.on_policy, jax.lax.stop_gradient(e), experience.energies_old)
-        value, diagnostics = jax.vmap(of_group)(e, old, experience.energies_ref, experience.advantages, experience.safe)
+        of_groups = jax.vmap(partial(of_group, on_policy=experience.on_policy))
+        value, diagnostics = of_groups(
+            e, experience.energies_old, experience.energies_ref, experience.advantages, experience.safe
+        )
         share = len(value) / config.train.prompts_per_iteration
-        return share * jnp.mean(value), (share, diagnostics, old)
+        return share * jnp.mean(value), (share, diagnostics, e)
 
     # Without out_shardings the second call could see other placements than the first, and compile again; and every
     # process reads the energies.
     @partial(jax.jit, out_shardings=jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    def gradient(lora, params, experience, before):
-        (value, (share, diagnostics, old)), grads = jax.value_and_grad(loss, has_aux=True)(lora, params, experience)
+    def gradient(lora, params, experience):
+        (value, (share, diagnostics, e)), grads = jax.value_and_grad(loss, has_aux=True)(lora, params, experience)
         metrics = {"loss": value, **{name: share * mean for name, mean in diagnostics.means().items()}}
-        out = Gradient(grads, jnp.sum(experience.safe), metrics)
-        return out if before is None else jax.tree.map(jnp.add, before, out), old
+        return Gradient(grads, jnp.sum(experience.safe), metrics), e
 
     return gradient
+
+
+@partial(jax.jit, donate_argnums=0)
+def accumulate(total: Gradient, share: Gradient) -> Gradient:
+    """Their sum, in the place of `total`."""
+    return jax.tree.map(jnp.add, total, share)
 
 
 def make_apply(config: ml_collections.ConfigDict, mesh: Mesh, optimiser: optax.GradientTransformation) -> Callable:
@@ -237,6 +244,7 @@ class Group:
 
     Attributes:
       scores: of its P groups.
+      safe: bool[P], where the gate is open.
       energies: float[P, G], of the old policy.
       pixel_std: float[], of the branches of a group, the mean over pixels.
       clips: [1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, where they are to be
@@ -245,6 +253,7 @@ class Group:
     """
 
     scores: Scores
+    safe: Array
     energies: Array
     pixel_std: Array
     clips: np.ndarray | None
@@ -253,9 +262,12 @@ class Group:
 
 @jax.jit
 def diversity(pixels: Array) -> Array:
-    """The standard deviation over the branches of [P, G, frames, h, w, 3], the mean over pixels, float[]."""
+    """The standard deviation over the branches of [P, G, frames, h, w, 3], the mean over pixels, float[].
+
+    Exactly 0 where the branches are equal (`objective.spread`).
+    """
     scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
-    return pixels.std(axis=1, dtype=jnp.float32).mean() / scale
+    return jax.vmap(objective.spread)(pixels.astype(jnp.float32)).mean() / scale
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -263,13 +275,15 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     def of(group: Group) -> dict[str, Array]:
         scores = group.scores
+        spread = lambda values: jax.vmap(objective.spread)(jnp.asarray(values)).mean()
         return {
             "reward": scores.branches.mean(),
             "reward_anchor": scores.anchor.mean(),
-            "reward_std_in_group": scores.branches.std(axis=1).mean(),
+            "reward_std_in_group": spread(scores.branches),
             "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
             "pixel_std_in_group": group.pixel_std,
-            "energy_old_std_in_group": group.energies.std(axis=1).mean(),
+            "gate_open": group.safe.mean(),
+            "energy_old_std_in_group": spread(group.energies),
             **{f"reward_{name}": branches.mean() for name, (branches, _) in scores.components.items()},
         }
 
@@ -277,13 +291,20 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def check_finite(metrics: Mapping[str, Array], energies: Array, sentences: Sequence[Sequence[str]]) -> None:
-    """FloatingPointError that names what is not finite: the prompt and branch of an energy, or the gradient."""
-    energies = np.asarray(energies)
-    for prompt, branch in np.argwhere(~np.isfinite(energies))[:1]:
-        raise FloatingPointError(
-            f"the energy of branch {branch} of prompt {sentences[prompt]} is {energies[prompt, branch]}"
-        )
+def check_finite(
+    metrics: Mapping[str, Array], energies: Mapping[str, Array], sentences: Sequence[Sequence[str]]
+) -> None:
+    """FloatingPointError that names what is not finite: policy, prompt and branch of an energy, or the gradient.
+
+    `energies` are those of some policies, float[P, G] each, `sentences` the P prompts.
+    """
+    for policy, values in energies.items():
+        values = np.asarray(values)
+        for prompt, branch in np.argwhere(~np.isfinite(values))[:1]:
+            raise FloatingPointError(
+                f"the energy of branch {branch} of prompt {sentences[prompt]} is {values[prompt, branch]} under the "
+                f"{policy} policy"
+            )
     for name in ("loss", "grad_norm"):
         if name in metrics and not np.isfinite(metrics[name]):
             raise FloatingPointError(f"{name} is {metrics[name]} though every energy is finite")
@@ -359,14 +380,15 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
     """
     workdir = Path(workdir)
     clock = Clock()
-    prompts_at_once = config.train.micro_batch or config.train.prompts_per_iteration
-    branches_at_once = rollout.branches_at_once(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts_at_once, branches_at_once)
+    prompts_at_once, branches_at_once = rollout.prompts_at_once(config), rollout.branches_at_once(config)
+    mesh = rollout.make_mesh(config)
+    heldout.batch_size(config, mesh)  # whatever cannot be evaluated is said before anything is loaded
+    replicated = jax.sharding.NamedSharding(mesh, sharding.REPLICATED)
     backbone = backbone_lib.load(config)
-    params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
+    params = backbone.load(replicated)
     stages = rollout.build(config, mesh)
     optimiser = make_optimiser(config.train)
-    energies = jax.jit(make_energies(config, mesh))
+    energies = jax.jit(make_energies(config, mesh), out_shardings=replicated)
     gradient, apply = make_gradient(config, mesh), make_apply(config, mesh, optimiser)
     decoder = Decoder(backbone, mesh, config.video.block_frames)
 
@@ -427,7 +449,47 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
         # Gigabytes at full size, so they leave the devices only to be shown.
         shown = main and first == 0 and pictured(config, iteration)
         clips = np.concatenate([anchor[:1], branches[0]]) if shown else None
-        return experience, Group(scores, reference, pixel_std, clips, batch.sentences)
+        return experience, Group(scores, safe, reference, pixel_std, clips, batch.sentences)
+
+    def learn(
+        state: TrainState, experience: Experience, sentences: Sequence[Sequence[str]], total: Gradient | None
+    ) -> tuple[Gradient, Array]:
+        """Step 4, the replay under the unperturbed context: the gradient so far, and the old policy's energies."""
+        share, current = gradient(state.lora, params, experience)
+        old = current if experience.on_policy else experience.energies_old
+        total = share if total is None else accumulate(total, share)
+        named = {"trained": current, "old": old, "reference": experience.energies_ref}
+        check_finite(total.metrics, named, sentences)
+        return total, old
+
+    def explore_and_learn(
+        state: TrainState, iteration: int, first: int, on_policy: bool, total: Gradient | None
+    ) -> tuple[Gradient, Group, Experience | None]:
+        """Steps 1 to 4 for some prompts. Their experience is gigabytes: it is returned for further epochs only."""
+        experience, group = explore(state, iteration, first, on_policy)
+        with clock.time("update"):
+            total, old = learn(state, experience, group.sentences, total)
+            again = experience.replace(energies_old=old, on_policy=jnp.asarray(False))
+        return total, group.replace(energies=old), again if config.train.epochs > 1 else None
+
+    def improve(state: TrainState, iteration: int, on_policy: bool) -> tuple[TrainState, dict[str, Array], list[Group]]:
+        """An iteration: the new state, the metrics of its last update, and what its micro-batches looked like."""
+        total, groups, kept = None, [], []
+        for first in range(0, config.train.prompts_per_iteration, prompts_at_once):
+            total, group, experience = explore_and_learn(state, iteration, first, on_policy, total)
+            groups.append(group)
+            kept.append(experience)
+
+        # Step 5: the PPO-KL update; in further epochs steps 4 and 5 again.
+        with clock.time("update"):
+            for epoch in range(config.train.epochs):
+                if epoch:
+                    total = None
+                    for group, experience in zip(groups, kept, strict=True):
+                        total, _ = learn(state, experience, group.sentences, total)
+                state, metrics = apply(state, total)
+                check_finite(metrics, {}, ())
+        return state, metrics, groups
 
     def evaluation(lora: PyTree) -> heldout.Heldout:
         with clock.time("evaluation"):
@@ -443,36 +505,13 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
             good, online, ema = state, None, None
             on_policy = iteration % config.train.rollouts_per_sync == 0
 
-            # Steps 1 to 3 for some prompts at a time. With several epochs they are all kept, with one they are not.
-            explored = (
-                explore(state, iteration, first, on_policy)
-                for first in range(0, config.train.prompts_per_iteration, prompts_at_once)
-            )
-            if config.train.epochs > 1:
-                explored = list(explored)
-
-            # Step 4: replay under the unperturbed context, and step 5: the PPO-KL update.
-            old, groups = {}, []
-            for epoch in range(config.train.epochs):
-                total = None
-                for number, (experience, group) in enumerate(explored):
-                    with clock.time("update"):
-                        if epoch:
-                            experience = experience.replace(energies_old=old[number], on_policy=jnp.asarray(False))
-                        total, old[number] = gradient(state.lora, params, experience, total)
-                        check_finite(total.metrics, old[number], group.sentences)
-                    if not epoch:
-                        groups.append(group.replace(energies=old[number]))
-                with clock.time("update"):
-                    updated, metrics = apply(state, total)
-                    check_finite(metrics, old[number], group.sentences)
-                    state = updated
+            updated, metrics, groups = improve(state, iteration, on_policy)
             with clock.time("update"):
                 iteration += 1
                 synced = iteration % config.train.rollouts_per_sync == 0
-                state = state.replace(
+                state = updated.replace(
                     iteration=sharding.place(jnp.asarray(iteration, jnp.int32), mesh),
-                    old=state.lora if synced else state.old,
+                    old=updated.lora if synced else updated.old,
                 )
 
             metrics = {**jax.device_get(metrics), **group_metrics(groups), "pivot": draw_pivot(config, iteration - 1)}

@@ -228,13 +228,11 @@ class Rollout:
       branches: float[P, G, frames, Y, X, C], clean latents.
       anchor: float[P, frames, Y, X, C].
       replay: ReplayTuples.
-      pivot: int32[], first perturbed block.
     """
 
     branches: Array
     anchor: Array
     replay: ReplayTuples
-    pivot: Array
 
 
 @struct.dataclass

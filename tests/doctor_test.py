@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from kvpo_jax import config as config_lib
 from kvpo_jax import doctor, train
+from kvpo_jax.types import Scores
 
 HEALTHY = {
-    "ratio_deviation": 0.0, "pixel_std_in_group": 0.01, "reward_std_in_group": 0.01, "gate": 0.5, "entropy": 2.0,
+    "ratio_deviation": 0.0, "pixel_std_in_group": 0.01, "reward_std_in_group": 0.01, "gate_open": 0.5, "entropy": 2.0,
     "clip_fraction": 0.1, "reward_anchor": 0.0,
 }  # fmt: skip
 
@@ -36,7 +38,7 @@ def test_a_healthy_run_has_no_trouble(config):
         ("ratio", {"ratio_deviation": 1e-7}, 1, "same program"),
         ("identical branches", {"pixel_std_in_group": 0.0, "reward_std_in_group": 0.0}, 1, "rollout.perturbed_steps"),
         ("no spread", {"reward_std_in_group": 0.0}, 1, "saturated"),
-        ("gate", {"gate": 0.0}, doctor.PATIENCE, "milder routing"),
+        ("gate", {"gate_open": 0.0}, doctor.PATIENCE, "milder routing"),
         ("entropy", {"entropy": 0.1}, doctor.PATIENCE, "objective.tau"),
         ("clip", {"clip_fraction": 0.95}, doctor.PATIENCE, "train.learning_rate"),
         ("flat", {"rising": False}, 2 * doctor.FLAT, "shuffle_advantages"),
@@ -67,9 +69,21 @@ def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsy
     """No routed step: every branch is its anchor."""
     fields = {
         "model.num_layers": 3, "rollout.perturbed_steps": 0, "train.iterations": 1, "eval.prompts": 2, "eval.batch": 2,
-        "train.prompts_per_iteration": 1, "rollout.branches": 2,
+        "train.prompts_per_iteration": 1, "rollout.branches": 3,
     }  # fmt: skip
     config = config_lib.override(config, [f"--config.{name}={value}" for name, value in fields.items()])
     train.train_and_evaluate(config, tmp_path)
     assert "doctor: the branches of every group are identical" in capsys.readouterr().out
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["pixel_std_in_group"] == 0
+    metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
+    # Exactly, though the mean of three or eight equal numbers need not be equal to them.
+    assert metrics["pixel_std_in_group"] == metrics["reward_std_in_group"] == 0
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.5, 9.3])
+def test_equal_rewards_have_no_spread(config, reward):
+    group = train.Group(
+        scores=Scores(np.full((2, 8), reward, np.float32), np.zeros(2), {}), safe=np.ones(2, bool),
+        energies=np.zeros((2, 8)), pixel_std=np.float32(0.1), clips=None, sentences=(),
+    )  # fmt: skip
+    metrics = {**HEALTHY, **train.group_metrics([group])}
+    assert list(diagnose(config, [metrics])) == ["no spread"]

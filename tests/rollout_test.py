@@ -268,7 +268,6 @@ def test_what_is_left_for_the_replay(world, rolled):
     assert rolled.branches.shape == (PROMPTS, BRANCHES, BLOCKS * FRAMES, 4, 2, 2)
     assert rolled.anchor.shape == (PROMPTS, BLOCKS * FRAMES, 4, 2, 2)
     assert replay.z.shape == replay.u.shape == (PROMPTS, BRANCHES, 3, STEPS, FRAMES, 4, 2, 2)
-    assert rolled.pivot == 5
     np.testing.assert_array_equal(replay.start_frame, [15, 18, 21])
     np.testing.assert_array_equal(replay.segment, [1, 1, 1])
     np.testing.assert_array_equal(replay.rows[1], [0, 1, 2, *range(9, 18)])
