@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, init_variables, wan_config
 from kvpo_jax.rewards import composite, preprocess, registry
 from kvpo_jax.types import Array, PyTree
+
+if TYPE_CHECKING:
+    from kvpo_jax.data.embeddings import Embeddings
 
 TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
 TEXT_BATCH = 8  # prompts that the text encoder takes at once
@@ -113,22 +116,24 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 # ---------------------------------------------------------------- LongLive and MemFlow
 
 
-def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]], np.ndarray]:
-    """sentences -> token embeddings: looked up in config.paths.embeddings, or made with UMT5 on the fly."""
-    shape = (config.model.text_len, config.model.text_dim)
-    if config.paths.embeddings:
-        try:
-            from kvpo_jax.data import embeddings
-        except ImportError as error:
-            raise ImportError("prompt embeddings are read with: pip install 'kvpo_jax[data]'") from error
-        made = embeddings.open_embeddings(config.paths.embeddings)
-        if (made.text_len, made.dim) != shape:
-            raise ValueError(
-                f"{config.paths.embeddings} has {made.text_len} tokens of width {made.dim}, the config has "
-                f"model.text_len={shape[0]} and model.text_dim={shape[1]}"
-            )
-        return made.lookup
+def stored_embeddings(config: ml_collections.ConfigDict) -> Embeddings:
+    """What config.paths.embeddings has; ValueError where its sizes are not the model's."""
+    try:
+        from kvpo_jax.data import embeddings
+    except ImportError as error:
+        raise ImportError("prompt embeddings are read with: pip install 'kvpo_jax[data]'") from error
+    made = embeddings.open_embeddings(config.paths.embeddings)
+    if (made.text_len, made.dim) != (config.model.text_len, config.model.text_dim):
+        raise ValueError(
+            f"{config.paths.embeddings} has {made.text_len} tokens of width {made.dim}, the config has "
+            f"model.text_len={config.model.text_len} and model.text_dim={config.model.text_dim}"
+        )
+    return made
 
+
+def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]], np.ndarray]:
+    """sentences -> token embeddings, made with UMT5 on the fly."""
+    shape = (config.model.text_len, config.model.text_dim)
     cfg = umt5.UMT5Config(**checkpoint.metadata_config(config.paths.umt5, "umt5"))
     tokenize = text.tokenizer(config.paths.tokenizer, config.model.text_len)
     load = cache(lambda: checkpoint.load_weights(config.paths.umt5, umt5.abstract_params(cfg)))
@@ -149,11 +154,23 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """A causal Wan2.1 generator with its VAE and UMT5; files as `config.check_files` asks for them."""
     cfg = wan_config(config)
     segments = len(config.video.switch_frames) + 1
+    if config.eval.prompts > config.train.held_out:
+        raise ValueError(
+            f"config.eval.prompts={config.eval.prompts}, but only config.train.held_out={config.train.held_out} "
+            "sequences of the prompt file are never trained on; ask for fewer, or hold out more in a new run"
+        )
     vae = wan_vae.config_from_dict(checkpoint.metadata_config(config.paths.vae, "wan_vae"))
+    stored = stored_embeddings(config) if config.paths.embeddings else None
 
     @cache
     def splits() -> dict[str, list[prompts.Sequence]]:
-        train, heldout = prompts.split(prompts.load(Path(config.paths.prompts)), config.eval.prompts, seed=0)
+        sequences = prompts.load(Path(config.paths.prompts))
+        if stored is not None:
+            stored.check([sentence for sequence in sequences for sentence in sequence.sentences])
+        try:
+            train, heldout = prompts.split(sequences, config.train.held_out, seed=0)
+        except ValueError as error:
+            raise ValueError(f"{config.paths.prompts}: {error}; lower config.train.held_out") from error
         return {"train": train, "heldout": heldout}
 
     def sequence(split: str, index: int) -> list[str]:
@@ -185,7 +202,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         load=partial(load_params, config.weights, cfg),
         load_lora=lambda sharding: load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None,
         prompts=sequence,
-        embed=text_encoder(config),
+        embed=text_encoder(config) if stored is None else stored.lookup,
         load_decoder=lambda sharding: checkpoint.load_weights(config.paths.vae, _placed(like, sharding)),
         decode=decode,
         rewards=registry.Rewards(config.reward.scorer, config.paths),
@@ -199,5 +216,8 @@ BACKBONES = {"toy": toy_backbone, "longlive": wan_backbone, "memflow": wan_backb
 
 
 def load(config: ml_collections.ConfigDict) -> Backbone:
-    """The backbone that config.backbone names."""
-    return BACKBONES[config.backbone](config)
+    """The backbone that config.backbone names; a reward that cannot be weighed is an error before it scores."""
+    backbone = BACKBONES[config.backbone](config)
+    components = (registry.components_of(names) for names in (config.reward.scorer, config.eval.scorer))
+    composite.check(*components, config.reward.weights)
+    return backbone

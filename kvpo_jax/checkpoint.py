@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +61,37 @@ def restore_latest(checkpoints: ocp.CheckpointManager, like: PyTree) -> tuple[in
         committed to devices here (or has no sharding) is not there either.
 
     Raises:
-      ValueError: if what was saved has other leaves, shapes or dtypes; names the checkpoint and the leaves.
+      ValueError: what was saved has other leaves, shapes or dtypes, or cannot be read; names the checkpoint, and the
+        leaves or the checkpoint before it.
     """
     checkpoints.wait_until_finished()
     step = checkpoints.latest_step()
     if step is None:
         return None
     signature = lambda x: f"{np.dtype(x.dtype).name}{list(x.shape)}"
-    saved = {name: signature(x) for name, x in _named(checkpoints.item_metadata(step).state.tree).items()}
     wanted = {name: signature(x) for name, x in _named(like).items()}
+    with _readable(checkpoints, step):
+        saved = {name: signature(x) for name, x in _named(checkpoints.item_metadata(step).state.tree).items()}
     _check_same(f"checkpoint {checkpoints.directory / str(step)}", saved, wanted)
-    restored = checkpoints.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), extra=ocp.args.JsonRestore()
-        ),
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), extra=ocp.args.JsonRestore()
     )
+    with _readable(checkpoints, step):
+        restored = checkpoints.restore(step, args=args)
     place = lambda x, like: x if _is_committed(like) else jnp.asarray(np.asarray(x))
     return step, jax.tree.map(place, restored.state, like), restored.extra
+
+
+@contextlib.contextmanager
+def _readable(checkpoints: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """What orbax, zarr and tensorstore raise, in up to 150 lines, as a ValueError of one that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:
+        older = [other for other in checkpoints.all_steps() if other < step]
+        instead = f"; if it is damaged, delete it to continue from {max(older)}" if older else ""
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise ValueError(f"checkpoint {checkpoints.directory / str(step)} cannot be read ({cause}){instead}") from None
 
 
 def _is_committed(x: jax.Array | jax.ShapeDtypeStruct) -> bool:

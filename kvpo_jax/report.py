@@ -133,12 +133,6 @@ WIDTH = 1200  # pixels of a strip, about; it shows as many frames as fit, 8 to 2
 INK, FAINT, GOOD, BAD = "#202020", "#8a8a8a", "#1a7f37", "#b42318"
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path | str) -> None:
-    """Writes a PNG with one labelled strip of frames per row; the clips are float[frames, height, width, 3] in [0, 1]
-    or uint8."""
-    _sheet(rows).save(path)
-
-
 def before_after(
     prompts: Sequence[Sequence[str]],
     switch_frames: Sequence[int],

@@ -1,6 +1,7 @@
 """Train states come back bit for bit, even after a kill in the middle of a save; weight files are strict."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,30 @@ def test_an_unfinished_save_is_passed_over(tmp_path):
         assert_bitwise_equal(tree, train_state(1))
         checkpoint.save(checkpoints, 2, train_state(2), {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("damage", ["a cut data file", "no state", "empty metadata"])
+def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_the_one_before(tmp_path, damage):
+    with checkpoint.manager(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, step, train_state(step), {})
+    state = tmp_path / "2" / "state"
+    if damage == "a cut data file":
+        largest = max((path for path in state.rglob("d/*")), key=lambda path: path.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+    elif damage == "no state":
+        shutil.rmtree(state)
+    else:
+        (state / "_METADATA").write_text("")
+    for open_checkpoints in (checkpoint.reader, lambda path: checkpoint.manager(path, keep=3)):
+        with open_checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError) as error:
+            checkpoint.restore_latest(checkpoints, train_state(0.0))
+        assert str(error.value).startswith(f"checkpoint {tmp_path / '2'} cannot be read (")
+        assert str(error.value).endswith("if it is damaged, delete it to continue from 1")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    shutil.rmtree(tmp_path / "1")
+    with checkpoint.reader(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"2 cannot be read \(.*\)$"):
+        checkpoint.restore_latest(checkpoints, train_state(0.0))
 
 
 def test_reading_where_nothing_is_makes_nothing(tmp_path):

@@ -1,10 +1,15 @@
 """Prompt embeddings on disk: what was written is found again, by us and by tfds, and a kill changes nothing."""
 
+import os
+import shutil
+
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from kvpo_jax import backbone, checkpoint
+from kvpo_jax import config as config_lib
 from kvpo_jax.data import embeddings
 
 DIM, TEXT_LEN, COUNT = 3, 5, 150  # three shards, the last one not full
@@ -97,6 +102,71 @@ def test_other_inputs_are_refused(folder):
     assert contents(folder) == before
 
 
+def test_damaged_files_are_named_and_made_again(folder, tmp_path):
+    """Cut off, or changed in the middle, which is only seen when it is read."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    shards = sorted(copy.glob("*array_record*"))
+    content = shards[1].read_bytes()
+    for file in (copy / "sentences.json", copy / "features.json", shards[1]):
+        os.truncate(file, file.stat().st_size // 2)
+        named = copy if file.name == "features.json" else file
+        with pytest.raises(ValueError, match=f"{named} is damaged .*; delete it and run .*tools/encode_prompts.py"):
+            embeddings.open_embeddings(copy)
+        file.unlink()
+        write(copy)
+        assert contents(copy) == contents(folder)
+    shards[1].write_bytes(content[:3000] + bytes(100) + content[3100:])
+    opened = embeddings.open_embeddings(copy)
+    with pytest.raises(ValueError, match=f"{shards[1]} is damaged"):
+        opened.lookup(SENTENCES)
+
+
 def test_no_folder(tmp_path):
     with pytest.raises(FileNotFoundError, match="tools/encode_prompts.py"):
         embeddings.open_embeddings(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- a backbone that reads them
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    """LongLive with these embeddings, a prompt file of ten of their sentences, and four of them held out."""
+    checkpoint.save_weights(tmp_path / "vae.safetensors", {}, {"kind": "wan_vae", "config": "{}"})
+    (tmp_path / "p.txt").write_text("".join(f"{sentence}\n" for sentence in SENTENCES[:10]))
+    fields = {
+        "paths.vae": tmp_path / "vae.safetensors", "paths.prompts": tmp_path / "p.txt", "paths.embeddings": folder,
+        "model.text_len": TEXT_LEN, "model.text_dim": DIM, "train.held_out": 4, "eval.prompts": 4,
+    }  # fmt: skip
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    return config_lib.override(config_lib.load("configs/longlive.py"), arguments)
+
+
+def test_what_is_trained_on_does_not_depend_on_what_is_evaluated(config):
+    """Another eval.prompts continues the same stream, and evaluates the first of what was held out all along."""
+    made = backbone.load(config)
+    stream = [made.prompts("train", i) for i in range(12)]
+    heldout = [made.prompts("heldout", i) for i in range(4)]
+    assert len({s[0] for s in stream}) == 6 and not {s[0] for s in stream} & {s[0] for s in heldout}
+    config.eval.prompts = 2
+    fewer = backbone.load(config)
+    assert [fewer.prompts("train", i) for i in range(12)] == stream
+    assert [fewer.prompts("heldout", i) for i in range(2)] == heldout[:2]
+
+
+def test_more_held_out_prompts_than_there_are_is_an_error(config):
+    config.eval.prompts = 6
+    with pytest.raises(ValueError, match="config.eval.prompts=6, but only config.train.held_out=4 sequences"):
+        backbone.load(config)
+    config.train.held_out = 10
+    with pytest.raises(ValueError, match="p.txt: 10 held-out sequences of 10 .*; lower config.train.held_out"):
+        backbone.load(config).prompts("train", 0)
+
+
+def test_sentences_without_an_embedding_are_found_with_the_first_prompt(config):
+    with open(config.paths.prompts, "a") as file:
+        file.write("a  cat &amp; 77 döner\na dog\na hare\na  dog\n")
+    made = backbone.load(config)  # a video of another prompt needs none of them
+    with pytest.raises(ValueError, match="has no embedding of 'a dog', 2 sentences missing in all; .*encode_prompts"):
+        made.prompts("heldout", 0)

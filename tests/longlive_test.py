@@ -42,7 +42,7 @@ def get_config(preset="paper"):
     c.eval.scorer = ""
     c.reward.weights = ConfigDict(dict(motion=1.0, smoothness=0.5))
     c.reward.clip_frames = 8
-    c.train.update(prompts_per_iteration=1, iterations=2, checkpoint_every=1, warmup=1, learning_rate=1e-3)
+    c.train.update(held_out=2, prompts_per_iteration=1, iterations=2, checkpoint_every=1, warmup=1, learning_rate=1e-3)
     c.eval.update(prompts=2, batch=2, every=0)
     return c
 """

@@ -70,6 +70,8 @@ def test_text_with_one_prompt_per_line(tmp_path):
     """Brackets and numbers inside a prompt do not make a file formatted."""
     path = write(tmp_path, "a.txt", "\ufeffA fox, [slowly], turns.\n\n  3 hares; 2, then 1\n")
     assert prompts.load(path) == [Sequence(("A fox, [slowly], turns.",), 1), Sequence(("3 hares; 2, then 1",), 3)]
+    path = write(tmp_path, "b.txt", '{a fox}\n{"caption": "a hare"}\n')
+    assert texts(prompts.load(path)) == [["{a fox}"], ['{"caption": "a hare"}']]
 
 
 def test_jsonl(tmp_path):
@@ -104,6 +106,7 @@ def test_segments_are_bounded(tmp_path):
         ("a.jsonl", '{"prompts": "a"}\n', r'a\.jsonl:1: expected {"prompts"'),
         ("a.jsonl", '{"prompts": ["a", null]}\n', r"a\.jsonl:1: the prompt null is not a string"),
         ("a.jsonl", '{"prompts": []}\n', r"a\.jsonl:1: there is no prompt"),
+        ("a.txt", 'a\n{"prompts": ["b"]}\n', r"a\.txt:2: a line .* of a \.jsonl file; rename the file to \.jsonl"),
         ("a.txt", "\n", r"a\.txt: none of its 0 prompt sequences"),
         ("a.csv", "a\n", r"a\.csv: the name of a prompt file ends in \.txt or \.jsonl"),
     ],
@@ -219,6 +222,14 @@ def test_tfds_dataset_has_the_split_of_the_file(tmp_path):
     changed = prompts_tfds.build(path, tmp_path / "data", min_segments=2)
     assert changed.data_path != builder.data_path and set(changed.info.splits) == {"train"}
     assert len(changed.as_data_source("train")) == 9
+
+
+def test_a_renamed_file_is_another_tfds_dataset(tmp_path):
+    """The name decides how its lines are read."""
+    path = write(tmp_path, "p.txt", "a fox\n")
+    prompts_tfds.build(path, tmp_path / "data")
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: not JSON"):
+        prompts_tfds.build(path.rename(tmp_path / "p.jsonl"), tmp_path / "data")
 
 
 def test_a_malformed_file_leaves_no_tfds_dataset(tmp_path):

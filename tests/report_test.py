@@ -56,11 +56,10 @@ def test_progress_tells_the_rate_and_the_time_left(capsys):
     assert capsys.readouterr().out.count("\n") == 3
 
 
-def test_contact_sheet_shows_pixels_as_squares(tmp_path):
+def test_strips_show_pixels_as_squares():
     rng = np.random.default_rng(0)
     clips = rng.random((2, 3, 12, 12, 3)).astype(np.float32)
-    report.contact_sheet([("anchor", clips[0]), ("branch 0", clips[1])], tmp_path / "sheet.png")
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    sheet = np.asarray(report._sheet([("anchor", clips[0]), ("branch 0", clips[1])]))
     right = 12  # the margin; tiles of 48 pixels, 4 to a pixel of the clip, end there
     tile = sheet[26 : 26 + 48, -right - 1 - 48 : -right - 1]
     np.testing.assert_array_equal(tile[::4, ::4], np.round(255 * clips[0, 2]).astype(np.uint8))

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax.rewards import composite
+from kvpo_jax import backbone, rollout
+from kvpo_jax import config as config_lib
+from kvpo_jax.rewards import composite, registry
 from kvpo_jax.rewards.composite import Clip
 
 same_frame = lambda frame: frame  # the toy's latent -> pixel map
@@ -65,29 +67,15 @@ def test_golden_clip_specs(golden):
 @pytest.mark.golden
 def test_golden_segment_for_frame(golden):
     for case in golden["segment_for_frame"]:
-        assert composite.segment_for_frame(case["frame"], case["switch"]) == case["seg"]
+        assert rollout.segment_of(case["frame"], case["switch"]) == case["seg"]
 
 
 @pytest.mark.golden
-def test_golden_chunks_and_aligned_switches(golden):
-    for case in golden["switch_alignment"]:
-        chunks = composite.chunk_layout(case["total"], case["chunk_size"], case["min_new"])
-        assert chunks == [(c["start_frame"], c["start_frame"] + c["new_frames"]) for c in case["chunks"]]
-        raw = [int(s) for s in case["raw"].split(",")]
-        if case["align"]:
-            assert list(composite.align_switches(raw, case["num_segments"], chunks)) == case["switch"]
-        else:
-            assert raw[: case["num_segments"] - 1] == case["switch"]
-
-
-@pytest.mark.golden
-def test_golden_policy_window(golden, golden_dir):
-    block_frames = json.loads((golden_dir / "config_tiny.json").read_text())["num_frame_per_block"]
-    for case in golden["policy_window"]:
-        resolved = composite.policy_window(
-            case["policy_window_frames"], case["P"] * block_frames, case["multiple"], case["available"], block_frames
-        )
-        assert resolved == case["resolved"]
+def test_golden_switches_begin_chunks(golden):
+    """The released code moves a switch to the next start of a chunk; those of configs/longlive.py lie on one."""
+    (case,) = golden["switch_alignment"]
+    video = config_lib.load("configs/longlive.py").video
+    assert (video.blocks * video.block_frames, list(video.switch_frames)) == (case["total"], case["switch"])
 
 
 # ---------------------------------------------------------------- clips
@@ -111,16 +99,6 @@ def test_segments_of_one_frame_are_not_scored():
 def test_missing_switch_frames_are_an_error():
     with pytest.raises(ValueError, match="4 prompts need 3 switch frames"):
         composite.segment_clips(48, 4, (12, 24), 0, same_frame)
-
-
-def test_switches_that_cannot_be_aligned_are_an_error():
-    chunks = composite.chunk_layout(57, 21, 18)
-    assert chunks == [(0, 21), (21, 39), (39, 57)]
-    assert composite.align_switches((5, 30), 3, chunks) == (21, 39)
-    assert composite.align_switches((50,), 2, chunks) == (39,)  # no later start: the last chunk's
-    for switches, segments, layout in [((22, 30), 3, chunks), ((5,), 2, [(0, 21)]), ((5,), 3, chunks)]:
-        with pytest.raises(ValueError, match="switch frames"):
-            composite.align_switches(switches, segments, layout)
 
 
 # ---------------------------------------------------------------- scores
@@ -176,10 +154,33 @@ def test_composite_is_the_weighted_sum():
 
 
 def test_a_weight_without_a_component_is_an_error():
-    with pytest.raises(ValueError, match="weights.HPS=1.0: config.reward.scorer has only VQ, MQ"):
+    with pytest.raises(ValueError, match="weights.HPS=1: config.reward.scorer has only VQ, MQ; add .*HPS=0"):
         composite.composite({"VQ": jnp.ones((1, 1)), "MQ": jnp.ones((1, 1))}, {"VQ": 1.0, "HPS": 1.0})
-    with pytest.raises(ValueError, match="every config.reward.weights is 0"):
-        composite.composite({"VQ": jnp.ones((1, 1))}, {})
+    with pytest.raises(ValueError, match="no reward counts: add .* of config.reward.scorer, VQ"):
+        composite.composite({"VQ": jnp.ones((1, 1))}, {"MQ": 0.0})
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["reward.scorer=toy", "reward.weights.smoothness=1"], "weights.smoothness=1: .* has only VQ, MQ, TA;"),
+        ([f"reward.weights.{name}=0" for name in ("VQ", "MQ", "TA")], "no reward counts: .*, VQ or MQ or TA$"),
+        (["reward.scorer=toy,motion"], "config.eval.scorer has a component 'motion' that config.reward.scorer has too"),
+    ],
+)
+def test_rewards_that_cannot_be_weighed_are_an_error_before_anything_is_generated(arguments, message):
+    config = config_lib.override(config_lib.load("configs/tiny.py"), [f"--config.{x}" for x in arguments])
+    with pytest.raises(ValueError, match=message):
+        backbone.load(config)
+
+
+def test_components_are_those_that_the_scorers_give():
+    """Without weights; those of hpsv3 and videoalign are in rewards_learned_test.py."""
+    for name, sentence in (("motion", "a"), ("toy", "a red disk moves left")):
+        given = registry.Rewards(name, {})(jnp.ones((1, 4, 8, 8, 3)), [sentence])
+        assert given.keys() == set(registry.components_of(name))
+    assert registry.components_of("toy, motion") == ["VQ", "MQ", "TA", "motion", "smoothness"]
+    assert registry.components_of("") == [] and registry.components_of("toy,mine:score") is None
 
 
 def test_score_rollout_separates_branches_and_anchor():
@@ -197,7 +198,7 @@ def test_score_rollout_separates_branches_and_anchor():
 
 def test_score_window_is_the_local_signal_of_the_fork_segment():
     pixels, prompts, switches = counting_video(1, 3, 10), [["a", "bb", "ccc"]], (4, 8)
-    segment = composite.segment_for_frame(5, switches)
+    segment = rollout.segment_of(5, switches)
     scores = composite.score_window(
         mean_and_length, pixels[:, :2], pixels[:, 2], [p[segment] for p in prompts], {"red": 1.0, "length": 1.0}, (3, 6)
     )

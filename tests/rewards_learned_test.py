@@ -28,7 +28,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from kvpo_jax.models import qwen2_vl, reward_model, reward_weights
 from kvpo_jax.models.qwen2_vl import Qwen2VLConfig, TextConfig, VisionConfig
 from kvpo_jax.models.reward_model import HPSV3_TOKENS, VIDEOALIGN_TOKENS, RewardConfig, VideoAlignConfig
-from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, templates, videoalign
+from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, registry, templates, videoalign
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -274,7 +274,7 @@ def test_hpsv3(base, hpsv3_files, hpsv3_weights):
     mu = torch_hpsv3(model, base, pixels)
     scorer = hpsv3.load(hpsv3_weights)
     scores = composite.score_clips(scorer, jnp.asarray(pixels)[:, None], PROMPTS)
-    assert scores.keys() == {"VQ", "VQ_best"} and scores["VQ"].shape == (2, 1)
+    assert scores.keys() == {"VQ", "VQ_best"} == set(registry.COMPONENTS["hpsv3"]) and scores["VQ"].shape == (2, 1)
     np.testing.assert_allclose(scores["VQ"][:, 0], mu.mean(axis=1), atol=1e-4, rtol=0)
     assert np.ptp(mu, axis=1).min() > 0.01
 
@@ -309,7 +309,7 @@ def test_videoalign(base, videoalign_files, videoalign_weights):
     scorer = videoalign.load(videoalign_weights)
     scores = scorer(pixels, PROMPTS)
     expected = {"MQ": motion, "TA": ta, "videoalign_VQ": vq, "videoalign_MQ": mq, "Overall": vq + mq + ta}
-    assert scores.keys() == expected.keys()
+    assert scores.keys() == expected.keys() == set(registry.COMPONENTS["videoalign"])
     for name, value in expected.items():
         np.testing.assert_allclose(scores[name], value, atol=1e-4, rtol=0, err_msg=name)
     assert np.abs(motion - mq).min() > 0.01
@@ -371,6 +371,8 @@ def test_converted_file(base, hpsv3_files, hpsv3_weights):
     assert metadata["kind"] == "hpsv3"
     assert (cfg.text, cfg.vision, cfg.dtype) == (tiny(1).text, tiny(1).vision, "float32")
     assert (cfg.head, cfg.token_ids, cfg.image_token) == ((24, 8, 2), (BASE_TOKENS,), IMAGE_PAD)
+    pixels = lambda cfg: (cfg.min_pixels, cfg.max_pixels)  # HPSv3 gets frames of one size, whatever theirs is
+    assert pixels(cfg) == pixels(reward_model.HPSV3) == (200_704, 200_704)
     assert cfg.template.format(text_prompt="{x}") == HPSV3_TEXT.format("{x}")
     assert [Path(source["file"]) for source in json.loads(metadata["manifest"])["sources"]] == [checkpoint]
     assert "backbone/layers/q/kernel" in json.loads(metadata["manifest"])["tensors"]

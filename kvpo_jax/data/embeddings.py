@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tqdm import tqdm
 
 from kvpo_jax import config as config_lib
@@ -37,6 +37,7 @@ class Embeddings(Mapping[str, np.ndarray]):
       folder: that `write` has filled.
       index: cleaned sentence -> its record.
       source: the records.
+      shards: the files that hold them, SHARD in each.
       text_len: K.
       dim: width of an embedding.
     """
@@ -44,6 +45,7 @@ class Embeddings(Mapping[str, np.ndarray]):
     folder: Path
     index: Mapping[str, int]
     source: Sequence[Mapping[str, Any]]
+    shards: Sequence[Path]
     text_len: int
     dim: int
 
@@ -51,13 +53,25 @@ class Embeddings(Mapping[str, np.ndarray]):
         record = self.index.get(text.clean(sentence))
         if record is None:
             raise KeyError(f"{self.folder} has no embedding of {sentence!r}; a new folder with it is made by {COMMAND}")
-        return self.source[record]["embedding"]
+        try:
+            return self.source[record]["embedding"]
+        except (RuntimeError, TypeError, ValueError) as error:  # what array_record and tfds make of damaged records
+            raise _damaged(self.shards[record // SHARD], error) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.index)
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def check(self, sentences: Iterable[str]) -> None:
+        """Raises a ValueError for sentences that have no embedding here, without reading any; names the first."""
+        missing = [sentence for sentence in dict.fromkeys(map(text.clean, sentences)) if sentence not in self.index]
+        if missing:
+            raise ValueError(
+                f"{self.folder} has no embedding of {missing[0]!r}, {len(missing)} sentences missing in all; a new "
+                f"folder with them is made by {COMMAND}"
+            )
 
     def lookup(self, sentences: Sequence[str]) -> np.ndarray:
         """bfloat16[n, K, dim], zero past a sentence's end; KeyError names a sentence that is not here."""
@@ -73,12 +87,34 @@ def open_embeddings(folder: Path | str) -> Embeddings:
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has no prompt embeddings; make them with {COMMAND}")
-    written = json.loads((folder / INDEX).read_text())
     if not (folder / "dataset_info.json").is_file():
         raise ValueError(f"{folder}: the embeddings are not finished; run the command that began them again, {COMMAND}")
-    source = tfds.builder_from_directory(folder).as_data_source(SPLIT)
+    written = _read_index(folder)
+    try:
+        builder = tfds.builder_from_directory(folder)
+        split, source = builder.info.splits[SPLIT], builder.as_data_source(SPLIT)
+    except Exception as error:  # whatever tfds makes of the files
+        raise _damaged(folder, error) from error
+    shards = [Path(path) for path in split.filepaths]
+    for shard in shards:
+        try:
+            ArrayRecordReader(str(shard)).close()  # it has read the footer
+        except RuntimeError as error:
+            raise _damaged(shard, error) from error
     index = {sentence: record for record, sentence in enumerate(written["sentences"])}
-    return Embeddings(folder, index, source, written["text_len"], written["dim"])
+    return Embeddings(folder, index, source, shards, written["text_len"], written["dim"])
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / INDEX).read_text())
+    except json.JSONDecodeError as error:
+        raise _damaged(folder / INDEX, error) from error
+
+
+def _damaged(path: Path, cause: Exception) -> ValueError:
+    """The error of a file, or of the whole folder; what is still there is not made again."""
+    return ValueError(f"{path} is damaged ({cause!r}); delete it and run the command that made it again, {COMMAND}")
 
 
 def write(
@@ -106,7 +142,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     index = {"text_len": text_len, "dim": dim, **made_from, "sentences": list(sentences)}
     if (folder / INDEX).is_file():
-        begun = json.loads((folder / INDEX).read_text())
+        begun = _read_index(folder)
         other = [name for name in index if begun.get(name) != index[name]]
         if other:
             raise ValueError(f"{folder} has embeddings with other {', '.join(other)}; name a new folder, or delete it")

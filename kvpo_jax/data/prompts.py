@@ -76,7 +76,7 @@ def parse(text: str, suffix: str) -> tuple[list[Sequence], list[tuple[int, str]]
     if suffix == ".jsonl":
         read = _read_json
     else:
-        read = _read_fields if any(_FORMATTED.match(line) for _, line in lines) else lambda line: ([line], None)
+        read = _read_fields if any(_FORMATTED.match(line) for _, line in lines) else _read_plain
     sequences, problems = [], []
     for number, line in lines:
         fields, problem = read(line)
@@ -103,6 +103,17 @@ def _read_json(line: str) -> tuple[list[str], str | None]:
     if wrong:
         return [], f"the prompt {json.dumps(wrong[0])} is not a string"
     return prompts, None
+
+
+def _read_plain(line: str) -> tuple[list[str], str | None]:
+    """A line that is one prompt, unless it was written for a `.jsonl`."""
+    if line.startswith("{"):
+        try:
+            if "prompts" in json.loads(line):
+                return [], 'a line {"prompts": ...} of a .jsonl file; rename the file to .jsonl'
+        except json.JSONDecodeError:
+            pass
+    return [line], None
 
 
 def _read_fields(line: str) -> tuple[list[str], str | None]:

@@ -62,15 +62,16 @@ def build(
 ) -> PromptSequences:
     """The prepared builder of a prompt file; `build(...).as_data_source("train")` has random access to its rows.
 
-    The dataset's name has a checksum of the file and of the options: what exists under `data_dir` is used again, and a
-    changed file is another dataset.
+    The dataset's name has a checksum of the file, its suffix and the options: what exists under `data_dir` is used
+    again, and a changed file is another dataset.
 
     Raises:
       ValueError: as `prompts.load` and `prompts.split`.
     """
     path = Path(path)
     options = {"min_segments": min_segments, "max_segments": max_segments, "heldout": heldout, "seed": seed}
-    checksum = hashlib.sha256(path.read_bytes() + repr(options).encode()).hexdigest()[:16]
+    # The suffix decides how the file is read.
+    checksum = hashlib.sha256(path.read_bytes() + repr((path.suffix.lower(), options)).encode()).hexdigest()[:16]
     config = PromptFile(name=f"{path.stem}-{checksum}", path=str(path), **options)
     builder = PromptSequences(data_dir=data_dir, config=config, file_format="array_record")
     builder.download_and_prepare()

@@ -20,6 +20,8 @@ from kvpo_jax.types import Array, PyTree
 
 HPSV3_TOKENS = ("<|Reward|>",)
 VIDEOALIGN_TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
+# Pixels of a frame, in squares of 28 x 28: HPSv3's 256 are its training's, VideoAlign's 128 the least of a video.
+HPSV3_PIXELS, VIDEO_MIN_PIXELS = 256 * 28 * 28, 128 * 28 * 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +67,11 @@ class VideoAlignConfig(RewardConfig):
 # The published checkpoints, without their instructions; the converter reads a config from the files that it converts.
 HPSV3 = RewardConfig(
     dataclasses.replace(QWEN2_VL_7B.text, vocab=151658), head=(1024, 16, 2), head_bias=True, tokens=HPSV3_TOKENS,
-    token_ids=(151657,), template="", min_pixels=100_352, max_pixels=200_704,
+    token_ids=(151657,), template="", min_pixels=HPSV3_PIXELS, max_pixels=HPSV3_PIXELS,
 )  # fmt: skip
 VIDEOALIGN = VideoAlignConfig(
     dataclasses.replace(QWEN2_VL_2B.text, vocab=151660), head=(3,), head_bias=False, tokens=VIDEOALIGN_TOKENS,
-    token_ids=(151657, 151658, 151659), template="", min_pixels=100_352, max_pixels=200_704, mean=(0.0,) * 3,
+    token_ids=(151657, 151658, 151659), template="", min_pixels=VIDEO_MIN_PIXELS, max_pixels=200_704, mean=(0.0,) * 3,
     std=(1.0,) * 3, sample_type="uniform", fps=2.0, num_frames=None,
 )  # fmt: skip
 

@@ -17,15 +17,19 @@ import numpy as np
 
 from kvpo_jax.models import qwen2_vl_weights
 from kvpo_jax.models.qwen2_vl import Qwen2VLConfig
-from kvpo_jax.models.reward_model import HPSV3_TOKENS, VIDEOALIGN_TOKENS, RewardConfig, VideoAlignConfig
+from kvpo_jax.models.reward_model import (
+    HPSV3_PIXELS,
+    HPSV3_TOKENS,
+    VIDEO_MIN_PIXELS,
+    VIDEOALIGN_TOKENS,
+    RewardConfig,
+    VideoAlignConfig,
+)
 from kvpo_jax.models.wan_weights import Shapes, Table, check_ranks
 
 # The Linears of a head by their number; between HPSv3's are ReLU and dropout.
 _HEADS = {1: ("rm_head",), 3: ("rm_head.0", "rm_head.3", "rm_head.5")}
 PADS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}  # field of the config -> token
-# Pixels of a frame, in squares of 28 x 28: HPSv3's 256 are its training's, VideoAlign's 128 the least of a video.
-_SQUARE = 28 * 28
-_HPSV3_PIXELS, _VIDEO_MIN_PIXELS = 256 * _SQUARE, 128 * _SQUARE
 _LORA = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -113,8 +117,8 @@ def hpsv3_config(shapes: Shapes, base: Mapping[str, Any], ids: Mapping[str, int]
     return RewardConfig(
         **_fields(_backbone(shapes, base, ids)),
         head=tuple(shapes[f"{module}.weight"][0] for module in _HEADS[3]), head_bias=True, tokens=HPSV3_TOKENS,
-        token_ids=tuple(ids[token] for token in HPSV3_TOKENS), template=template, min_pixels=_HPSV3_PIXELS,
-        max_pixels=_HPSV3_PIXELS,
+        token_ids=tuple(ids[token] for token in HPSV3_TOKENS), template=template, min_pixels=HPSV3_PIXELS,
+        max_pixels=HPSV3_PIXELS,
     )  # fmt: skip
 
 
@@ -148,6 +152,6 @@ def videoalign_config(
     return VideoAlignConfig(
         **_fields(_backbone(shapes, base, ids)),
         head=(len(VIDEOALIGN_TOKENS),), head_bias=False, tokens=VIDEOALIGN_TOKENS,
-        token_ids=tuple(ids[token] for token in VIDEOALIGN_TOKENS), template=template, min_pixels=_VIDEO_MIN_PIXELS,
+        token_ids=tuple(ids[token] for token in VIDEOALIGN_TOKENS), template=template, min_pixels=VIDEO_MIN_PIXELS,
         max_pixels=max_pixels, mean=mean, std=std, **sampling,
     )  # fmt: skip

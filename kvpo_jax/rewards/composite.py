@@ -9,10 +9,9 @@ Everything above `score_clips` is arithmetic on Python ints. Windows are half op
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import chex
 import jax.numpy as jnp
@@ -40,21 +39,10 @@ def latent_to_pixel(frame: int, stride: int = 4) -> int:
     return 1 + stride * (frame - 1) if frame > 0 else 0
 
 
-def segment_for_frame(frame: int, switch_frames: Sequence[int]) -> int:
-    """The prompt segment of a latent frame; a segment begins at its switch frame."""
-    return bisect.bisect_right(switch_frames, frame)
-
-
 def clip_window(center: int, total: int, clip_len: int) -> tuple[int, int]:
     """[start, end) of `clip_len` of `total` frames, centred where the borders allow; all where there are fewer."""
     end = min(max(center - clip_len // 2, 0) + clip_len, total)
     return max(end - clip_len, 0), end
-
-
-def _first_switches(switch_frames: Sequence[int], segments: int) -> tuple[int, ...]:
-    if len(switch_frames) < segments - 1:
-        raise ValueError(f"{segments} prompts need {segments - 1} switch frames, got {tuple(switch_frames)}")
-    return tuple(switch_frames[: segments - 1])
 
 
 def segment_clips(
@@ -72,52 +60,14 @@ def segment_clips(
     Returns:
       Clips in order. A segment of fewer than two frames, or behind the video's end, has none.
     """
-    switches = _first_switches(switch_frames, segments)
-    bounds = (0, *(min(to_pixel(f), total) for f in switches), total)
+    if len(switch_frames) < segments - 1:
+        raise ValueError(f"{segments} prompts need {segments - 1} switch frames, got {tuple(switch_frames)}")
+    bounds = (0, *(min(to_pixel(f), total) for f in switch_frames[: segments - 1]), total)
     return [
         Clip(m, *(clip_window((start + end) // 2, total, clip_frames) if clip_frames else (start, end)))
         for m, (start, end) in enumerate(itertools.pairwise(bounds))
         if end - start >= 2
     ]
-
-
-# ---------------------------------------------------------------- chunks of the released code (latent frames)
-
-
-def chunk_layout(total: int, first: int, following: int) -> list[tuple[int, int]]:
-    """The chunks in which the released code generates: `first` frames, then `following` at a time, then the rest."""
-    bounds = [0, *range(first, total, following), total]
-    return list(itertools.pairwise(bounds))
-
-
-def align_switches(switch_frames: Sequence[int], segments: int, chunks: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """The first M - 1 switches, each moved to the next start of a chunk (of the last chunk where there is no next).
-
-    Raises:
-      ValueError: two switches meet at one chunk, or there are fewer than M - 1.
-    """
-    switches = _first_switches(switch_frames, segments)
-    starts = [start for start, _ in chunks[1:]]
-    next_start = lambda frame: min((s for s in starts if s >= frame), default=starts[-1] if starts else 0)
-    aligned = tuple(next_start(f) for f in switches)
-    if len({0, *aligned}) <= len(switches):
-        raise ValueError(f"switch frames {switches} do not begin different chunks: aligned to {aligned}")
-    return aligned
-
-
-def policy_window(requested: int, perturbed: int, multiple: float, available: int, block_frames: int) -> int:
-    """Latent frames after the fork that the released code counts as its policy window, in whole blocks.
-
-    Args:
-      requested: frames; 0 asks for `multiple` times the perturbed ones. Never fewer than those.
-      perturbed: frames of the perturbed window, F * W.
-      multiple: see `requested`.
-      available: frames from the fork to the end of the video.
-      block_frames: F.
-    """
-    whole_blocks = lambda frames: -(-frames // block_frames) * block_frames
-    wanted = max(requested or round(multiple * perturbed), perturbed)
-    return min(whole_blocks(wanted), whole_blocks(available))
 
 
 # ---------------------------------------------------------------- scores
@@ -189,18 +139,34 @@ def segment_rewards(
     return {name: sum(s[name] for s in scores) / len(scores) for name in scores[0]}
 
 
-def composite(components: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
-    """The weighted sum of components float[P, T] (paper §3.4: VQ, MQ and TA); ValueError names a weight without one."""
-    counted = {name: weight for name, weight in weights.items() if weight}
-    for name in counted:
-        if name not in components:
+def check(optimised: Collection[str] | None, watched: Collection[str] | None, weights: Mapping[str, float]) -> None:
+    """Raises a ValueError for a weight without a component, and for a component that is optimised and watched too.
+
+    Args:
+      optimised: components of config.reward.scorer; None if they are not known yet.
+      watched: components of config.eval.scorer, likewise.
+      weights: config.reward.weights.
+    """
+    if not any(weights.values()):
+        known = f", {' or '.join(optimised)}" if optimised else ""
+        raise ValueError(f"no reward counts: add --config.reward.weights.COMPONENT=1 of config.reward.scorer{known}")
+    if optimised is None:
+        return
+    for name, weight in weights.items():
+        if weight and name not in optimised:
             raise ValueError(
-                f"config.reward.weights.{name}={weights[name]}: config.reward.scorer has only {', '.join(components)}; "
-                "weights of 0 leave a component out"
+                f"config.reward.weights.{name}={weight:g}: config.reward.scorer has only {', '.join(optimised)}; "
+                f"add --config.reward.weights.{name}=0 to leave it out"
             )
-    if not counted:
-        raise ValueError(f"every config.reward.weights is 0; config.reward.scorer has {', '.join(components)}")
-    return sum(weight * components[name] for name, weight in counted.items())
+    for name in watched or ():
+        if name in optimised:
+            raise ValueError(f"config.eval.scorer has a component {name!r} that config.reward.scorer has too; drop one")
+
+
+def composite(components: Mapping[str, Array], weights: Mapping[str, float]) -> Array:
+    """The weighted sum of components float[P, T] (paper §3.4: VQ, MQ and TA); ValueError as `check`."""
+    check(components, (), weights)
+    return sum(weight * components[name] for name, weight in weights.items() if weight)
 
 
 def _trajectories(branches: Array, anchor: Array) -> Array:
@@ -251,7 +217,7 @@ def score_window(
     Args:
       branches: pixels [P, G, frames, h, w, 3], as in `score_clips`.
       anchor: pixels [P, frames, h, w, 3].
-      sentences: P, of the segment that holds the fork (`segment_for_frame`).
+      sentences: P, of the segment that holds the fork (`rollout.segment_of`).
       weights: component -> weight, see `composite`.
       window: [start, end) in pixel frames.
       scorer: see the module.

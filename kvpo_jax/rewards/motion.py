@@ -3,7 +3,7 @@
 They guard against the two cheap ways to please a learned reward, a still picture and flicker, and they are the
 shortest example of a scorer of your own:
 
-    --config.reward.scorer=kvpo_jax.rewards.motion:score
+    --config.reward.scorer=kvpo_jax.rewards.motion:score --config.reward.weights.smoothness=1 --config.eval.scorer=
 """
 
 from __future__ import annotations

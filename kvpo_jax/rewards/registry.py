@@ -17,11 +17,24 @@ SCORERS: dict[str, Callable[[Mapping[str, str]], Scorer]] = {
     "motion": lambda paths: motion.score,
     "toy": lambda paths: toy.score,
 }
+# Name -> its components, so that they are known before weights are loaded.
+COMPONENTS = {
+    "hpsv3": ("VQ", "VQ_best"),
+    "videoalign": ("MQ", "TA", "videoalign_VQ", "videoalign_MQ", "Overall"),
+    "motion": ("motion", "smoothness"),
+    "toy": ("VQ", "MQ", "TA"),
+}
 
 
 def names_of(names: str) -> list[str]:
     """The names in a list that commas separate."""
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def components_of(names: str) -> list[str] | None:
+    """The components of a list of names; None if a function of your own is there, which tells its own as it scores."""
+    listed = names_of(names)
+    return [x for name in listed for x in COMPONENTS[name]] if COMPONENTS.keys() >= set(listed) else None
 
 
 class Rewards:
