@@ -31,12 +31,13 @@ import kvpo_jax
 
 PACKAGE = Path(__file__).resolve().parent
 TINY = "configs/tiny.py"  # what runs when nothing else is asked for
+MAX_FRAMES = 1024  # positions of models.layers' rotary table, which is clamped: later frames would share the last one
 
 # Fields that name an alternative.
 CHOICES = {
     "backbone": ("toy", "longlive", "memflow"),
     "model.dtype": ("float32", "bfloat16"),
-    "model.attention": ("auto", "xla"),
+    "model.attention": ("auto", "cudnn", "xla"),
     "model.remat": ("none", "products", "block"),
     "sampler.solver": ("euler", "renoise"),
     "rollout.draw": ("independent", "dispersed"),
@@ -50,9 +51,9 @@ CHOICES = {
 }
 # The smallest value that means something; a group needs two branches to have a spread, an interval two prompts.
 MINIMUM = {
-    "model.dim": 1, "model.num_heads": 1, "model.num_layers": 1, "lora.rank": 1,
+    "model.dim": 1, "model.num_heads": 1, "model.num_layers": 1, "model.freq_dim": 2, "lora.rank": 1,
     "video.height": 1, "video.width": 1, "video.blocks": 1, "video.block_frames": 1,
-    "sampler.shift": 0.0, "sampler.context_step": 0.0, "window.sink": 0, "window.recache_frames": 0,
+    "sampler.context_step": 0.0, "window.sink": 0, "window.recache_frames": 0,
     "window.bank": 0, "window.bank_interval": 1, "model.sparse_memory": 0,
     "rollout.branches": 2, "rollout.branch_chunk": 0, "rollout.window_blocks": 1, "rollout.perturbed_steps": 0,
     "replay.sigma_floor": 0.0, "replay.blocks": 0, "replay.grad_steps": 1, "replay.chunk": 0,
@@ -62,9 +63,9 @@ MINIMUM = {
     "train.prompts_per_iteration": 1, "train.epochs": 1, "train.rollouts_per_sync": 1,
     "train.learning_rate": 0.0, "train.warmup": 0, "train.weight_decay": 0.0, "train.ema_decay": 0.0,
     "train.checkpoint_every": 1, "train.keep": 1, "train.video_every": 0,
-    "eval.prompts": 2, "eval.every": 0, "eval.batch": 1, "mesh.data": 0, "mesh.branch": 0,
+    "eval.prompts": 2, "eval.every": 0, "eval.batch": 0, "mesh.data": 0, "mesh.branch": 0,
 }  # fmt: skip
-POSITIVE = ("objective.tau", "lora.alpha", "train.grad_clip")
+POSITIVE = ("sampler.shift", "objective.tau", "lora.alpha", "train.grad_clip")
 # Files that the backbones other than the toy read, and what makes them.
 FILES = {
     "weights": "python tools/convert_weights.py CHECKPOINT --output=FILE",
@@ -77,9 +78,11 @@ FILES = {
     "paths.embeddings": "python tools/encode_prompts.py --prompts=FILE --output=FOLDER ...",
     "paths.prompts": "a file of prompt sequences (docs/data.md)",
 }
-# What may differ when a run is continued: how long it runs, and what is only looked at.
+# What may differ when a run is continued: how long it runs, what is only looked at, and the machine: its devices and
+# where it has the files, which are taken to be the same ones.
 RESUMABLE = (
     "train.iterations", "train.checkpoint_every", "train.keep", "train.video_every", "eval.", "reward.resident",
+    "mesh.", "paths.", "weights",
 )  # fmt: skip
 
 
@@ -140,7 +143,10 @@ def load(spec: str) -> ConfigDict:
         raise ValueError(f"{path} defines no get_config()")
     if preset and not inspect.signature(module.get_config).parameters:
         raise ValueError(f"{path} has no presets, so not {preset!r} either")
-    return module.get_config(*([preset] if preset else [])).lock()
+    config = module.get_config(*([preset] if preset else [])).lock()
+    if file != shipped(TINY):
+        check_fields(config, file)
+    return config
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
@@ -152,11 +158,15 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
 
 def load_saved(path: Path) -> ConfigDict:
     """The configuration that a run directory's config.json holds."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is not the directory of a run: there is no {path}")
     try:
         saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         raise ValueError(f"{path} is not a saved configuration: {error}") from error
-    return ConfigDict(_with_tuples(saved)).lock()
+    config = ConfigDict(_with_tuples(saved) if isinstance(saved, dict) else {}).lock()
+    check_fields(config, path)
+    return config
 
 
 def _with_tuples(value: Any) -> Any:
@@ -179,6 +189,8 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
                 config.reward.weights[match[1]] = config.reward.weights.get(match[1], 0.0)
     names, sections = flat(config), {name.rpartition(".")[0] for name in flat(config)}
     for argument in arguments:
+        if re.match(r"--?config=", argument):
+            raise ValueError(f"{argument}: the configuration is the run's own; --config.FIELD=VALUE changes a field")
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if not match or match[1] in names:
             continue
@@ -202,9 +214,14 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         raise ValueError(str(error)) from error
     if left:
         raise ValueError(f"unexpected argument {left[0]!r}")
+    given, scorers = values["config"].override_values, lambda listed: {name.strip() for name in listed.split(",")}
     with values["config"].value.unlocked() as out:
-        for name, value in values["config"].override_values.items():
+        for name, value in given.items():
             out.update_from_flattened_dict({name: _like(name, value, names[name])})
+        # The weights in a configuration are of its scorers' components: they go when none of these is named any more.
+        if not scorers(names["reward.scorer"]) & scorers(out.reward.scorer):
+            own = {name: weight for name, weight in out.reward.weights.items() if f"reward.weights.{name}" in given}
+            out.reward.weights = ConfigDict(own)
     return out.lock()
 
 
@@ -219,6 +236,19 @@ def _like(name: str, value: Any, default: Any) -> Any:
 
 
 # ---------------------------------------------------------------- checks
+
+
+def check_fields(config: ConfigDict, path: Path) -> None:
+    """Raises a ValueError if what `path` holds has other fields than configs/tiny.py: another version's, or foreign.
+
+    The components in reward.weights are the scorers' business.
+    """
+    names = lambda config: {name for name in flat(config) if not name.startswith("reward.weights.")}
+    own, known = names(config), names(load(str(shipped(TINY))))
+    listed = lambda names: ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    faults = {"missing": sorted(known - own), "unknown": sorted(own - known)}
+    if found := [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]:
+        raise ValueError(f"{path} has other fields than {TINY}, {'; '.join(found)}; correct it or name another")
 
 
 def check(config: ConfigDict) -> None:
@@ -240,7 +270,30 @@ def check(config: ConfigDict) -> None:
             f"config.sampler.steps={config.sampler.steps}, config.sampler.context_step={config.sampler.context_step}: "
             "expected levels that fall, from 1 at most"
         )
-    steps, frames = len(config.sampler.steps), config.video.blocks * config.video.block_frames
+    model, video = config.model, config.video
+    if len(model.patch) != 3 or min(model.patch) < 1:
+        raise ValueError(f"config.model.patch={model.patch}: expected the frames, height and width of a token")
+    for name, divisor, what in (
+        ("model.dim", 2 * model.num_heads, "twice config.model.num_heads"),  # rotary positions turn pairs of channels
+        ("model.freq_dim", 2, "a cosine and a sine"),
+        ("video.height", model.patch[1], "config.model.patch[1]"),
+        ("video.width", model.patch[2], "config.model.patch[2]"),
+        ("window.recache_frames", video.block_frames, "config.video.block_frames"),
+    ):
+        if fields[name] % divisor:
+            raise ValueError(f"config.{name}={fields[name]} is no multiple of {divisor}, {what}")
+    if video.switch_frames and not config.window.recache_frames:
+        raise ValueError(
+            f"config.window.recache_frames=0, but prompts switch at config.video.switch_frames={video.switch_frames}"
+        )
+    if config.train.ema_decay > 1:
+        raise ValueError(f"config.train.ema_decay={config.train.ema_decay} is more than 1")
+    steps, frames = len(config.sampler.steps), video.blocks * video.block_frames
+    if frames > MAX_FRAMES:
+        raise ValueError(
+            f"config.video.blocks={video.blocks} of config.video.block_frames={video.block_frames} are {frames} "
+            f"frames; there are positions for {MAX_FRAMES}"
+        )
     for name in ("rollout.perturbed_steps", "replay.grad_steps"):
         if fields[name] > steps:
             raise ValueError(f"config.{name}={fields[name]}, but config.sampler.steps has only {steps}")
@@ -254,11 +307,20 @@ def check(config: ConfigDict) -> None:
             f"config.rollout.branch_chunk={config.rollout.branch_chunk} does not divide "
             f"config.rollout.branches={config.rollout.branches}"
         )
-    switches = (0, *config.video.switch_frames, frames)
-    if list(switches) != sorted(set(switches)) or any(f % config.video.block_frames for f in switches):
+    if config.eval.batch and config.eval.prompts % config.eval.batch:
         raise ValueError(
-            f"config.video.switch_frames={config.video.switch_frames}: expected ascending multiples of "
-            f"config.video.block_frames={config.video.block_frames} between 0 and {frames}, the frames of the video"
+            f"config.eval.prompts={config.eval.prompts} is no multiple of config.eval.batch={config.eval.batch}"
+        )
+    check_switches(f"config.video.switch_frames={video.switch_frames}", video.switch_frames, video.block_frames, frames)
+
+
+def check_switches(given: str, switch_frames: Sequence[int], block_frames: int, frames: int) -> None:
+    """Raises a ValueError that begins with `given` unless every prompt segment has blocks of its own."""
+    bounds = (0, *switch_frames, frames)
+    if list(bounds) != sorted(set(bounds)) or any(f % block_frames for f in bounds):
+        raise ValueError(
+            f"{given}: expected ascending multiples of config.video.block_frames={block_frames} between 0 and "
+            f"{frames}, the frames of the video"
         )
 
 
@@ -267,17 +329,17 @@ def check_files(config: ConfigDict, needed: Sequence[str] = ("weights", "paths.v
 
     Sentences are encoded with paths.embeddings, or else with paths.umt5 and paths.tokenizer.
     """
-    fields = flat(config)
+    fields, needs = flat(config), {}
     if config.backbone != "toy":
         text = ("paths.embeddings",) if config.paths.embeddings else ("paths.umt5", "paths.tokenizer")
+        needs |= dict.fromkeys((*needed, *text), f"the {config.backbone} backbone")
+    if "paths.prompts" in needed:  # and scored
         scorers = f"{config.reward.scorer},{config.eval.scorer}".replace(" ", "").split(",")
-        scored = [f"paths.{name}" for name in ("hpsv3", "videoalign") if name in scorers]
-        for name in (*needed, *(scored if "paths.prompts" in needed else ()), *text):
-            if not fields[name]:
-                instead = " (or name config.paths.embeddings)" if name in ("paths.umt5", "paths.tokenizer") else ""
-                raise ValueError(
-                    f"the {config.backbone} backbone needs --config.{name}=..., made by: {FILES[name]}{instead}"
-                )
+        needs |= {f"paths.{name}": f"the scorer {name}" for name in ("hpsv3", "videoalign") if name in scorers}
+    for name, what in needs.items():
+        if not fields[name]:
+            instead = " (or name config.paths.embeddings)" if name in ("paths.umt5", "paths.tokenizer") else ""
+            raise ValueError(f"{what} needs --config.{name}=..., made by: {FILES[name]}{instead}")
     for name in FILES:
         if fields[name] and not Path(fields[name]).exists():
             raise ValueError(f"config.{name}={fields[name]}: there is no such file; it is made by {FILES[name]}")
@@ -297,9 +359,19 @@ def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
 # ---------------------------------------------------------------- run directories
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether there is something to continue; what is being saved has a longer name."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
-    """Where the run is or will be: `workdir`, or the newest run under runs/ to resume, or a new directory there."""
+    """Where the run is or will be: `workdir`, or the newest run under runs/ to resume, or a new directory there.
+
+    A run without a checkpoint, which may never have begun, is resumed if there is no other.
+    """
     if workdir:
+        if Path(workdir).is_file():
+            raise ValueError(f"--workdir={workdir} is a file; name a directory")
         if resume and not (Path(workdir) / "config.json").exists():
             raise ValueError(f"--resume: there is no run in {workdir}")
         return Path(workdir)
@@ -307,7 +379,7 @@ def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
         configs = list(Path("runs").glob("*/config.json"))
         if not configs:
             raise ValueError(f"--resume: there is no run under {Path('runs').absolute()}")
-        return max(configs, key=lambda file: file.stat().st_mtime).parent
+        return max(configs, key=lambda file: (has_checkpoint(file.parent), file.stat().st_mtime)).parent
     path, _, preset = (spec or TINY).partition(":")
     name = "-".join([Path(path).stem, *([preset] if preset else []), time.strftime("%Y%m%d-%H%M%S")])
     candidates = (Path("runs", f"{name}-{i}" if i else name) for i in itertools.count())
@@ -317,28 +389,32 @@ def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
 def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) -> ConfigDict:
     """The checked configuration of the run in `workdir`, new or continued; None is no run at all.
 
-    A continued run that is given no `spec` keeps its own configuration, with `arguments` over it.
+    A continued run that is given no `spec` keeps its own configuration, with `arguments` over it. Before there is a
+    checkpoint, any configuration may replace the one that is saved.
     """
     record = workdir and workdir / "config.json"
     saved = load_saved(record) if record and record.exists() else None
     base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
     config = override(base, arguments)
     check(config)
-    if saved is not None:
+    if saved is not None and has_checkpoint(workdir):
         check_resumable(saved, config)
     return config
 
 
 def start_run(config: ConfigDict, workdir: Path) -> None:
-    """Leaves config.json and versions.json in `workdir`; says so if a continued run meets other versions."""
+    """Leaves config.json and versions.json in `workdir`; says in what a run that is continued differs from them."""
     workdir.mkdir(parents=True, exist_ok=True)
-    record, now = workdir / "versions.json", versions()
-    before = json.loads(record.read_text()) if record.exists() else now
-    changed = [f"{name} {before.get(name)} -> {value}" for name, value in now.items() if before.get(name) != value]
-    if changed:
-        print(f"not bit for bit the run that was interrupted: {', '.join(changed)}", flush=True)
-    write_json(config.to_dict(), workdir / "config.json")
-    write_json(now, record)
+    for record, now, what in (
+        (workdir / "config.json", config.to_dict(), "continued with another configuration"),
+        (workdir / "versions.json", versions(), "not bit for bit the run that was interrupted"),
+    ):
+        if has_checkpoint(workdir) and record.exists():
+            before = flat(_with_tuples(json.loads(record.read_text())))
+            pairs = [(name, before.get(name), value) for name, value in flat(now).items()]
+            if changed := [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]:
+                print(f"{what}: {', '.join(changed)}", flush=True)
+        write_json(now, record)
 
 
 def versions() -> dict[str, Any]:

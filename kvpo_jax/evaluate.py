@@ -4,12 +4,14 @@
     python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion [--hpsv3=FILE] [--videoalign=FILE]
 
 The first compares reference, online and EMA policy on the same prompts and noise. The second scores the videos of a
-folder in the order of their names, one prompt sequence each, as training does: a clip in the middle of every segment.
+folder in the order of their names (2.mp4 before 10.mp4), one prompt sequence each, as training does: a clip in the
+middle of every segment.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,15 +30,17 @@ from kvpo_jax.decoder import Decoder
 from kvpo_jax.rewards import composite, registry
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
+OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "output")  # flags that say nothing of a run
 
 
 def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     """Prints the held-out table of a run's newest checkpoint."""
-    config = config_lib.resolve(None, workdir, arguments)
+    # The run is looked at and not continued, so any field may differ here.
+    config = config_lib.override(config_lib.load_saved(workdir / "config.json"), arguments)
+    config_lib.check(config)
     config_lib.check_files(config)
     config_lib.use_compilation_cache()
-    branches = rollout.branches_at_once(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, config.train.prompts_per_iteration, branches)
+    mesh = rollout.make_mesh(config)
     backbone = backbone_lib.load(config)
     like = train.init_state(config, train.make_optimiser(config.train), mesh)
     iteration, state = train.newest_state(workdir, like)
@@ -67,28 +71,37 @@ def score_videos(
 ) -> dict[str, dict[str, float]]:
     """Scores every video of `folder`, writes them to `output` as CSV and prints a table; file name -> components.
 
+    A row is written as soon as it is known, so that an error keeps those before it.
+
     Raises:
-      ValueError: if there are not as many prompt sequences as videos, or a file is no video.
+      ValueError: if there are not as many prompt sequences as videos, or a file is no video or cannot be scored.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    parts = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+    files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
     if not files:
         raise ValueError(f"{folder} has no videos ({', '.join(SUFFIXES)})")
     if len(files) != len(sequences):
         raise ValueError(f"{folder} has {len(files)} videos, but there are {len(sequences)} prompt sequences")
+    output.parent.mkdir(parents=True, exist_ok=True)
     rows = {}
-    for path, sequence in zip(files, sequences, strict=True):
-        try:
-            video = iio.imread(path)
-        except Exception as error:  # a decoder's errors have no common type
-            raise ValueError(f"{path} cannot be read as a video: {error}") from error
-        rows[path.name] = score_video(scorer, video, sequence.sentences, clip_frames)
-        print(f"{len(rows)}/{len(files)}  {path.name}", end="\r", file=sys.stderr, flush=True)
-    names = list(next(iter(rows.values())))
-    rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
     with output.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["video", *names])
-        table.writerows([name, *(row[n] for n in names)] for name, row in rows.items() if name != "mean")
+        for path, sequence in zip(sorted(sorted(files), key=parts), sequences, strict=True):
+            try:
+                video = iio.imread(path)
+            except Exception as error:  # a decoder's errors have no common type
+                raise ValueError(f"{path} cannot be read as a video: {error}") from error
+            try:
+                row = score_video(scorer, video, sequence.sentences, clip_frames)
+            except (ValueError, AssertionError, FloatingPointError) as error:  # of a length, a shape, a score
+                raise ValueError(f"{path}: {error}") from error
+            if not rows:
+                names, table = list(row), csv.DictWriter(file, ["video", *row])
+                table.writeheader()
+            rows[path.name] = row
+            table.writerow({"video": path.name, **row})
+            file.flush()
+            print(f"{len(rows)}/{len(files)}  {path.name}", end="\r", file=sys.stderr, flush=True)
+    rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
     width = max(map(len, rows))
     print(" " * width, *(f"{name:>12s}" for name in names))
     for name, row in rows.items():
@@ -104,6 +117,8 @@ def main(arguments: list[str]) -> None:
         if bool(given.workdir) == bool(given.videos):
             raise ValueError("give either --workdir or --videos")
         if given.workdir:
+            if useless := [f"--{name}" for name in OF_VIDEOS if given[name].present]:
+                raise ValueError(f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE says")
             evaluate_run(Path(given.workdir), arguments[1:])
         else:
             if arguments[1:]:
@@ -117,13 +132,14 @@ def main(arguments: list[str]) -> None:
                     )
             config_lib.use_compilation_cache()
             if not registry.names_of(given.rewards):
-                known = ", ".join(registry.SCORERS)
-                raise ValueError(f"--rewards names nothing; there are {known} and your own module:function")
+                raise ValueError("--rewards names nothing; there are hpsv3, videoalign, motion, module:function")
+            if "toy" in registry.names_of(given.rewards):
+                raise ValueError("--rewards=toy scores the toy's own 8x8 pixels, which no video file has; try motion")
             scorer = registry.Rewards(given.rewards, {"hpsv3": given.hpsv3, "videoalign": given.videoalign})
             sequences = prompts.load(Path(given.prompts))
             output = Path(given.output or Path(given.videos) / "scores.csv")
             score_videos(scorer, Path(given.videos), sequences, given.clip_frames, output)
-    except (ValueError, OSError) as error:
+    except (ValueError, KeyError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
 
 

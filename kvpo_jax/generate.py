@@ -87,19 +87,36 @@ def switches(segments: int, blocks: int, block_frames: int) -> tuple[int, ...]:
     return tuple(round(m * blocks / segments) * block_frames for m in range(1, segments))
 
 
+def given_switches(given: Sequence[str], block_frames: int, frames: int) -> tuple[int, ...]:
+    """The frames that --switch_frames lists, as good as those of config.video.switch_frames."""
+    flag = f"--switch_frames={','.join(given)}"
+    try:
+        switch_frames = tuple(map(int, given))
+    except ValueError as error:
+        raise ValueError(f"{flag}: expected latent frames, as in 12,24") from error
+    config_lib.check_switches(flag, switch_frames, block_frames, frames)
+    return switch_frames
+
+
 def schedule(sentences: Sequence[str], switch_frames: Sequence[int]) -> Callable[[int], str]:
     """`sentence_at` of a prompt sequence."""
     return lambda frame: sentences[rollout.segment_of(frame, switch_frames)]
 
 
 def typed(lines: Iterator[str]) -> Callable[[int], str]:
-    """`sentence_at` of what is typed: the newest line that is not empty; the first is waited for."""
-    waiting: queue.Queue[str] = queue.Queue()
+    """`sentence_at` of what is typed: the newest line that is not empty; the first is waited for.
+
+    ValueError if there is none before the lines end; later the last one stays.
+    """
+    waiting: queue.Queue[str | None] = queue.Queue()
 
     def listen():
-        for line in lines:
-            if line.strip():
-                waiting.put(line.strip())
+        try:
+            for line in lines:
+                if line.strip():
+                    waiting.put(line.strip())
+        finally:
+            waiting.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
     current = None
@@ -109,8 +126,10 @@ def typed(lines: Iterator[str]) -> Callable[[int], str]:
         if current is None:
             print("type a prompt, and while the video streams the next ones:", flush=True)
             current = waiting.get()
+            if current is None:
+                raise ValueError("--interactive: the input ended before a prompt was typed")
         while not waiting.empty():
-            current = waiting.get()
+            current = waiting.get() or current
         return current
 
     return sentence_at
@@ -138,10 +157,10 @@ def enlarge(pixels: np.ndarray) -> np.ndarray:
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else pixels
 
 
-def name_of(index: int, sentence: str) -> str:
-    """A file name that tells the videos apart."""
+def name_of(index: int, videos: int, sentence: str) -> str:
+    """A file name that tells the videos apart; in the order of the names they are in that of their index."""
     words = re.sub(r"[^a-z0-9]+", "_", sentence.lower()).strip("_")
-    return f"{index:03d}_{words[:48]}.mp4"
+    return f"{index:0{max(3, len(str(videos - 1)))}d}_{words[:48]}.mp4"
 
 
 def write_video(
@@ -218,26 +237,36 @@ def main(arguments: list[str]) -> None:
         else:
             config = config_lib.resolve(given.config, None, overrides)
         config_lib.check_files(config, ("weights", "paths.vae"))
+        if Path(given.output).is_file():
+            raise ValueError(f"--output={given.output} is a file; name a folder")
         frames = given.num_frames or config.video.blocks * config.video.block_frames
         blocks, rest = divmod(frames, config.video.block_frames)
         if rest or blocks < 1:
             raise ValueError(f"--num_frames={frames} is not a multiple of {config.video.block_frames} latent frames")
+        if frames > config_lib.MAX_FRAMES:
+            raise ValueError(f"--num_frames={frames}, but there are positions for {config_lib.MAX_FRAMES} frames")
         if given.prompts:
             videos = [list(s.sentences) for s in prompts.load(Path(given.prompts))]
         else:
             videos = [given.prompt]
-        at = tuple(int(f) for f in given.switch_frames)
+        if not config.window.recache_frames and any(len(v) != 1 for v in videos):  # typed ones switch too
+            raise ValueError("config.window.recache_frames=0, but prompts switch")
+        if given.interactive and given.switch_frames:
+            raise ValueError("--switch_frames: with --interactive a prompt begins when it is typed")
+        at = given_switches(given.switch_frames, config.video.block_frames, frames)
         timed = [at or switches(len(v), blocks, config.video.block_frames) for v in videos if v]
         for sentences, frames_at in zip(videos, timed, strict=False):
             if len(frames_at) != len(sentences) - 1:
-                raise ValueError(f"{len(sentences)} prompts switch {len(sentences) - 1} times: {sentences}")
+                raise ValueError(
+                    f"--switch_frames={','.join(given.switch_frames)}: {len(sentences)} prompts switch "
+                    f"{len(sentences) - 1} times: {sentences}"
+                )
+        config_lib.use_compilation_cache()
         backbone = backbone_lib.load(config)
         variables = load_policy(config, backbone, workdir, given.lora, given.ema)
-    except (ValueError, FileNotFoundError) as error:
+        stages, decoder = rollout.build(config, sharding.make_mesh(1, 1, 1, 1)), backbone.load_decoder(None)
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    config_lib.use_compilation_cache()
-    stages = rollout.build(config, sharding.make_mesh(1, 1, 1, 1))
-    decoder = backbone.load_decoder(None)
     run = partial(stream, stages, config, backbone.embed, variables)
     for index, sentences in enumerate(videos):
         sentence_at = schedule(sentences, timed[index]) if sentences else typed(iter(sys.stdin))
@@ -248,10 +277,10 @@ def main(arguments: list[str]) -> None:
             return spoken[0]
 
         key = rollout.NoiseKey(rollout.stream(given.seed, "heldout", index), jnp.arange(1))
-        file = Path(given.output) / name_of(index, sentences[0] if sentences else "interactive")
+        file = Path(given.output) / name_of(index, len(videos), sentences[0] if sentences else "interactive")
         try:
             write_video(file, backbone, decoder, run(key, said, blocks), blocks, lambda spoken=spoken: spoken[0])
-        except (ValueError, KeyError) as error:  # a sentence that cannot be encoded
+        except (ValueError, KeyError, OSError) as error:  # a sentence that cannot be encoded, a full disk
             sys.exit(f"error: {error}")
         print(f"wrote {file}", flush=True)
 

@@ -7,6 +7,7 @@ On several hosts one command per process, each with the same arguments (docs/clu
 
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import app, flags, logging
@@ -36,24 +37,32 @@ def main(arguments: list[str]) -> None:
         workdir = config_lib.run_directory(_CONFIG.value, _WORKDIR.value, _RESUME.value)
         config = config_lib.resolve(_CONFIG.value, workdir, arguments[1:])
         config_lib.check_files(config)
-    except ValueError as error:
+        if distributed is not None:
+            join(distributed)
+        config_lib.use_compilation_cache()
+
+        from kvpo_jax import backbone, heldout, rollout, train  # seconds that a mistyped flag should not take
+
+        # What cannot work leaves no run behind: sizes for the devices, scorers, and of the files all but the weights.
+        heldout.batch_size(config, rollout.make_mesh(config))
+        backbone.load(config).prompts("heldout", 0)
+        if sharding.is_main():
+            config_lib.start_run(config, workdir)
+            print(f"run directory: {workdir}", flush=True)
+        train.train_and_evaluate(config, workdir, _PROFILE.value)
+    except (ValueError, OSError, FloatingPointError) as error:  # those that say what is wrong with flag, file or number
         sys.exit(f"error: {error}")
-    if distributed is not None:
-        try:  # waits for all, so that none reads the run directory once the first begins to write there
-            jax.distributed.initialize(**distributed)
-        except ValueError as error:
-            sys.exit(
-                f"error: {error} One of several processes, it seems: give each --coordinator, --num_processes and "
-                "--process_id, or --num_processes=1 if it is a run of its own (docs/cluster.md)"
-            )
-    config_lib.use_compilation_cache()
-    if sharding.is_main():
-        config_lib.start_run(config, workdir)
-        print(f"run directory: {workdir}", flush=True)
 
-    from kvpo_jax import train  # its imports take seconds that a mistyped flag should not
 
-    train.train_and_evaluate(config, workdir, _PROFILE.value)
+def join(distributed: dict[str, Any]) -> None:
+    """Waits for all processes, so that none reads the run directory once the first begins to write there."""
+    try:
+        jax.distributed.initialize(**distributed)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} One of several processes, it seems: give each --coordinator, --num_processes and "
+            "--process_id, or --num_processes=1 if it is a run of its own (docs/cluster.md)"
+        ) from error
 
 
 if __name__ == "__main__":

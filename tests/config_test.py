@@ -4,6 +4,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kvpo_jax import config as config_lib
+from kvpo_jax.models import layers
 
 TINY = config_lib.load(str(config_lib.shipped("configs/tiny.py")))
 FRAMES = TINY.video.blocks * TINY.video.block_frames
@@ -45,6 +46,7 @@ def test_overrides_of_every_type():
         ("--config.video.switch_frames=(1.5,)", r"config.video.switch_frames=(1.5,): expected elements of type int"),
         ("--config.video.switch_frames=ab", r"config.video.switch_frames=('ab',): expected elements of type int"),
         ("--config.train.iterations", "Missing value for flag --config.train.iterations"),
+        ("--config=configs/tiny.py", "--config=configs/tiny.py: the configuration is the run's own;"),
         ("tiny", "unexpected argument 'tiny'"),
     ],
 )
@@ -61,10 +63,23 @@ def test_a_wrong_override_is_named(argument, message):
         ("--config.objective.tau=nan", "config.objective.tau=nan is not finite"),
         ("--config.rollout.branch_chunk=3", "config.rollout.branch_chunk=3 does not divide config.rollout.branches=8"),
         ("--config.objective.tau=0", "config.objective.tau=0.0 is not positive"),
+        ("--config.sampler.shift=0", "config.sampler.shift=0.0 is not positive"),
+        ("--config.video.height=5", "config.video.height=5 is no multiple of 2, config.model.patch[1]"),
+        ("--config.video.width=5", "config.video.width=5 is no multiple of 2, config.model.patch[2]"),
+        ("--config.model.patch=(1,0,2)", "config.model.patch=(1, 0, 2): expected the frames, height and width of a"),
+        ("--config.model.num_heads=5", "config.model.dim=96 is no multiple of 10, twice config.model.num_heads"),
+        ("--config.model.num_heads=32", "config.model.dim=96 is no multiple of 64, twice config.model.num_heads"),
+        ("--config.model.freq_dim=0", "config.model.freq_dim=0 is less than 2"),
+        ("--config.model.freq_dim=65", "config.model.freq_dim=65 is no multiple of 2"),
+        ("--config.train.ema_decay=2", "config.train.ema_decay=2.0 is more than 1"),
+        ("--config.window.recache_frames=0", "config.window.recache_frames=0, but prompts switch at config.video.sw"),
+        ("--config.window.recache_frames=10", "config.window.recache_frames=10 is no multiple of 3, config.video.bl"),
+        ("--config.video.blocks=342", "config.video.blocks=342 of config.video.block_frames=3 are 1026 frames"),
         ("--config.sampler.context_step=1.5", "config.sampler.context_step=1.5: expected levels that fall"),
         ("--config.sampler.steps=(0.5,1.0)", "config.sampler.steps=(0.5, 1.0), "),
         ("--config.rollout.branches=1", "config.rollout.branches=1 is less than 2"),
         ("--config.rollout.perturbed_steps=99", "config.rollout.perturbed_steps=99, but config.sampler.steps has only"),
+        ("--config.eval.prompts=30", "config.eval.prompts=30 is no multiple of config.eval.batch=16"),
         ("--config.video.switch_frames=(12,25)", "config.video.switch_frames=(12, 25): expected ascending multiples"),
         ("--config.video.switch_frames=(24,12)", "config.video.switch_frames=(24, 12): expected ascending multiples"),
         (f"--config.video.switch_frames=({FRAMES},)", f"between 0 and {FRAMES}, the frames of the video"),
@@ -74,6 +89,13 @@ def test_a_value_that_cannot_be_meant_is_named(argument, message):
     with pytest.raises(ValueError) as error:
         config_lib.check(overridden(argument))
     assert message in str(error.value)
+
+
+def test_a_value_at_its_bound_is_sound():
+    config_lib.check(overridden("--config.video.blocks=341", "--config.train.ema_decay=1"))
+    config_lib.check(overridden("--config.model.num_heads=48"))
+    config_lib.check(overridden("--config.video.switch_frames=()", "--config.window.recache_frames=0"))
+    assert config_lib.MAX_FRAMES == layers.MAX_FRAMES
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
@@ -106,11 +128,37 @@ def test_a_saved_configuration_is_the_same(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": 0')
     with pytest.raises(ValueError, match="config.json is not a saved configuration"):
         config_lib.load_saved(tmp_path / "config.json")
+    with pytest.raises(ValueError, match="nowhere is not the directory of a run: there is no .*nowhere/config.json"):
+        config_lib.load_saved(tmp_path / "nowhere" / "config.json")
+
+
+def test_fields_that_a_configuration_lacks_or_has_too_many_are_named(tmp_path):
+    older = TINY.to_dict()
+    older["old"] = older.pop("seed")
+    del older["eval"]["every"]
+    del older["reward"]["weights"]["TA"]  # which components there are is the scorers' business
+    config_lib.write_json(older, tmp_path / "config.json")
+    message = "config.json has other fields than configs/tiny.py, missing: eval.every, seed; unknown: old; correct it"
+    with pytest.raises(ValueError, match=message):
+        config_lib.load_saved(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "dim": 1536}')
+    with pytest.raises(ValueError, match=r"missing: .* and \d+ more; unknown: _class_name, dim; "):
+        config_lib.resolve(None, tmp_path, [])
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config.json has other fields .*missing: .* and \d+ more; correct"):
+        config_lib.load_saved(tmp_path / "config.json")
+    (tmp_path / "own.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
+    with pytest.raises(ValueError, match="own.py has other fields than configs/tiny.py, missing: "):
+        config_lib.load(str(tmp_path / "own.py"))
 
 
 def test_what_may_differ_when_a_run_is_continued():
     longer = overridden("--config.train.iterations=800", "--config.eval.prompts=64", "--config.train.keep=9")
     config_lib.check_resumable(TINY, longer)
+    elsewhere = overridden("--config.mesh.data=1", "--config.paths.lora=/b/lora", "--config.weights=/b/base")
+    config_lib.check_resumable(TINY, elsewhere)
+    with pytest.raises(ValueError, match="config.reward.weights.VQ: the run was started with"):
+        config_lib.check_resumable(TINY, overridden("--config.reward.weights.VQ=1"))
     with pytest.raises(ValueError, match="config.seed: the run was started with 0, not with 1"):
         config_lib.check_resumable(TINY, overridden("--config.seed=1"))
     with pytest.raises(ValueError, match="config.new: the run was started with None, not with 1"):
@@ -129,11 +177,24 @@ def test_run_directories(tmp_path, monkeypatch):
     assert config_lib.run_directory("configs/tiny.py:release", None, resume=False) != first
     assert config_lib.run_directory(None, None, resume=True) == first
     assert config_lib.run_directory(None, str(first), resume=True) == first
+    (first / "checkpoints" / "10").mkdir(parents=True)
+    config_lib.start_run(TINY, first.with_name("newer"))
+    (first.with_name("newer") / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)  # killed as it saved
+    assert config_lib.run_directory(None, None, resume=True) == first
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--workdir=file is a file; name a directory"):
+        config_lib.run_directory(None, "file", resume=False)
 
 
 def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
     assert config_lib.resolve(None, tmp_path, []) == TINY
+    config_lib.start_run(overridden("--config.seed=3"), tmp_path)
+    # Before there is a checkpoint, another configuration may take its place.
+    assert config_lib.resolve(None, tmp_path, []).seed == 3
+    assert config_lib.resolve("configs/tiny.py", tmp_path, ["--config.seed=5"]).seed == 5
     config_lib.start_run(overridden("--config.seed=5", "--config.train.iterations=7"), tmp_path)
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    config_lib.start_run(config_lib.resolve(None, tmp_path, []), tmp_path)
     assert not capsys.readouterr().out
     continued = config_lib.resolve(None, tmp_path, ["--config.train.iterations=9"])
     assert (continued.seed, continued.train.iterations) == (5, 9)
@@ -142,4 +203,22 @@ def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
     versions = config_lib.versions()
     config_lib.write_json({**versions, "jax": "0.1"}, tmp_path / "versions.json")
     config_lib.start_run(continued, tmp_path)
-    assert f"jax 0.1 -> {versions['jax']}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "continued with another configuration: train.iterations 7 -> 9\n" in out
+    assert f"jax 0.1 -> {versions['jax']}" in out
+
+
+def test_files_of_scorers():
+    config = overridden("--config.reward.scorer=toy, hpsv3")
+    with pytest.raises(ValueError, match="the scorer hpsv3 needs --config.paths.hpsv3=..., made by: python tools/conv"):
+        config_lib.check_files(config)
+    config_lib.check_files(config, ("weights", "paths.vae"))  # nothing is scored
+
+
+def test_weights_go_with_the_scorers_that_they_are_of():
+    weights = lambda *arguments: overridden(*arguments).reward.weights.to_dict()
+    mine = "--config.reward.weights.brightness=1"
+    assert weights("--config.reward.scorer=mine:score", mine) == {"brightness": 1.0}
+    assert weights("--config.reward.scorer", "mine:score") == {}
+    beside = {**TINY.reward.weights.to_dict(), "brightness": 1.0}
+    assert weights(mine) == weights("--config.reward.scorer=toy, mine:score", mine) == beside

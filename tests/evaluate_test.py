@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax import generate
+from kvpo_jax import checkpoint, evaluate, generate, rollout, train
+from kvpo_jax import config as config_lib
+from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
 from kvpo_jax.rewards import motion, registry, toy
 
@@ -88,6 +90,41 @@ def test_command_scores_files_as_training_does(tmp_path):
     assert "mean" in done.stdout and "smoothness" in done.stdout
 
 
+def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what_was_scored(tmp_path):
+    sentences = ["two", "nine", "of ten", "last"]
+    for number, name in enumerate(("2", "9", "10", "100")):
+        write_toy_video(tmp_path / f"{name}.mp4", "a red disk moves left", number)
+    sequences = [prompts_lib.Sequence((sentence,), line) for line, sentence in enumerate(sentences, start=1)]
+
+    def score(pixels, prompts):
+        if prompts == ["last"]:
+            raise ValueError("too dark")
+        return {"length": jnp.array([len(prompts[0])])}
+
+    output = tmp_path / "new" / "scores.csv"
+    with pytest.raises(ValueError, match="100.mp4: too dark"):
+        evaluate.score_videos(score, tmp_path, sequences, 0, output)
+    assert output.read_text().split() == ["video,length", "2.mp4,3.0", "9.mp4,4.0", "10.mp4,6.0"]
+
+
+def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
+    fields = {"video.blocks": 2, "video.switch_frames": (), "eval.prompts": 2, "eval.batch": 2, "eval.scorer": ""}
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = config_lib.override(config_lib.load("configs/tiny.py"), arguments)
+    state = train.init_state(config, train.make_optimiser(config.train), rollout.make_mesh(config))
+    with checkpoint.manager(tmp_path / "checkpoints", 1) as checkpoints:
+        checkpoint.save(checkpoints, 3, state, {})
+    saved = config.copy_and_resolve_references()
+    saved.mesh.update(data=4, branch=8)  # 32 devices
+    saved.paths.lora = "/elsewhere/lora.safetensors"
+    config_lib.start_run(saved, tmp_path)
+    here = ["--config.mesh.data=1", "--config.mesh.branch=1", "--config.paths.lora="]
+    evaluate.evaluate_run(tmp_path, here)
+    assert f"iteration 3 of {tmp_path}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="paths.lora=/elsewhere/lora.safetensors: there is no such file"):
+        evaluate.evaluate_run(tmp_path, here[:2])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -96,10 +133,16 @@ def test_command_scores_files_as_training_does(tmp_path):
         (["--videos={dir}", "--prompts={dir}/p.txt"], "has no videos"),
         (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=hpsv3"], "--rewards=hpsv3 needs --hpsv3=FILE, made by"),
         (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=beauty"], "there is no reward 'beauty'"),
+        (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=toy"], "--rewards=toy scores the toy's own 8x8 pixels"),
+        (["--workdir={dir}", "--rewards=motion"], "--rewards is for --videos"),
+        (["--workdir={dir}", "--clip_frames=36"], "--clip_frames is for --videos"),
+        (["--workdir={dir}", "--config=configs/tiny.py"], "the configuration is the run's own"),
+        (["--workdir={dir}/none"], "none is not the directory of a run"),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
     (tmp_path / "p.txt").write_text("1,[a]\n")
+    config_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path)
     done = run(*(argument.format(dir=tmp_path) for argument in arguments))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr

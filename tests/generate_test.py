@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import imageio.v3 as iio
@@ -56,9 +57,20 @@ def test_prompts_may_switch_before_a_window_of_frames_is_there(world):
 
 
 def test_typed_lines_take_over_at_the_next_block():
-    lines = iter([" a red disk moves left \n", "\n"])
-    sentence_at = generate.typed(lines)
-    assert [sentence_at(0), sentence_at(3)] == ["a red disk moves left"] * 2
+    begun, heard = threading.Event(), threading.Event()
+
+    def lines():
+        yield f" {SENTENCES[0]} \n"
+        begun.wait()
+        yield "\n"
+        yield f"{SENTENCES[1]}\n"
+        heard.set()
+
+    sentence_at = generate.typed(lines())
+    assert [sentence_at(0), sentence_at(3)] == [SENTENCES[0]] * 2
+    begun.set()
+    heard.wait()
+    assert [sentence_at(6), sentence_at(9)] == [SENTENCES[1]] * 2  # and stays when the lines have ended
 
 
 def test_segments_are_spread_evenly_over_the_blocks():
@@ -67,6 +79,22 @@ def test_segments_are_spread_evenly_over_the_blocks():
     assert generate.switches(1, 5, 3) == ()
     with pytest.raises(ValueError, match="3 prompts do not fit into 2 blocks"):
         generate.switches(3, 2, 3)
+
+
+def test_switch_frames_are_those_of_blocks():
+    assert generate.given_switches([], 3, 12) == ()
+    assert generate.given_switches(["3", "9"], 3, 12) == (3, 9)
+    for given in ("9,3", "3,3", "0", "4", "12", "-3"):
+        with pytest.raises(ValueError, match=f"--switch_frames={given}: expected ascending multiples of config"):
+            generate.given_switches(given.split(","), 3, 12)
+    with pytest.raises(ValueError, match="--switch_frames=3,a: expected latent frames"):
+        generate.given_switches(["3", "a"], 3, 12)
+
+
+def test_names_are_in_the_order_of_the_prompts():
+    names = [generate.name_of(index, 1001, "a b") for index in (0, 99, 100, 999, 1000)]
+    assert names == sorted(names)
+    assert generate.name_of(999, 1000, "A b!") == "999_a_b.mp4"
 
 
 def run_command(*arguments, stdin=""):
@@ -105,7 +133,15 @@ def test_command_reads_prompts_from_the_terminal(tmp_path):
     "arguments, message",
     [
         (["--prompt=a red disk moves left", "--num_frames=7"], "--num_frames=7 is not a multiple of 3"),
+        (["--prompt=a red disk moves left", "--num_frames=1026"], "there are positions for 1024 frames"),
+        (
+            ["--prompt=a", "--prompt=b", "--config.video.switch_frames=()", "--config.window.recache_frames=0"],
+            "config.window.recache_frames=0, but prompts switch",
+        ),
         (["--num_frames=6"], "give one of --prompt"),
+        (["--interactive", "--num_frames=3"], "--interactive: the input ended before a prompt was typed"),
+        (["--prompt=a", "--prompt=b", "--switch_frames=5"], "--switch_frames=5: expected ascending multiples"),
+        (["--prompt=a", "--prompt=b", "--switch_frames=3,6"], "--switch_frames=3,6: 2 prompts switch 1 times"),
         (["--prompt=a pink disk moves left", "--num_frames=3"], "'pink' is not one of red"),
         (["--prompt=a red disk moves left", "--checkpoint=nowhere"], "nowhere: there is no such run directory"),
         (["--prompt=a", "--config=configs/longlive.py"], "the longlive backbone needs --config.weights"),
@@ -118,3 +154,14 @@ def test_errors_are_one_line(tmp_path, arguments, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_what_is_no_folder_and_no_run_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "WanModel"}')  # of another program's folder
+    for argument, message in (
+        (f"--output={tmp_path / 'config.json'}", "config.json is a file; name a folder"),
+        (f"--checkpoint={tmp_path}", "config.json has other fields than configs/tiny.py, missing: "),
+    ):
+        done = run_command("--prompt=a red disk moves left", "--num_frames=3", argument)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1

@@ -37,6 +37,10 @@ def run(*arguments, cwd, path=ROOT):
         (["--resume"], "--resume: there is no run under"),
         (["--workdri=w"], "no flag --workdri; did you mean 'workdir'?"),
         (["--resume=later"], "flag --resume=later"),
+        (["--config.eval.prompts=30"], "config.eval.prompts=30 is no multiple of config.eval.batch=16"),
+        (["--config.reward.scorer=hpsv2"], "there is no reward 'hpsv2'"),
+        (["--config.mesh.data=3"], "mesh.data=3 does not divide"),
+        (["--config.mesh.data=4", "--config.eval.batch=2"], "shards of prompts"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(tmp_path, arguments, message):
@@ -49,9 +53,23 @@ def test_a_wrong_command_line_is_one_line(tmp_path, arguments, message):
 
 def test_another_configuration_does_not_continue_a_run(tmp_path):
     config_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a" / "checkpoints" / "10").mkdir(parents=True)
     done = run("--resume", "--config.seed=3", cwd=tmp_path)
     assert done.returncode == 1
     assert "config.seed: the run was started with 0, not with 3" in done.stderr
+
+
+def test_what_a_run_stumbles_over_is_one_line_and_may_be_corrected(tmp_path):
+    (tmp_path / "broken.safetensors").write_text("no weights")
+    done = run("--workdir=broken.safetensors", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == "error: --workdir=broken.safetensors is a file; name a directory\n"
+    done = run("--workdir=w", "--config.seed=3", "--config.weights=broken.safetensors", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: broken.safetensors is not a whole safetensors file")
+    assert done.stderr.count("\n") == 1
+    corrected = config_lib.resolve("configs/tiny.py", tmp_path / "w", ["--config.seed=4"])
+    assert (corrected.seed, corrected.weights) == (4, "")
 
 
 def test_help_names_the_flags(tmp_path):
