@@ -129,6 +129,20 @@ def test_flops_are_those_of_the_program():
     assert 0.97 * needed < gradient < 1.25 * needed
 
 
+def test_a_switch_at_the_pivot_by_hand():
+    """LongLive's prompts switch at blocks 13, 25 (the pivot) and 37; a block has 5 passes, a recache is as long as 4.
+
+    The recaches at 13 and 25 are the prefix's, that at 37 is made by the anchor and each of 8 branches.
+    """
+    config, pivot = preset_config("longlive"), benchmark.PRESETS["longlive"].pivot
+    assert (config.video.switch_frames, config.video.blocks, config.rollout.branches) == ((39, 75, 111), 49, 8)
+    assert (config.window.recache_frames, config.rollout.window_blocks, pivot) == (12, 5, 25)
+    passes = {name: work.tokens / (3 * 1560) for name, work in benchmark.counted(config, pivot).items()}
+    assert passes["window_rollout_1"] == 5 * 5 and passes["window_rollout_G"] == 8 * 25
+    replays = 2 * 8 * 5 * 4
+    assert passes["iteration"] == 25 * 5 + 2 * 4 + 9 * (24 * 5 + 4) + replays
+
+
 @pytest.mark.golden
 def test_golden_perf_is_the_work_of_the_golden_file(golden_dir):
     """Sizes, and numbers of passes: 25 a branch, 24 a replayed branch."""

@@ -446,6 +446,29 @@ def test_alpha_is_upstreams_default_or_what_the_adapter_says(lora, tmp_path):
         tool.convert([tmp_path / "lora.pt"], tmp_path / "out.safetensors")
 
 
+@pytest.mark.parametrize(
+    "said", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"to_q": 2}}, {"alpha_pattern": {"to_q": 2}}]
+)
+def test_what_diffusers_metadata_says_and_is_not_supported(lora, tmp_path, said):
+    path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    named = {wan_weights.LORA_NAMES["diffusers"](name): tensor for name, tensor in lora.items()}
+
+    def convert(config):
+        adapter = json.dumps({f"transformer.{name}": value for name, value in config.items()})
+        safetensors.torch.save_file(named, path, {"lora_adapter_metadata": adapter})
+        tool.convert([path], out)
+
+    convert({"r": 4, "lora_alpha": 12, **dict.fromkeys(said, False)})
+    assert json.loads(metadata_of(out)["config"])["alpha"] == 12.0
+    # What stands beside the file does not overrule it, nor the other way round.
+    (tmp_path / "adapter_config.json").write_text(json.dumps(dict.fromkeys(said, False)))
+    with pytest.raises(ValueError, match=f"{next(iter(said))} of .*lora.safetensors is not supported"):
+        convert({"r": 4, "lora_alpha": 4, **said})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=f"{next(iter(said))} of .*adapter_config.json is not supported"):
+        convert({"r": 4, "lora_alpha": 4, **dict.fromkeys(said, False)})
+
+
 def test_an_adapter_that_peft_saved(official, tmp_path):
     """peft's own files, of a module with the official names."""
     config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q", "k", "v", "o", "ffn.0", "ffn.2"])

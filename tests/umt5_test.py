@@ -158,6 +158,8 @@ def test_names():
     for name in ("decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight", "encoder.block.0.layer.0.x"):
         with pytest.raises(ValueError, match=name):
             official_name(name)
-    with pytest.raises(ValueError, match="blocks.0.attn.q.weight"):
-        shapes = {"token_embedding.weight": (8, 4), "blocks.0.pos_embedding.embedding.weight": (32, 2)}
+    shapes = {"token_embedding.weight": (8, 4), "blocks.0.pos_embedding.embedding.weight": (32, 2)}
+    with pytest.raises(ValueError, match="blocks.0.attn.q.weight is missing"):
         config_from_shapes(shapes)
+    with pytest.raises(ValueError, match=r"blocks.0.attn.q.weight has the shape \[4\], expected 2 axes"):
+        config_from_shapes({**shapes, "blocks.0.attn.q.weight": (4,), "blocks.0.ffn.fc1.weight": (4, 4)})

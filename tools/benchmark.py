@@ -155,13 +155,14 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
     forward = lambda block: passed(video.block_frames, past(block))
     text = Work(text_flops(cfg)) * segments
 
+    recache = passed(window.recache_frames, window.sink)
+    switches = lambda block: block * video.block_frames in video.switch_frames
+
     def blocks(first: int, last: int) -> Work:
         """Blocks first ... last - 1 of one trajectory, and the recaches at the prompt switches between."""
         out = Work()
         for block in range(first, last):
-            out += forward(block) * (steps + 1)
-            if block * video.block_frames in video.switch_frames:
-                out += passed(window.recache_frames, window.sink)
+            out += forward(block) * (steps + 1) + recache * (block > first and switches(block))
         return out
 
     def replayed(backward: bool) -> Work:
@@ -176,7 +177,8 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
                 out += forward(block) * (2 if replay.grad_steps >= steps else 1)
         return out * branches + text * own_text
 
-    whole = text + blocks(0, pivot) + blocks(pivot, video.blocks) * (1 + branches)
+    # A switch at the pivot is made once, before the fork.
+    whole = text + blocks(0, pivot) + recache * switches(pivot) + blocks(pivot, video.blocks) * (1 + branches)
     of_window = blocks(pivot, pivot + config.rollout.window_blocks)
     return {
         "denoise_forward": forward(pivot),
@@ -335,7 +337,7 @@ class Bench:
                 tuples=videos.replay, embeddings=self.embeddings, text=text, advantages=advantages,
                 safe=jnp.ones(1, bool), energies_old=reference, energies_ref=reference, on_policy=jnp.asarray(True),
             )  # fmt: skip
-            return apply(state, gradient(state.lora, params, experience, None)[0])
+            return apply(state, gradient(state.lora, params, experience)[0])
 
         return run
 

@@ -298,15 +298,17 @@ def lora_config(shapes, files, aside, given) -> wan_weights.LoRAConfig:
     """The config of a LoRA; alpha is in tensors of ComfyUI's files, and beside those of peft and diffusers."""
     stated = {str(t): t.array.item() for t in aside} | {"--alpha": given["alpha"]}
     for file in files:
-        config = read_json(file.with_name("adapter_config.json"))
-        for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-            if config.get(name):
-                raise ValueError(f"{name} of {file.with_name('adapter_config.json')} is not supported")
+        beside, adapter = file.with_name("adapter_config.json"), {}
+        config = read_json(beside)
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, framework="numpy") as opened:
                 adapter = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-            config |= {name.removeprefix("transformer."): value for name, value in adapter.items()}
-        stated[str(file)] = config.get("lora_alpha")
+            adapter = {name.removeprefix("transformer."): value for name, value in adapter.items()}
+        for where, said in ((beside, config), (file, adapter)):
+            for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+                if said.get(name):
+                    raise ValueError(f"{name} of {where} is not supported")
+        stated[str(file)] = (config | adapter).get("lora_alpha")
     stated = {where: alpha for where, alpha in stated.items() if alpha is not None}
     if len(set(stated.values())) > 1:
         raise ValueError(f"alpha is not one: {', '.join(f'{alpha:g} ({where})' for where, alpha in stated.items())}")

@@ -139,7 +139,7 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
         "replay forward": (
             jax.jit(train.make_energies(config, mesh)), (params, lora, embeddings, text, tuples),
         ),
-        "gradient": (train.make_gradient(config, mesh), (lora, params, experience, None)),
+        "gradient": (train.make_gradient(config, mesh), (lora, params, experience)),
     }  # fmt: skip
 
 

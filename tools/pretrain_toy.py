@@ -10,7 +10,6 @@ generator knows how to read. Gradients flow through the cache.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import optax.contrib
 from absl import app, flags
 
 from kvpo_jax import checkpoint, flow, kv_cache, rollout, routing
+from kvpo_jax import config as config_lib
 from kvpo_jax.data import toy_world
 from kvpo_jax.models.wan import Wan, WanConfig, init_variables
 
@@ -33,16 +33,6 @@ _COPIES = flags.DEFINE_integer("copies", 2, "noise levels per block")
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 1e-2, "peak learning rate (warm-up, cosine decay)")
 _EMA = flags.DEFINE_float("ema", 0.99, "decay of the weights that are saved")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the weights and of the data")
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def tiny_config():
-    """configs/tiny.py, the one home of the toy's sizes."""
-    spec = importlib.util.spec_from_file_location("tiny", ROOT / "configs" / "tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
 
 
 def initial_params(cfg: WanConfig, seed: int):
@@ -108,7 +98,7 @@ def make_loss(config, cfg: WanConfig, copies: int):
             noise_key, level_key, mix_key, row_key, choose_key = jax.random.split(block_key, 5)
             x = jax.lax.dynamic_slice_in_dim(latents, start, frames_in_block, axis=1)
             # What each video attends to: the deployment window, or a routed one where there is history enough.
-            bounds = routing.routable(window, start)
+            bounds = routing.routable(window, start, start)
             selected = routing.draw_independent(row_key, window, p, latents.shape[1], *bounds)
             routed = routing.routed_rows(window, selected, start)
             use_routed = (bounds[1] - bounds[0] >= window.routed) & jax.random.bernoulli(choose_key, 0.5, (p,))
@@ -169,7 +159,7 @@ def make_optimiser(schedule: optax.Schedule, params) -> optax.GradientTransforma
 
 
 def main(_):
-    config = tiny_config()
+    config = config_lib.load(str(config_lib.shipped(config_lib.TINY)))  # the one home of the toy's sizes
     sizes = {**config.model}
     cfg = WanConfig(**sizes)
     video = config.video

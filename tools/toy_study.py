@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from kvpo_jax import config as config_lib
 from kvpo_jax import report, train
@@ -32,12 +34,23 @@ KINDS = {
 }
 
 
-def run(kind: str, seed: int, arguments: Sequence[str]) -> dict:
+def configured(kind: str, seed: int, arguments: Sequence[str]) -> tuple[Path, ConfigDict]:
+    """The directory and the configuration of one run; ValueError if the directory has a run of another one."""
+    workdir, fields = Path(_RUNS.value) / f"{kind.replace(' ', '_')}-{seed}", {"seed": seed, **KINDS[kind]}
+    config = config_lib.resolve(
+        config_lib.TINY, workdir, [*arguments, *(f"--config.{k}={v}" for k, v in fields.items())]
+    )
+    # What a continued run may change, its length say, changes the numbers of a study too.
+    if (record := workdir / "config.json").exists():
+        before, now = config_lib.flat(config_lib.load_saved(record)), config_lib.flat(config)
+        if changed := [name for name in sorted(before | now) if before.get(name) != now.get(name)]:
+            raise ValueError(f"{workdir} has a run with another {changed[0]}; choose another directory with --runs")
+    return workdir, config
+
+
+def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict:
     """The summary of one run, with the means of its metrics over the iterations."""
-    workdir = Path(_RUNS.value) / f"{kind.replace(' ', '_')}-{seed}"
     if not (workdir / "summary.json").exists():
-        fields = {"seed": seed, **KINDS[kind]}
-        config = config_lib.resolve(None, workdir, [*arguments, *(f"--config.{k}={v}" for k, v in fields.items())])
         config_lib.start_run(config, workdir)
         print(f"\n=== {kind}, seed {seed}", flush=True)
         train.train_and_evaluate(config, workdir)
@@ -96,7 +109,12 @@ def main(arguments: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     config_lib.use_compilation_cache()
     plan = [("KVPO", s) for s in range(_SEEDS.value)] + [("shuffled advantages", s) for s in range(_SEEDS.value)]
-    rows = [run(kind, seed, arguments[1:]) for kind, seed in [*plan, ("negated advantages", 0)]]
+    plan.append(("negated advantages", 0))
+    try:
+        runs = [(kind, seed, *configured(kind, seed, arguments[1:])) for kind, seed in plan]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    rows = [run(*each) for each in runs]
     text = "\n".join(
         [
             "# The toy study",

@@ -260,7 +260,7 @@ class TextLayer(nn.Module):
             for name, heads in (("q", text.heads), ("k", text.kv_heads), ("v", text.kv_heads))
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
-        # No token sees the padding on its right anyway; the lengths let fused kernels leave it out.
+        # No token sees the padding on its right anyway; the lengths hide it from the padding itself.
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=lengths)
         x = x + _linear(cfg, text.dim, "o", use_bias=False)(einops.rearrange(y, "n k h d -> n k (h d)"))
 

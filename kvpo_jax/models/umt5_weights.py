@@ -7,11 +7,11 @@ Official names are those of Wan2.1's `models_t5_umt5-xxl-enc-bf16.pth`; `officia
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 import numpy as np
 
 from kvpo_jax.models.umt5 import UMT5Config
+from kvpo_jax.models.wan_weights import Shapes, check_ranks
 
 _TOP = {"token_embedding.weight": "token_embedding/embedding", "norm.weight": "norm/scale"}
 _BLOCK = {
@@ -26,6 +26,11 @@ _BLOCK = {
     "ffn.fc1.weight": "fc1/kernel",
     "ffn.fc2.weight": "fc2/kernel",
 }
+# The tensors that tell the sizes, and how many axes they have.
+_SIZED = {
+    "token_embedding.weight": 2, "blocks.0.pos_embedding.embedding.weight": 2, "blocks.0.attn.q.weight": 2,
+    "blocks.0.ffn.fc1.weight": 2,
+}  # fmt: skip
 # transformers' names -> official ones. The token embedding has two there, tied.
 HF_TOP = {
     "shared.weight": "token_embedding.weight",
@@ -69,20 +74,18 @@ def to_ours(path: str, tensor: np.ndarray) -> np.ndarray:
     return tensor.T if path.endswith("kernel") else tensor
 
 
-def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> UMT5Config:
+def config_from_shapes(shapes: Shapes) -> UMT5Config:
     """The config of the encoder whose tensors, by official name, have these shapes.
 
     max_distance, eps and dtype show in no shape and are those of UMT5-XXL.
 
     Raises:
-      ValueError: names the tensor that is missing.
+      ValueError: names the tensor that is missing or has another number of axes.
     """
-    try:
-        vocab, dim = shapes["token_embedding.weight"]
-        buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-        width, _ = shapes["blocks.0.attn.q.weight"]
-        ffn_dim, _ = shapes["blocks.0.ffn.fc1.weight"]
-    except KeyError as error:
-        raise ValueError(f"not the tensors of a UMT5 encoder: {error} is missing") from None
+    check_ranks("UMT5 encoder", shapes, _SIZED)
+    vocab, dim = shapes["token_embedding.weight"]
+    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
+    width, _ = shapes["blocks.0.attn.q.weight"]
+    ffn_dim, _ = shapes["blocks.0.ffn.fc1.weight"]
     layers = sum(re.fullmatch(r"blocks\.\d+\.norm1\.weight", name) is not None for name in shapes)
     return UMT5Config(vocab, dim, heads, width // heads, ffn_dim, layers, buckets)

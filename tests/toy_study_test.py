@@ -1,0 +1,56 @@
+"""The toy study, on runs that are there already: a directory belongs to one study."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvpo_jax import config as config_lib
+
+TOOL = Path(__file__).resolve().parent.parent / "tools" / "toy_study.py"
+KINDS = {"KVPO": "", "shuffled_advantages": "shuffle_advantages", "negated_advantages": "negate_advantages"}
+BETA = "--config.objective.beta=0.2"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Finished runs of a study with BETA, with numbers out of thin air."""
+    folder = tmp_path_factory.mktemp("runs")
+    heldout = {"reference": 0.4, "online": 0.6, "ema": 0.6, "gain_ci95": [0.1, 0.3], "win_rate": 1, "num_prompts": 32}
+    metrics = dict.fromkeys(("reward_std_in_group", "pixel_std_in_group", "kl", "gate", "energy_std"), 0.5)
+    for kind, flag in KINDS.items():
+        for seed in (0,) if kind == "negated_advantages" else (0, 1):
+            run = folder / f"{kind}-{seed}"
+            arguments = [BETA, f"--config.seed={seed}", *([f"--config.objective.{flag}"] if flag else [])]
+            config_lib.start_run(config_lib.resolve(None, None, arguments), run)
+            summary = {"heldout": heldout | {"gain": 0.2 + seed}, "components": {}, "seconds": {"total": 30}}
+            (run / "summary.json").write_text(json.dumps(summary))
+            (run / "metrics.jsonl").write_text(json.dumps(metrics))
+    return folder
+
+
+def study(runs: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TOOL), f"--runs={runs}", f"--output={runs / 'study.md'}", "--seeds=2", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_finished_runs_are_not_run_again(runs):
+    done = study(runs, BETA)
+    assert done.returncode == 0, done.stderr
+    assert "Mean gain of KVPO over 2 seeds: **+0.7000**" in (runs / "study.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "KVPO-0 has a run with another objective.beta; choose another directory"),
+        ([BETA, "--config.train.iterations=80"], "KVPO-0 has a run with another train.iterations; choose"),
+        ([BETA, "--config.train.iteration=80"], "no field config.train.iteration; did you mean"),
+    ],
+)
+def test_those_of_another_study_are_an_error(runs, arguments, message):
+    done = study(runs, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and message in done.stderr
