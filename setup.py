@@ -51,6 +51,7 @@ setuptools.setup(
             "diffusers>=0.36",
             "peft>=0.18",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
             "scikit-image>=0.24",
             "setuptools>=77",

@@ -57,6 +57,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     # std of the group's energies beta = 5 freezes the policy, at 100 it has the strength 0.05 that trains the toy.
     c.objective.update(tau=100.0, tau_unit="group_std", beta=5.0)
 
+    c.eval.batch = 0  # as many as in training
+
     c.reward.scorer = "hpsv3,videoalign"  # VQ, and MQ and TA (paper §3.4)
     c.reward.clip_frames = 36  # pixel frames scored per prompt segment
 

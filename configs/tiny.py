@@ -134,7 +134,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.prompts = 32  # held-out prompt sequences, the first so many; train.held_out of a prompt file at most
     c.eval.every = 20  # iterations between evaluations
-    c.eval.batch = 16  # videos generated at once
+    c.eval.batch = 16  # videos generated at once; 0 = as many as there are prompts at a time in training
     c.eval.scorer = "motion"  # as reward.scorer; only watched, never optimised: does the reward get hacked?
 
     c.mesh = ConfigDict()

@@ -150,6 +150,29 @@ def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]],
     return embed
 
 
+def decode(vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+    """Latents float[n, F, Y, X, C] to pixels uint8[n, frames, h, w, 3]; `state` is what came before (None: nothing).
+
+    One video at a time: the decoder's activations are a hundred times its input. And in place: so is its state.
+    """
+
+    def of_video(x: Array, before: Any) -> tuple[Array, Any]:
+        pixels, after = wan_vae.decode(vae, decoder, x[None], before)
+        return preprocess.to_uint8((pixels[0] + 1) / 2), after
+
+    def next_frames(state: Any, video: tuple[Array, Array]) -> tuple[Any, Array]:
+        index, x = video
+        pixels, after = of_video(x, jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, index, 1), state))
+        write = lambda s, new: jax.lax.dynamic_update_slice_in_dim(s, new, index, 0)
+        return jax.tree.map(write, state, after), pixels
+
+    if state is None:
+        pixels, state = jax.lax.map(lambda x: of_video(x, None), latents)
+        return pixels, jax.tree.map(lambda s: s[:, 0], state)
+    state, pixels = jax.lax.scan(next_frames, state, (jnp.arange(len(latents)), latents))
+    return pixels, state
+
+
 def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """A causal Wan2.1 generator with its VAE and UMT5; files as `config.check_files` asks for them."""
     cfg = wan_config(config)
@@ -180,31 +203,13 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
     like = wan_vae.abstract_params(vae)
 
-    def decode(decoder: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
-        # One video at a time: the decoder's activations are a hundred times its input. And in place: so is its state.
-        def of_video(x: Array, before: Any) -> tuple[Array, Any]:
-            pixels, after = wan_vae.decode(vae, decoder, x[None], before)
-            return preprocess.to_uint8((pixels[0] + 1) / 2), after
-
-        def next_frames(state: Any, video: tuple[Array, Array]) -> tuple[Any, Array]:
-            index, x = video
-            pixels, after = of_video(x, jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, index, 1), state))
-            write = lambda s, new: jax.lax.dynamic_update_slice_in_dim(s, new, index, 0)
-            return jax.tree.map(write, state, after), pixels
-
-        if state is None:
-            pixels, state = jax.lax.map(lambda x: of_video(x, None), latents)
-            return pixels, jax.tree.map(lambda s: s[:, 0], state)
-        state, pixels = jax.lax.scan(next_frames, state, (jnp.arange(len(latents)), latents))
-        return pixels, state
-
     return Backbone(
         load=partial(load_params, config.weights, cfg),
         load_lora=lambda sharding: load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None,
         prompts=sequence,
         embed=text_encoder(config) if stored is None else stored.lookup,
         load_decoder=lambda sharding: checkpoint.load_weights(config.paths.vae, _placed(like, sharding)),
-        decode=decode,
+        decode=partial(decode, vae),
         rewards=registry.Rewards(config.reward.scorer, config.paths),
         watch=registry.Rewards(config.eval.scorer, config.paths),
         to_pixel=composite.latent_to_pixel,

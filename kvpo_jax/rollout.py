@@ -207,9 +207,10 @@ def branches_at_once(config: ml_collections.ConfigDict) -> int:
     return config.rollout.branch_chunk or config.rollout.branches
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a run: the config's sizes, or those that use the most devices."""
-    return sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts_at_once(config), branches_at_once(config))
+    at_once = prompts_at_once(config), branches_at_once(config)
+    return sharding.make_mesh(config.mesh.data, config.mesh.branch, *at_once, devices)
 
 
 @struct.dataclass

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,15 +56,15 @@ def replay_spec(sink: int, bank: bool = False) -> ReplayTuples:
     )  # fmt: skip
 
 
-def make_mesh(data: int, branch: int, prompts: int, branches: int) -> Mesh:
-    """A mesh of data x branch devices.
+def make_mesh(data: int, branch: int, prompts: int, branches: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of data x branch devices, of all or of those given.
 
     0 lets the device count choose: sizes that divide `prompts` and `branches` and use the most devices; of several,
     the one with most over prompts, for every shard of branches has an anchor of its own. ValueError where given sizes
     do not divide them, or need more devices than there are, or, with several processes, leave some idle or cut one's
     devices into no rectangle.
     """
-    devices = jax.devices()
+    devices = devices or jax.devices()
     if data and prompts % data:
         raise ValueError(f"mesh.data={data} does not divide {prompts} prompts at a time (train.micro_batch)")
     if branch and branches % branch:

@@ -1,12 +1,14 @@
 """What a run costs in memory, before it starts: from shapes, and from the compiled programs, without any accelerator.
 
     python tools/plan_memory.py --config=configs/longlive.py --devices=8 --memory_gb=141
-    python tools/plan_memory.py --config=configs/longlive.py --config.train.prompts_per_iteration=8 --compile
+    python tools/plan_memory.py --config=configs/longlive.py --config.train.micro_batch=8 --compile --target=h200
 
-The first table is arithmetic on shapes and takes seconds. With --compile the programs of an iteration are lowered and
-compiled ahead of time for as many CPU devices, and XLA says what each needs besides its arguments; nothing is
-allocated. XLA's CPU backend has no bfloat16 products and would keep float32 copies of whole caches, so a bfloat16 model
-is compiled in float32 and half of what it needs is shown. A run that does not fit is told which setting would help.
+The first table is what lies on a device in each stage of an iteration, by arithmetic on shapes; it takes seconds. With
+--compile the programs are compiled ahead of time, and XLA says what each needs besides; nothing is allocated.
+--target=h200 compiles for that GPU, which need not be there: JAX's CUDA packages are enough (pip install
+'kvpo_jax[cuda12]'). Otherwise the programs are compiled for CPU devices. XLA's CPU backend has no bfloat16 products and
+would keep float32 copies of whole caches, so a bfloat16 model is compiled in float32 and half of what it needs shown. A
+run that does not fit is told which setting would help.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import app, flags
 
@@ -26,10 +28,61 @@ _CONFIG = flags.DEFINE_string("config", "configs/longlive.py", "FILE[:PRESET]")
 _DEVICES = flags.DEFINE_integer("devices", 8, "devices of the mesh")
 _MEMORY = flags.DEFINE_float("memory_gb", 141.0, "memory of one device, 1e9 bytes (H200: 141)")
 _COMPILE = flags.DEFINE_bool("compile", False, "compile the programs too; minutes at full size")
+_TARGET = flags.DEFINE_enum("target", "cpu", ["cpu", "h100", "h200"], "what they are compiled for")
 _JSON = flags.DEFINE_string("json", "", "file to write the figures to")
 
 GB = 1e9
-PAGES, VAE = "pages (one per trajectory)", "VAE: memory of all trajectories"
+
+# What XLA has to know of a GPU; of these two only memory and its bandwidth differ.
+GPUS = {"h100": (3_352_320_000_000, 84_929_347_584), "h200": (4_800_000_000_000, 150_754_820_096)}
+GPU = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448  shared_memory_per_core: 233472
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  memory_bandwidth: {bandwidth}  device_memory_size: {memory}
+  cuda_compute_capability {{ major: 9 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 12 minor: 8 }}
+device_description_str: "{name}"
+"""
+
+
+class Stage(NamedTuple):
+    """A moment of an iteration.
+
+    Attributes:
+      parts: names of what lies on a device.
+      program: (jitted function, abstract arguments) that runs then, if it is counted.
+    """
+
+    parts: tuple[str, ...]
+    program: tuple[Callable, tuple] | None = None
+
+
+def target_devices(target: str, count: int) -> list:
+    """Devices to compile for: CPUs of this process, or GPUs that are described and need not be there.
+
+    Raises:
+      ValueError: JAX's CUDA packages are not installed.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    if target == "cpu":
+        return jax.devices()[:count]
+    bandwidth, memory = GPUS[target]
+    try:
+        description = GPU.format(bandwidth=bandwidth, memory=memory, name=target)
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=description, topology=f"1x1x{count}"
+        ).devices  # fmt: skip
+    except NotImplementedError as error:
+        raise ValueError(f"--target={target} needs JAX's CUDA packages: pip install 'kvpo_jax[cuda12]'") from error
 
 
 def bytes_of(tree: Any) -> int:
@@ -44,21 +97,20 @@ def bytes_of(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
 
 
-def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]:
-    """(part -> its abstract arrays, program -> (jitted function, abstract arguments)) of an iteration."""
+def plan(config, devices: Sequence) -> tuple[dict[str, Any], dict[str, Stage]]:
+    """(part -> its abstract arrays, title -> Stage) of an iteration and of the held-out evaluation before it."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from kvpo_jax import checkpoint, rollout, sharding, train
+    from kvpo_jax import backbone, checkpoint, decoder, heldout, rollout, sharding, train
     from kvpo_jax.models import wan_vae
     from kvpo_jax.models.wan import init_variables, wan_config
     from kvpo_jax.types import ReplayTuples
 
     cfg, video = wan_config(config), config.video
-    p, g = config.train.micro_batch or config.train.prompts_per_iteration, config.rollout.branches
-    at_once = rollout.branches_at_once(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.branch, p, at_once)
+    p, g = rollout.prompts_at_once(config), rollout.branches_at_once(config)
+    mesh = rollout.make_mesh(config, devices)
     stages, optimiser = rollout.build(config, mesh), train.make_optimiser(config.train)
     m, w = len(video.switch_frames) + 1, rollout.recorded_blocks(config)
     s, slots = len(config.sampler.steps), config.window.sink + config.window.past
@@ -77,20 +129,25 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
     state = train.TrainState(
         array((), jnp.int32, one), lora, lora, lora, lora, placed(jax.eval_shape(optimiser.init, lora), one)
     )
-    embeddings = array((p, m, cfg.text_len, cfg.text_dim), jnp.float32, prompts)
-    text = placed(jax.eval_shape(stages.encode_text, variables, embeddings), sharding.TEXT)
-    history = placed(jax.eval_shape(lambda: stages.blank(p)), sharding.history_spec(config.window.sink, bank))
+
+    # What a batch of prompts begins with.
+    def begun(count: int) -> tuple:
+        embeddings = array((count, m, cfg.text_len, cfg.text_dim), jnp.float32, prompts)
+        text = placed(jax.eval_shape(stages.encode_text, variables, embeddings), sharding.TEXT)
+        history = jax.eval_shape(lambda: stages.blank(count))
+        key = rollout.NoiseKey(placed(jax.eval_shape(jax.random.key, 0), one), array((count,), jnp.int32, one))
+        return embeddings, text, placed(history, sharding.history_spec(config.window.sink, bank)), key
+
+    embeddings, text, history, key = begun(p)
     page = placed(jax.eval_shape(stages.fork, history), sharding.page_spec(config.window.sink, bank))
-    key = rollout.NoiseKey(placed(jax.eval_shape(jax.random.key, 0), one), array((p,), jnp.int32, one))
     block = (video.block_frames, video.height, video.width, cfg.channels)
-    routed = config.window.sink + config.window.past - config.window.near
-    routed -= config.window.sink if config.window.keep_sink else 0
-    selected = array((p, at_once, routed), jnp.int32, one)
+    selected = array((p, g, rollout.routing.window(config).routed), jnp.int32, one)
     plain = sharding.replay_spec(config.window.sink)
     anchor_page = jax.eval_shape(lambda page: rollout.kv_cache.trajectory(page, 0).replace(bank=None), page)
+    branches = config.rollout.branches
     tuples = ReplayTuples(
-        z=array((p, g, w, s, *block), jnp.float32, each),
-        u=array((p, g, w, s, *block), jnp.float32, each),
+        z=array((p, branches, w, s, *block), jnp.float32, each),
+        u=array((p, branches, w, s, *block), jnp.float32, each),
         history=placed(history.replace(bank=None), plain.history),
         page=placed(anchor_page, plain.page),
         rows=array((w, slots), jnp.int32, one),
@@ -99,105 +156,150 @@ def programs(config) -> tuple[dict[str, Any], dict[str, tuple[Callable, tuple]]]
         noise=array((p, w, *block), jnp.float32, prompts),
         bank=jax.tree.map(lambda x: array((*x.shape[:2], w, *x.shape[2:]), x.dtype, jax.P(None, "data")), history.bank),
     )
-    vector = lambda dtype: array((p, g), dtype, each)
+    vector = array((p, branches), jnp.float32, one)
     experience = train.Experience(
-        tuples=tuples, embeddings=embeddings, text=text, advantages=array((p, g), jnp.float32, one),
-        safe=array((p,), bool, one), energies_old=vector(jnp.float32), energies_ref=vector(jnp.float32),
-        on_policy=array((), bool, one),
+        tuples=tuples, embeddings=embeddings, text=text, advantages=vector, safe=array((p,), bool, one),
+        energies_old=vector, energies_ref=vector, on_policy=array((), bool, one),
     )  # fmt: skip
 
     frames = video.blocks * video.block_frames
     toy = config.backbone == "toy"
     pixel_frames, scale = (frames, 2) if toy else (4 * frames - 3, 8)
     pixels = (pixel_frames, scale * video.height, scale * video.width, 3)
-    of_all = lambda shape, dtype: [array((p, g, *shape), dtype, each), array((p, 1, *shape), dtype, prompts)]
+    of_all = lambda shape, dtype: [array((p, branches, *shape), dtype, each), array((p, 1, *shape), dtype, prompts)]
+    micro_batches = config.train.prompts_per_iteration // p
     parts = {
         "base weights": params,
         "LoRA: policy, old, reference, EMA": [lora] * 4,
         "optimiser": state.optimiser,
+        "gradient of LoRA": [lora] * min(2, micro_batches),  # of a micro-batch, and the sum of those before
         "text keys and values": text,
         "history (shared by the branches)": history,
-        PAGES: page,
+        "pages (one per trajectory)": page,
         "replay tuples and the anchor's page": tuples.replace(history=None),
         "latents of all trajectories": of_all((frames, *block[1:]), jnp.float32),
         "pixels of all trajectories": of_all(pixels, jnp.float32 if toy else jnp.uint8),
     }
+
+    # The held-out evaluation has videos of its own, one per prompt.
+    count = heldout.batch_size(config, mesh)
+    _, held_text, held_history, held_key = begun(count)
+    latents = array((count, 1, frames, *block[1:]), jnp.float32, prompts)
+    parts |= {
+        "held out: text, history": (held_text, held_history),
+        "held out: latents": latents,
+        "held out: pixels": array((count, 1, *pixels), jnp.float32 if toy else jnp.uint8, prompts),
+    }
+    held_out, decode, vae_memory, vae_weights = "held out: decoder's memory", None, "decoder's memory", "decoder"
     if not toy:
         vae = wan_vae.VAEConfig()
         if config.paths.vae:
             vae = wan_vae.config_from_dict(checkpoint.metadata_config(config.paths.vae, "wan_vae"))
-        weights = wan_vae.abstract_params(vae)
-        latent = jax.ShapeDtypeStruct((1, 1, *block[1:3], vae.z_dim), jnp.float32)
-        memory = jax.eval_shape(partial(wan_vae.decode, vae), weights, latent)[1]
-        parts[VAE] = [of_all(x.shape[1:], x.dtype) for x in jax.tree.leaves(memory)]
-        parts["VAE: weights"] = weights
+        parts[vae_weights] = weights = placed(wan_vae.abstract_params(vae), one)
+        memory = jax.eval_shape(
+            partial(wan_vae.decode, vae), weights, jax.ShapeDtypeStruct((1, 1, *block[1:3], vae.z_dim), jnp.float32)
+        )[1]
+        at_once = mesh.shape["branch"] if branches % mesh.shape["branch"] == 0 else 1
+        spec = decoder.spec_of(mesh, at_once)
+        remembered = lambda p, t, spec: jax.tree.map(lambda x: array((p, t, *x.shape[1:]), x.dtype, spec), memory)
+        in_turn = remembered(p, at_once, spec)
+        parts[vae_memory] = remembered(p, 1, prompts), in_turn  # the anchor's at the fork, and that of a branch
+        parts[held_out] = remembered(count, 1, prompts)
+        step = decoder.make_step(partial(backbone.decode, vae), mesh, video.block_frames)
+        decode = step, (weights, array((p, at_once, frames, *block[1:]), jnp.float32, spec), 30, in_turn)
+
+    standing = ["base weights", "LoRA: policy, old, reference, EMA", "optimiser", vae_weights]
+    standing += ["gradient of LoRA"] * (micro_batches > 1)
+    begin = [*standing, "text keys and values", "history (shared by the branches)", "latents of all trajectories"]
+    rolled = [*begin, "replay tuples and the anchor's page"]
+    shown = [*rolled, "pixels of all trajectories"]
+    evaluated = [*standing, "held out: latents"]
+    generate = lambda text, history, key: (stages.shared_block, (variables, text, 0, history, key, 30))
+    branch_block = stages.branch_block, (variables, text, 0, history, page, selected, True, key, 30)
+    energies = jax.jit(train.make_energies(config, mesh))
+    held_generate = generate(held_text, held_history, held_key)
     return parts, {
-        "block of the prefix (generate)": (stages.shared_block, (variables, text, 0, history, key, 30)),
-        "block of all branches": (
-            stages.branch_block, (variables, text, 0, history, page, selected, True, key, 30),
+        "held out: a block": Stage((*evaluated, "held out: text, history"), held_generate),
+        "held out: decoding": Stage((*evaluated, held_out, "held out: pixels")),
+        "rollout: a block of the prefix": Stage(tuple(begin), generate(text, history, key)),
+        "rollout: a block of all branches": Stage((*rolled, "pages (one per trajectory)"), branch_block),
+        "decoding: a block": Stage((*shown, vae_memory), decode),
+        "scoring": Stage(tuple(shown)),
+        "replay: forward": Stage(tuple(shown), (energies, (params, lora, embeddings, text, tuples))),
+        "replay: gradient": Stage(
+            tuple(dict.fromkeys([*rolled, "gradient of LoRA"])),
+            (train.make_gradient(config, mesh), (lora, params, experience)),
         ),
-        "replay forward": (
-            jax.jit(train.make_energies(config, mesh)), (params, lora, embeddings, text, tuples),
-        ),
-        "gradient": (train.make_gradient(config, mesh), (lora, params, experience)),
-    }  # fmt: skip
+    }
 
 
-# Of a device's batch: clips, the frames of each that the model sees, and text and visual tokens, rounded up.
-SCORED = {"hpsv3": (16, 1, 640), "videoalign": (8, 4, 1408)}
+TEXT = 512  # tokens of a reward model's instruction and of a long prompt
 
 
-def reward_models(config) -> dict[str, tuple[Any, tuple[Callable, tuple]]]:
-    """scorer -> (its weights, (its scoring step, abstract arguments)), of the config's learned rewards.
+def reward_models(config, device: Any, wide: bool) -> dict[str, tuple[Any, str, tuple[Callable, tuple]]]:
+    """scorer -> (its weights, title, (its scoring step, abstract arguments)), of the config's learned rewards.
 
-    Sizes are those of the converted file if the config names it, else those of the published model.
+    Sizes are those of the converted file if the config names it, else those of the published model; `wide` is float32.
     """
     import dataclasses
 
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from jax.sharding import NamedSharding
 
     from kvpo_jax import checkpoint
     from kvpo_jax.models import qwen2_vl, reward_model
-    from kvpo_jax.rewards import learned, preprocess, registry
+    from kvpo_jax.rewards import hpsv3, learned, preprocess, registry, videoalign
 
     published = {"hpsv3": reward_model.HPSV3, "videoalign": reward_model.VIDEOALIGN}
     resize = {"hpsv3": preprocess.resize_pil, "videoalign": preprocess.resize_torch}
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "data")  # every device scores its own rows
-    shaped, out = jax.ShapeDtypeStruct, {}
+    mesh = jax.sharding.Mesh(np.asarray([device]), "data")  # every device scores its own rows
+    place = NamedSharding(mesh, jax.P())
+    shaped = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    height, width = 8 * config.video.height, 8 * config.video.width
+    segment = 4 * config.video.blocks * config.video.block_frames // (len(config.video.switch_frames) + 1)
+    out = {}
     for name in registry.names_of(f"{config.reward.scorer},{config.eval.scorer}"):
-        if name in published:
-            cfg = published[name]
-            if path := config.paths[name]:
-                cfg = reward_model.config_from_dict(type(cfg), checkpoint.metadata_config(path, name))
-            clips, frames, width = SCORED[name]
-            tokens = qwen2_vl.Tokens(
-                shaped((clips, width), jnp.int32), shaped((clips,), jnp.int32), shaped((clips, 1), jnp.int32)
-            )
-            pixels = shaped((clips, frames, 8 * config.video.height, 8 * config.video.width, 3), jnp.uint8)
-            wide = dataclasses.replace(cfg, dtype="float32")
-            step = learned.scoring_step(wide, mesh, resize[name])
-            out[name] = (
-                reward_model.abstract_params(cfg), (step, (reward_model.abstract_params(wide), tokens, pixels)),
-            )  # fmt: skip
+        if name not in published:
+            continue
+        cfg = published[name]
+        if path := config.paths[name]:
+            cfg = reward_model.config_from_dict(type(cfg), checkpoint.metadata_config(path, name))
+        clips, frames = hpsv3.BATCH, 1
+        if name == "videoalign":
+            looked_at = videoalign.sampled_frames(cfg, config.reward.clip_frames or segment, 16.0)
+            clips, frames = videoalign.BATCH, len(looked_at)
+        tokens = cfg.vision.tokens(preprocess.grid(cfg, frames, height, width)) + TEXT
+        batch = qwen2_vl.Tokens(
+            shaped((clips, tokens), jnp.int32), shaped((clips,), jnp.int32), shaped((clips, 1), jnp.int32)
+        )
+        compiled = dataclasses.replace(cfg, dtype="float32") if wide else cfg
+        weights = lambda cfg: jax.tree.map(lambda x: shaped(x.shape, x.dtype), reward_model.abstract_params(cfg))
+        step = learned.scoring_step(compiled, mesh, resize[name])
+        clip = shaped((clips, frames, height, width, 3), jnp.uint8)
+        title = f"scoring: {name}, {clips} clips of {frames}"
+        out[name] = weights(cfg), title, (step, (weights(compiled), batch, clip))
     return out
 
 
-def advice(rows: dict[str, float], config) -> str:
-    """The setting that helps most against the largest part."""
+def advice(stage: str, parts: dict[str, float], temporary: float, config) -> str:
+    """What helps against the largest of what lies there in a stage."""
     helps = {
         "history": "window.cache_frames smaller, train.micro_batch, or more devices over mesh.data",
         "pages": "rollout.branch_chunk, or more devices over mesh.branch",
         "pixels": "train.micro_batch, or more devices",
-        "replay": f"replay.chunk below {config.replay.chunk}, model.remat=block",
-        "gradient": f"replay.chunk below {config.replay.chunk}, model.remat=block",
-        "block of": "train.micro_batch or rollout.branch_chunk, or more devices",
+        "decoder's": "train.micro_batch, or more devices",
+        "held out": "eval.batch smaller",
         "LoRA": "lora.rank smaller",
         "reward": "reward.resident=False, which loads a reward model whenever it scores",
         "base": "model.dtype=bfloat16",
     }
-    largest = max(rows, key=rows.get)
+    if temporary > max(parts.values()):
+        if stage.startswith("replay"):
+            return f"replay.chunk below {config.replay.chunk}, model.remat=block"
+        return "train.micro_batch or rollout.branch_chunk, or more devices"
+    largest = max(parts, key=parts.get)
     return next((text for start, text in helps.items() if largest.startswith(start)), "more devices")
 
 
@@ -205,61 +307,71 @@ def main(arguments: list[str]) -> None:
     os.environ["XLA_FLAGS"] = (
         f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={_DEVICES.value}"
     )
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
     from kvpo_jax import config as config_lib
 
+    jax.config.update("jax_platforms", "cpu")
+
+    half = False
     try:
         config = config_lib.resolve(_CONFIG.value, None, arguments[1:])
         config_lib.use_compilation_cache()
-        parts, compiled = programs(config)
-        wide = config.copy_and_resolve_references()
-        wide.model.dtype = "float32"
-        as_float32 = programs(wide)[1] if _COMPILE.value else {}
-        for name, (weights, program) in reward_models(config).items():
-            parts[f"reward {name}"], title = weights, f"reward {name}, {SCORED[name][0]} clips"
-            compiled[title] = (program[0], (weights, *program[1][1:]))
-            if _COMPILE.value:
-                as_float32[title] = program
+        devices = target_devices(_TARGET.value, _DEVICES.value)
+        compiled_for = config.copy_and_resolve_references()
+        if _TARGET.value == "cpu":
+            half = config.model.dtype == "bfloat16"
+            compiled_for.model.dtype = "float32"
+        elif config.model.attention == "auto":
+            compiled_for.model.attention = "cudnn"  # "auto" asks the devices of this process
+        parts, stages = plan(config, devices)
+        programs = {title: stage.program for title, stage in plan(compiled_for, devices)[1].items()}
+        rewards = reward_models(config, devices[0], wide=_TARGET.value == "cpu")
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+    scoring = stages.pop("scoring")
+    for name, (weights, title, program) in rewards.items():
+        parts[f"reward {name}"] = weights
+        stages[title], programs[title] = scoring, program
+    names = [f"reward {name}" for name in rewards]
     resident = {name: bytes_of(tree) / GB for name, tree in parts.items()}
     print(f"{_CONFIG.value} on {_DEVICES.value} devices; 1e9 bytes on each device\n")
     for name, size in resident.items():
         print(f"  {name:42s} {size:9.2f}")
-    released = sum(size for name, size in resident.items() if name.startswith("reward ") and not config.reward.resident)
-    # When videos are decoded, the pages are gone.
-    together = sum(resident.values()) - released - min(resident[PAGES], resident.get(VAE, 0.0))
-    print(f"  {'the most of it at once':42s} {together:9.2f}   of {_MEMORY.value:.0f}")
-    if VAE in resident:
-        print("  (pages or the VAE's memory, whichever is larger: the pages are gone when videos are decoded)")
-    if released:
-        print(f"  (without {released:.2f} of rewards, which are loaded to score and released)")
-    print()
-    peaks = {}
-    if _COMPILE.value:
-        print(
-            f"  {'compiled program':42s} {'arguments':>9s} {'results':>9s} {'temporary':>9s} {'in all':>9s}   seconds"
-        )
-        for name, (function, args) in as_float32.items():
-            share = 0.5 if config.model.dtype == "bfloat16" or name.startswith("reward ") else 1.0
+
+    print(
+        f"\n  {'stage':42s} {'lies there':>10s} {'temporary':>10s} {'in all':>8s}" + "   compiled in" * _COMPILE.value
+    )
+    peaks, worst = {}, None
+    for title, stage in stages.items():
+        there = {name: resident[name] for name in stage.parts if name in resident}
+        if config.reward.resident or title.startswith("scoring"):
+            there |= {name: resident[name] for name in names}
+        temporary, note = 0.0, ""
+        if _COMPILE.value and (program := programs[title]):
             begin = time.monotonic()
-            memory = function.lower(*args).compile().memory_analysis()
-            given = bytes_of(compiled[name][1]) / GB
-            out = share * (memory.output_size_in_bytes - memory.alias_size_in_bytes) / GB
+            memory = program[0].lower(*program[1]).compile().memory_analysis()
+            share = 0.5 if half or (title.startswith("scoring") and _TARGET.value == "cpu") else 1.0
             temporary = share * memory.temp_size_in_bytes / GB
-            peaks[name] = given + out + temporary
-            seconds = time.monotonic() - begin
-            print(
-                f"  {name:42s} {given:9.2f} {out:9.2f} {temporary:9.2f} {peaks[name]:9.2f}   {seconds:.0f}", flush=True
-            )
-        print("  (a result that takes the place of an argument is not counted again)\n")
-    largest = max([together, *peaks.values()])
+            note = f"   {time.monotonic() - begin:.0f} s"
+        peaks[title] = sum(there.values()) + temporary
+        shown = f"{temporary:10.2f}" if note else f"{'':10s}"
+        print(f"  {title:42s} {sum(there.values()):10.2f} {shown} {peaks[title]:8.2f}{note}", flush=True)
+        if worst is None or peaks[title] > peaks[worst[0]]:
+            worst = title, there, temporary
+    if rewards and not config.reward.resident:
+        print(
+            f"  (reward.resident=False: {sum(resident[name] for name in names):.2f} of rewards are there to score only)"
+        )
+    largest = peaks[worst[0]]
+    besides = "" if _COMPILE.value else ", without what the programs need besides (--compile)"
     if largest > _MEMORY.value:
-        print(f"does not fit into {_MEMORY.value:.0f} GB; what helps: {advice({**resident, **peaks}, config)}")
+        print(f"\ndoes not fit into {_MEMORY.value:.0f} GB{besides}; what helps: {advice(*worst, config)}")
     else:
-        print(f"fits into {_MEMORY.value:.0f} GB by these figures")
+        print(f"\nfits into {_MEMORY.value:.0f} GB by these figures: {largest:.2f} at most{besides}")
     if _JSON.value:
-        figures = {"config": _CONFIG.value, "devices": _DEVICES.value, "resident_gb": resident, "program_gb": peaks}
+        figures = {"config": _CONFIG.value, "devices": _DEVICES.value, "resident_gb": resident, "stage_gb": peaks}
         Path(_JSON.value).write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -17,9 +17,11 @@ cd "${SLURM_SUBMIT_DIR:-.}"
 
 # Compiled programs, once for all nodes. The directory and --workdir have to be on a file system that all nodes share.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$PWD/runs/xla}
+# JAX takes three quarters of a GPU's memory unless told otherwise.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.95
 # Some sites route the coordinator's address through a proxy, where it is lost.
 unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY all_proxy ALL_PROXY
 
 # One process per GPU, each of which sees all of its node's; jax picks by the local rank.
 srun --gpu-bind=none --kill-on-bad-exit=1 \
-    python -m kvpo_jax.main --config=configs/longlive.py --workdir=runs/paper --config.eval.batch=32 "$@"
+    python -m kvpo_jax.main --config=configs/longlive.py --workdir=runs/paper "$@"

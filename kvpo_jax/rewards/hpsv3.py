@@ -24,6 +24,7 @@ from kvpo_jax.rewards import learned, preprocess
 from kvpo_jax.rewards.composite import Scorer
 from kvpo_jax.types import Array
 
+BATCH = 16  # frames that a device takes at once
 BEST = 0.3  # share of a video's frames that VQ_best is the mean of
 
 
@@ -31,7 +32,7 @@ def load(
     path: Path | str,
     tokenizer_folder: Path | str | None = None,
     mesh: Mesh | None = None,
-    batch: int = 16,
+    batch: int = BATCH,
 ) -> Scorer:
     """The scorer of a converted HPSv3; its weights go with the last reference to it.
 

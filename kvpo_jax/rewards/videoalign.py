@@ -24,6 +24,7 @@ from kvpo_jax.rewards import learned, preprocess
 from kvpo_jax.rewards.composite import Scorer
 from kvpo_jax.types import Array
 
+BATCH = 8  # clips that a device takes at once
 _MQ = 1  # its place among VideoAlign's tokens
 
 
@@ -31,7 +32,7 @@ def load(
     path: Path | str,
     tokenizer_folder: Path | str | None = None,
     mesh: Mesh | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
     source_fps: float = 16.0,
 ) -> Scorer:
     """The scorer of a converted VideoAlign; its weights go with the last reference to it.
