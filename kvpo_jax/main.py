@@ -7,6 +7,7 @@ On several hosts one command per process, each with the same arguments (docs/clu
 
 import os
 import sys
+import traceback
 from typing import Any
 
 import jax
@@ -50,7 +51,10 @@ def main(arguments: list[str]) -> None:
             config_lib.start_run(config, workdir)
             print(f"run directory: {workdir}", flush=True)
         train.train_and_evaluate(config, workdir, _PROFILE.value)
-    except (ValueError, OSError, FloatingPointError) as error:  # those that say what is wrong with flag, file or number
+    except (ValueError, OSError, FloatingPointError) as error:
+        # Where no `raise` of ours says what is wrong with a flag or a file, the program is, or somebody's scorer.
+        if isinstance(error, ValueError) and not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise"):
+            raise
         sys.exit(f"error: {error}")
 
 
