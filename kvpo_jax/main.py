@@ -8,6 +8,7 @@ On several hosts one command per process, each with the same arguments (docs/clu
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,9 +53,10 @@ def main(arguments: list[str]) -> None:
             print(f"run directory: {workdir}", flush=True)
         train.train_and_evaluate(config, workdir, _PROFILE.value)
     except (ValueError, OSError, FloatingPointError) as error:
-        # Where no `raise` of ours says what is wrong with a flag or a file, the program is, or somebody's scorer.
-        if isinstance(error, ValueError) and not traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise"):
-            raise
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        ours = origin.line.startswith("raise") and "jax" not in Path(origin.filename).parts
+        if isinstance(error, ValueError) and not ours:
+            raise  # what is wrong is no flag and no file, but the program, or somebody's scorer
         sys.exit(f"error: {error}")
 
 

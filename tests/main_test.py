@@ -78,7 +78,7 @@ def test_a_fault_in_a_program_keeps_its_traceback(tmp_path):
     fields = {"reward.scorer": "mine:score", "reward.weights.a": 1, "eval.prompts": 2, "eval.batch": 2, "mesh.data": 1}
     done = run(*(f"--config.{name}={value}" for name, value in fields.items()), cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
-    assert "mine.py" in done.stderr and "ValueError: Incompatible shapes for broadcasting" in done.stderr
+    assert "mine.py" in done.stderr and "ValueError: Incompatible " in done.stderr
 
 
 def test_help_names_the_flags(tmp_path):
