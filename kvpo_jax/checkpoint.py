@@ -87,11 +87,13 @@ def _readable(checkpoints: ocp.CheckpointManager, step: int) -> Iterator[None]:
     """What orbax, zarr and tensorstore raise, in up to 150 lines, as a ValueError of one that names the checkpoint."""
     try:
         yield
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # of the machine, not of the file
     except Exception as error:
         older = [other for other in checkpoints.all_steps() if other < step]
         instead = f"; if it is damaged, delete it to continue from {max(older)}" if older else ""
         cause = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
-        raise ValueError(f"checkpoint {checkpoints.directory / str(step)} cannot be read ({cause}){instead}") from None
+        raise ValueError(f"checkpoint {checkpoints.directory / str(step)} cannot be read ({cause}){instead}") from error
 
 
 def _is_committed(x: jax.Array | jax.ShapeDtypeStruct) -> bool:

@@ -19,9 +19,10 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
@@ -356,6 +357,18 @@ def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
             )
 
 
+def explain(error: Exception) -> NoReturn:
+    """Ends the program with one line if the package raised the error itself, to say what is wrong with a flag or file.
+
+    Any other is a fault of a program, of this one or of somebody's scorer, and keeps its traceback.
+    """
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    ours = any(Path(origin.filename).is_relative_to(folder) for folder in (PACKAGE, shipped(TINY).parent))
+    if isinstance(error, OSError) or (ours and origin.line.startswith("raise")):
+        sys.exit(f"error: {': '.join([*getattr(error, '__notes__', ()), *map(str, error.args[:1] or [error])])}")
+    raise error
+
+
 # ---------------------------------------------------------------- run directories
 
 
@@ -365,10 +378,7 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
-    """Where the run is or will be: `workdir`, or the newest run under runs/ to resume, or a new directory there.
-
-    A run without a checkpoint, which may never have begun, is resumed if there is no other.
-    """
+    """Where the run is or will be: `workdir`, or the newest run under runs/ to resume, or a new directory there."""
     if workdir:
         if Path(workdir).is_file():
             raise ValueError(f"--workdir={workdir} is a file; name a directory")
@@ -379,7 +389,7 @@ def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
         configs = list(Path("runs").glob("*/config.json"))
         if not configs:
             raise ValueError(f"--resume: there is no run under {Path('runs').absolute()}")
-        return max(configs, key=lambda file: (has_checkpoint(file.parent), file.stat().st_mtime)).parent
+        return max(configs, key=lambda file: file.stat().st_mtime).parent
     path, _, preset = (spec or TINY).partition(":")
     name = "-".join([Path(path).stem, *([preset] if preset else []), time.strftime("%Y%m%d-%H%M%S")])
     candidates = (Path("runs", f"{name}-{i}" if i else name) for i in itertools.count())

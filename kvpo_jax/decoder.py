@@ -81,10 +81,11 @@ class Decoder:
         prefix, state = self._blocks(anchor, 0, pivot, None)
         shards = self._mesh.shape["branch"]
         at_once, out = 1 if g % shards else shards, None
+        prefixes = [self._fork(pixels, at_once) for pixels in prefix]  # one by one: their number is the pivot's
         for turn in range(g // at_once):
             videos = self._pick(branches, turn, at_once)
             own = self._blocks(videos, pivot, blocks, self._fork(state, at_once))[0]
-            out = self._put(out, self._join([*self._fork(prefix, at_once), *own]), turn, g // at_once)
+            out = self._put(out, self._join([*prefixes, *own]), turn, g // at_once)
         of_anchor = self._blocks(anchor, pivot, blocks, state)[0]
         return self._flat(out), self._join([*prefix, *of_anchor])
 

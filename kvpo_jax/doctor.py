@@ -8,28 +8,27 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
+RATIO = 1e-3  # what two programs may round differently
 PATIENCE = 10  # iterations that must agree before a habit is called one
 FLAT = 40  # iterations without a better reward
 
 
-def diagnose(config: ml_collections.ConfigDict, iteration: int, rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
+def diagnose(config: ml_collections.ConfigDict, rows: Sequence[Mapping[str, float]]) -> dict[str, str]:
     """What is wrong now, name -> sentence; empty for a healthy run.
 
     Args:
       config: of the run.
-      iteration: the one just done, from 0.
-      rows: its metrics and those of the iterations before, the newest last.
+      rows: the metrics of the iteration just done and of those before, the newest last.
     """
     found, row = {}, rows[-1]
     branches = config.rollout.branches
     lately = lambda name: np.array([r[name] for r in rows[-PATIENCE:]], np.float64)
     settled = len(rows) >= PATIENCE
 
-    on_policy = config.train.epochs == 1 and iteration % config.train.rollouts_per_sync == 0
-    if on_policy and row["ratio_deviation"] > 0:
+    if row.get("ratio_check", 0.0) > RATIO:
         found["ratio"] = (
-            f"the ratio is off 1 by {row['ratio_deviation']:.1e} though theta is the old policy: energies of replay "
-            "and old policy do not come from the same program"
+            f"the ratio is off 1 by {row['ratio_check']:.1e} though theta is the old policy: the replay's gradient and "
+            "its forward pass do not agree. In bfloat16, raise objective.tau; in float32 it is a fault of the program"
         )
     if row["pixel_std_in_group"] == 0:
         found["identical branches"] = (
@@ -42,7 +41,8 @@ def diagnose(config: ml_collections.ConfigDict, iteration: int, rows: Sequence[M
         )
     if settled and np.all(lately("gate_open") == 0):
         found["gate"] = (
-            f"no branch has beaten its anchor in {PATIENCE} iterations, so nothing is learned. Try fewer "
+            f"no branch has beaten its anchor in {PATIENCE} iterations, so "
+            f"{'little' if config.objective.gate == 'mechanism_2' else 'nothing'} is learned. Try fewer "
             "rollout.perturbed_steps or rollout.window_blocks (milder routing), or more rollout.branches"
         )
     if settled and np.all(lately("entropy") < 0.1 * math.log(branches)):
@@ -73,10 +73,10 @@ class Doctor:
     def __init__(self, config: ml_collections.ConfigDict):
         self._config, self._rows, self._known = config, [], {}
 
-    def visit(self, iteration: int, metrics: Mapping[str, float]) -> list[str]:
-        """The new lines to print after an iteration, numbered from 0, with these metrics."""
+    def visit(self, metrics: Mapping[str, float]) -> list[str]:
+        """The new lines to print after an iteration with these metrics."""
         self._rows = [*self._rows, metrics][-2 * max(FLAT, PATIENCE) :]
-        now = diagnose(self._config, iteration, self._rows)
+        now = diagnose(self._config, self._rows)
         lines = [f"  doctor: {text}" for name, text in now.items() if name not in self._known]
         lines += [f"  doctor: over: {name}" for name in self._known if name not in now]
         self._known = now

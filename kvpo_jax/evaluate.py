@@ -71,10 +71,11 @@ def score_videos(
 ) -> dict[str, dict[str, float]]:
     """Scores every video of `folder`, writes them to `output` as CSV and prints a table; file name -> components.
 
-    A row is written as soon as it is known, so that an error keeps those before it.
+    A row is written as soon as it is known: after an error, those before it are in a file `output`.part.
 
     Raises:
-      ValueError: if there are not as many prompt sequences as videos, or a file is no video or cannot be scored.
+      ValueError: if there are not as many prompt sequences as videos, or a file is no video. What a scorer raises has a
+        note with the file.
     """
     parts = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
@@ -83,8 +84,8 @@ def score_videos(
     if len(files) != len(sequences):
         raise ValueError(f"{folder} has {len(files)} videos, but there are {len(sequences)} prompt sequences")
     output.parent.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    with output.open("w", newline="") as file:
+    rows, part = {}, output.with_name(f"{output.name}.part")
+    with part.open("w", newline="") as file:
         for path, sequence in zip(sorted(sorted(files), key=parts), sequences, strict=True):
             try:
                 video = iio.imread(path)
@@ -92,8 +93,9 @@ def score_videos(
                 raise ValueError(f"{path} cannot be read as a video: {error}") from error
             try:
                 row = score_video(scorer, video, sequence.sentences, clip_frames)
-            except (ValueError, AssertionError, FloatingPointError) as error:  # of a length, a shape, a score
-                raise ValueError(f"{path}: {error}") from error
+            except Exception as error:
+                error.add_note(str(path))
+                raise
             if not rows:
                 names, table = list(row), csv.DictWriter(file, ["video", *row])
                 table.writeheader()
@@ -101,6 +103,7 @@ def score_videos(
             table.writerow({"video": path.name, **row})
             file.flush()
             print(f"{len(rows)}/{len(files)}  {path.name}", end="\r", file=sys.stderr, flush=True)
+    part.replace(output)
     rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
     width = max(map(len, rows))
     print(" " * width, *(f"{name:>12s}" for name in names))
@@ -140,7 +143,7 @@ def main(arguments: list[str]) -> None:
             output = Path(given.output or Path(given.videos) / "scores.csv")
             score_videos(scorer, Path(given.videos), sequences, given.clip_frames, output)
     except (ValueError, KeyError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        config_lib.explain(error)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,8 @@ def batch_size(config: ml_collections.ConfigDict, mesh: Mesh) -> int:
     most = config.eval.batch or rollout.prompts_at_once(config)
     fitting = [n for n in range(1, most + 1) if prompts % n == 0 and n % shards == 0]
     if not fitting or config.eval.batch not in (0, fitting[-1]):
-        raise ValueError(
-            f"eval.prompts={prompts} must be a multiple of eval.batch={config.eval.batch}, and that of the mesh's "
-            f"{shards} shards of prompts"
-        )
+        batch = f"eval.batch={config.eval.batch}, and that of " if config.eval.batch else ""
+        raise ValueError(f"eval.prompts={prompts} must be a multiple of {batch}the mesh's {shards} shards of prompts")
     return fitting[-1]
 
 

@@ -6,9 +6,6 @@ On several hosts one command per process, each with the same arguments (docs/clu
 """
 
 import os
-import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,11 +50,7 @@ def main(arguments: list[str]) -> None:
             print(f"run directory: {workdir}", flush=True)
         train.train_and_evaluate(config, workdir, _PROFILE.value)
     except (ValueError, OSError, FloatingPointError) as error:
-        origin = traceback.extract_tb(error.__traceback__)[-1]
-        ours = origin.line.startswith("raise") and "jax" not in Path(origin.filename).parts
-        if isinstance(error, ValueError) and not ours:
-            raise  # what is wrong is no flag and no file, but the program, or somebody's scorer
-        sys.exit(f"error: {error}")
+        config_lib.explain(error)
 
 
 def join(distributed: dict[str, Any]) -> None:

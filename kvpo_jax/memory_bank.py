@@ -86,19 +86,24 @@ def record(bank: MemoryBank, new: BlockKV, start_frame: Array, interval: int) ->
     )
 
 
-def attend(context: Context, bank: MemoryBank | None) -> Context:
-    """The context with the bank's frames in front; `bank` is [L, ...] over trajectories that flatten to its rows."""
+def attend(context: Context, bank: MemoryBank | None, row: Array | None = None) -> Context:
+    """The context with the bank's frames in front.
+
+    `bank` is [L, ...] over trajectories, of which, flattened, each row of the context reads the one that `row`
+    int32[batch] names; None is its own.
+    """
     if bank is None:
         return context
     batch, slots = context.frame.shape[0], bank.frame.shape[-1]
-    flat = lambda x: x.reshape(x.shape[0], batch, *x.shape[-4:])
+    row = jnp.arange(batch) if row is None else row
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[-4:])
     # Layers hold different frames but equally many, which is all that a mask needs.
-    frame = bank.frame[0].reshape(batch, slots)
+    frame = bank.frame[0].reshape(-1, slots)[row]
     in_front = lambda x, fill: jnp.concatenate([jnp.broadcast_to(fill, (batch, slots)), x], axis=1)
     own = jnp.concatenate([jnp.arange(slots), jnp.full(context.frame.shape[1], -1)])
     return Context(
         stores=(*context.stores, Store(k=flat(bank.k), v=flat(bank.v))),
-        row=(*context.row, jnp.arange(batch)),
+        row=(*context.row, row),
         slot=(*(in_front(s, -1) for s in context.slot), jnp.broadcast_to(own, (batch, own.size))),
         frame=in_front(context.frame, frame),
         chunk=in_front(context.chunk, frame >= 0),

@@ -99,6 +99,13 @@ def log_ratio(log_pi: Array, log_pi_old: Array) -> Array:
     return jnp.clip(log_pi - log_pi_old, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
+def ratio_deviation(energies: Array, energies_old: Array, tau: float, unit: str) -> Array:
+    """The largest |rho - 1| of one group, float[], of energies float[G] that should be the same."""
+    temperature_old = temperature(energies_old, tau, unit)
+    log_rho = log_ratio(log_policy(energies, temperature_old), log_policy(energies_old, temperature_old))
+    return jnp.max(jnp.abs(jnp.exp(log_rho) - 1))
+
+
 def clipped_surrogate(log_rho: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
     """Eq. 8: L_PPO = -mean min(rho A, clip(rho, 1 - low, 1 + high) A), float[]."""
     rho = jnp.exp(log_rho)

@@ -7,16 +7,52 @@ energy says how far its velocities are from the ones that the branch followed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+from flax import struct
 
 from kvpo_jax import flow, kv_cache, memory_bank, rollout
-from kvpo_jax.types import Array, Context, ReplayTuples, TextKV
+from kvpo_jax.types import Array, Context, PyTree, ReplayTuples, TextKV
 
 ENERGIES = ("velocity", "clean")
 CONTEXTS = ("anchor", "self_rolled")
+
+# (constants, lora) -> the network of that policy, and the text that it reads, float[L, P, M, K, H, D].
+Policy = Callable[[PyTree, PyTree], tuple[rollout.Network, TextKV]]
+
+
+@struct.dataclass
+class Rows:
+    """Solver states to replay, with the axes [P, G, W, S] or what is made of them.
+
+    Attributes:
+      z: float[..., F, Y, X, C], the state.
+      u: float[..., F, Y, X, C], the velocity that the branch followed.
+      sigma: float[...], the level.
+      start: int32[...], first frame of the block.
+      prompt: int32[...].
+      segment: int32[...], whose text is read.
+      context: int32[...], the row of a Context that is read.
+    """
+
+    z: Array
+    u: Array
+    sigma: Array
+    start: Array
+    prompt: Array
+    segment: Array
+    context: Array
+
+    def __getitem__(self, index) -> Rows:
+        return jax.tree.map(lambda x: x[index], self)
+
+    def fold(self, *axes: int) -> Rows:
+        """The axes that there are, folded into these."""
+        lead = self.sigma.ndim
+        return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[lead:]), self)
 
 
 def step_energy(energy: str, velocity: Array, u: Array, sigma: Array, sigma_floor: float) -> Array:
@@ -33,103 +69,129 @@ def step_energy(energy: str, velocity: Array, u: Array, sigma: Array, sigma_floo
     raise ValueError(f"replay.energy is {energy!r}; expected one of {', '.join(ENERGIES)}")
 
 
-def _replay_rows(
-    network: rollout.Network, text: TextKV, context: Context, x: Array, sigma: Array, start: Array, row: Array,
-    chunk: int,
-) -> Array:  # fmt: skip
-    """Velocities of rows float[R, F, Y, X, C]; row int32[R] says which of the contexts and texts each one reads.
-
-    With chunk > 0, so many rows at a time, recomputed in the backward pass: memory of one chunk.
-    """
-
-    def forward(xs):
-        x, sigma, start, row = xs
-        prompt = jax.tree.map(lambda t: t[:, row], text)
-        return network(x, sigma, prompt, context.take(row), start)[0]
-
-    rows = (x, sigma, start, row)
-    count = x.shape[0]
-    if not chunk or chunk >= count:
-        return forward(rows)
-    padded = -(-count // chunk) * chunk
-    fill = lambda t: jnp.concatenate([t, jnp.repeat(t[:1], padded - count, axis=0)])
-    chunks = jax.tree.map(lambda t: fill(t).reshape(-1, chunk, *t.shape[1:]), rows)
-    out = jax.lax.map(jax.checkpoint(forward), chunks)
-    return out.reshape(padded, *out.shape[2:])[:count]
-
-
-def _energies(
-    network: rollout.Network,
-    replay: ml_collections.ConfigDict,
-    schedule: flow.Schedule,
-    text: TextKV,
-    context: Context,
-    context_of: Array,
-    z: Array,
-    u: Array,
-    start_frame: Array,
-    steps: range,
-) -> tuple[Array, Array]:
-    """Summed energies float[P, G] of some solver steps, and the velocities float[P, G, W, ...] of the last of them.
-
-    z and u are float[P, G, W, S, ...]; rows (P, G, W, step) are folded into one batch. context_of int32[P, G, W] is the
-    row of `context` and `text` that each block reads.
-    """
-    p, g, w = z.shape[:3]
-    flat = lambda x: x[:, :, :, steps.start : steps.stop].reshape(-1, *x.shape[4:])
-    per_row = lambda x: jnp.broadcast_to(x, (p, g, w, len(steps))).reshape(-1)
-    sigma = per_row(schedule.sigma[steps.start : steps.stop])
-    velocity = _replay_rows(
-        network, text, context, flat(z), sigma, per_row(start_frame[:, None]), per_row(context_of[..., None]),
-        replay.chunk,
+def replay_rows(schedule: flow.Schedule, tuples: ReplayTuples) -> Rows:
+    """Every recorded state, [P, G, W, S]; the context of a row is that of its prompt and block, P * W in all."""
+    p, g, w, s = tuples.z.shape[:4]
+    every = lambda x: jnp.broadcast_to(x, (p, g, w, s))
+    prompt, block = jnp.arange(p)[:, None, None, None], jnp.arange(w)[:, None]
+    return Rows(
+        z=tuples.z, u=tuples.u, sigma=every(schedule.sigma[:s]), start=every(tuples.start_frame[:, None]),
+        prompt=every(prompt), segment=every(tuples.segment[:, None]), context=every(prompt * w + block),
     )  # fmt: skip
-    energy = step_energy(replay.energy, velocity, flat(u), sigma, replay.sigma_floor).reshape(p, g, -1).sum(axis=-1)
-    return energy, velocity.reshape(p, g, w, len(steps), *velocity.shape[1:])[:, :, :, -1]
+
+
+# ---------------------------------------------------------------- energies of rows
+
+
+def _velocity(network: rollout.Network, text: TextKV, context: Context, rows: Rows) -> Array:
+    """float[R, F, Y, X, C] of rows [R], in one batch."""
+    prompt = jax.tree.map(lambda t: t[:, rows.prompt, rows.segment], text)
+    return network(rows.z, rows.sigma, prompt, context.take(rows.context), rows.start)[0]
+
+
+def _at_once(chunk: int, count: int) -> int:
+    """The most of `count` rows that `chunk` allows and that divides them; 0 allows all."""
+    return max(n for n in range(1, min(chunk or count, count) + 1) if count % n == 0)
+
+
+def _in_chunks(function: Callable[[Rows], Array], rows: Rows, chunk: int) -> Array:
+    """function(rows), [R, ...] of rows [R], so many at a time."""
+    count = rows.sigma.size
+    some = _at_once(chunk, count)
+    if some == count:
+        return function(rows)
+    out = jax.lax.map(function, rows.fold(-1, some))
+    return out.reshape(count, *out.shape[2:])
+
+
+def _batch_energy(
+    policy: Policy, replay: ml_collections.ConfigDict, lora: PyTree, constants: PyTree, context: Context, rows: Rows
+) -> Array:
+    """float[R] of rows [R], in one batch."""
+    velocity = _velocity(*policy(constants, lora), context, rows)
+    return step_energy(replay.energy, velocity, rows.u, rows.sigma, replay.sigma_floor)
+
+
+def _branch_energies(
+    policy: Policy, replay: ml_collections.ConfigDict, lora: PyTree, constants: PyTree, context: Context, rows: Rows
+) -> Array:
+    """Summed energies float[P, G] of rows [P, G, W, S], all in one batch or `replay.chunk` at a time.
+
+    What is made of the energies afterwards weighs their gradients and does nothing else to them. So with chunks the
+    gradient of each branch's energy is summed over its chunks in the forward pass already, and none runs twice: memory
+    of one chunk, and of one LoRA tree per branch.
+    """
+    p, g, w, s = rows.sigma.shape
+    of_batch = partial(_batch_energy, policy, replay)
+    if not replay.chunk or replay.chunk >= p * g * w * s:
+        return of_batch(lora, constants, context, rows.fold(-1)).reshape(p, g, -1).sum(axis=-1)
+    energy = lambda lora, fixed, chunk: of_batch(lora, *fixed, chunk).sum()
+
+    @jax.custom_vjp
+    def total(lora: PyTree, fixed: PyTree, rows: Rows) -> Array:
+        return _in_chunks(partial(of_batch, lora, *fixed), rows.fold(-1), replay.chunk).reshape(p * g, -1).sum(axis=-1)
+
+    def with_gradients(lora: PyTree, fixed: PyTree, rows: Rows) -> tuple[Array, PyTree]:
+        def of_branch(chunks: Rows) -> tuple[Array, PyTree]:
+            add = lambda so_far, chunk: (
+                jax.tree.map(jnp.add, so_far, jax.value_and_grad(energy)(lora, fixed, chunk)), None,
+            )  # fmt: skip
+            nothing = jax.tree.map(jnp.zeros_like, (chunks.z.reshape(-1)[0], lora))
+            return jax.lax.scan(add, nothing, chunks)[0]
+
+        return jax.lax.map(of_branch, rows.fold(p * g, -1, _at_once(replay.chunk, w * s)))
+
+    def weigh(gradients: PyTree, weights: Array) -> tuple[PyTree, None, None]:
+        return jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), gradients), None, None
+
+    total.defvjp(with_gradients, weigh)
+    return total(lora, (constants, context), rows).reshape(p, g)
+
+
+def _frozen(*trees: PyTree) -> tuple[PyTree, ...]:
+    return jax.lax.stop_gradient(trees)
+
+
+# ---------------------------------------------------------------- Eq. 5
 
 
 def anchor_energies(
-    network: rollout.Network,
-    frozen: rollout.Network,
+    policy: Policy,
     replay: ml_collections.ConfigDict,
     schedule: flow.Schedule,
-    text: TextKV,
+    lora: PyTree,
+    constants: PyTree,
     tuples: ReplayTuples,
 ) -> Array:
     """Energies float[P, G], Eq. 5: all blocks and steps at once, under the anchor's own cache.
 
+    Gradients flow to lora from the first `replay.grad_steps` steps, and to the constants only without chunks.
+
     Args:
-      network: the policy.
-      frozen: the policy without gradient, for the steps from `replay.grad_steps` on.
+      policy: a function without data of its own.
       replay: section `replay` of the config.
       schedule: as in the rollout.
-      text: float[L, P, M, K, H, D].
+      lora: of the policy.
+      constants: what the policy needs besides.
       tuples: what the rollout recorded.
     """
-    p, g, w, s = tuples.z.shape[:4]
-    # One context and one prompt per (prompt, block): row p * W + w, shared by its G * S replayed states.
-    rows = jnp.broadcast_to(tuples.rows, (p, *tuples.rows.shape))
-    context = memory_bank.attend(kv_cache.read(rows, tuples.history, tuples.page), tuples.bank)
-    text = jax.tree.map(lambda x: x[:, :, tuples.segment].reshape(x.shape[0], p * w, *x.shape[3:]), text)
-    context_of = jnp.broadcast_to(jnp.arange(p * w).reshape(p, 1, w), (p, g, w))
-    learned = min(replay.grad_steps, s)
-    total = jnp.zeros((p, g))
-    for net, prompt, steps in (
-        (network, text, range(learned)),
-        (frozen, jax.lax.stop_gradient(text), range(learned, s)),
-    ):
-        if steps:
-            total += _energies(
-                net, replay, schedule, prompt, context, context_of, tuples.z, tuples.u, tuples.start_frame, steps
-            )[0]
+    p = tuples.z.shape[0]
+    rows = replay_rows(schedule, tuples)
+    learned = min(replay.grad_steps, tuples.z.shape[3])
+    frames = jnp.broadcast_to(tuples.rows, (p, *tuples.rows.shape))
+    context = memory_bank.attend(kv_cache.read(frames, tuples.history, tuples.page), tuples.bank)
+    total = _branch_energies(policy, replay, lora, constants, context, rows[:, :, :, :learned])
+    if learned < tuples.z.shape[3]:
+        total += _branch_energies(policy, replay, *_frozen(lora, constants), context, rows[:, :, :, learned:])
     return total
 
 
 def self_rolled_energies(
-    network: rollout.Network,
-    frozen: rollout.Network,
+    policy: Policy,
     replay: ml_collections.ConfigDict,
     schedule: flow.Schedule,
-    text: TextKV,
+    lora: PyTree,
+    constants: PyTree,
     tuples: ReplayTuples,
 ) -> Array:
     """As `anchor_energies`, but from the second block on each branch reads what the replaying model wrote (release).
@@ -140,39 +202,43 @@ def self_rolled_energies(
     """
     p, g, w, s = tuples.z.shape[:4]
     learned = min(replay.grad_steps, s)
-    text = jax.tree.map(lambda x: x[:, :, tuples.segment], text)  # [L, P, W, ...]
+    rows = replay_rows(schedule, tuples)
+    branch = jnp.arange(p * g).reshape(p, g, 1, 1)
 
-    def of_block(net, text, page, b, steps):
-        rows = jnp.broadcast_to(tuples.rows[b], (p, g, tuples.rows.shape[1]))
-        bank = jax.tree.map(lambda x: x[:, :, b], tuples.bank)
-        context = memory_bank.attend(kv_cache.read(rows, tuples.history, page), memory_bank.repeat(bank, g))
-        prompt = rollout.per_trajectory(jax.tree.map(lambda x: x[:, :, b], text), g)
-        energy, velocity = _energies(
-            net, replay, schedule, prompt, context, jnp.arange(p * g).reshape(p, g, 1),
-            tuples.z[:, :, b : b + 1], tuples.u[:, :, b : b + 1], tuples.start_frame[b : b + 1], steps,
-        )  # fmt: skip
-        return prompt, context, energy, velocity[:, :, 0]
+    def context_of(block: int, page: kv_cache.KVCache) -> Context:
+        """What a block reads, P * G rows."""
+        frames = jnp.broadcast_to(tuples.rows[block], (p, g, tuples.rows.shape[1]))
+        bank_row = jnp.repeat(jnp.arange(p) * w + block, g)
+        return memory_bank.attend(kv_cache.read(frames, tuples.history, page), tuples.bank, bank_row)
 
     # First all that has no gradient: what is written, which needs the last step, and the energies on the way. Then the
     # steps that have one, all of which find their past in one page, not each block in a page as it was at its time.
     page = kv_cache.repeat(tuples.page.replace(frame=jnp.full_like(tuples.page.frame, -1)), g)
-    constant = range(min(learned, s - 1), s)
+    frozen_lora, frozen_constants = _frozen(lora, constants)
+    network, text = policy(frozen_constants, frozen_lora)
     total = jnp.zeros((p, g))
     for b in range(w if learned < s else w - 1):
-        prompt, context, energy, velocity = of_block(frozen, jax.lax.stop_gradient(text), page, b, constant)
+        context = context_of(b, page)
+        block = rows[:, :, b : b + 1, min(learned, s - 1) :]
+        block = block.replace(context=jnp.broadcast_to(branch, block.context.shape)).fold(-1)
+        velocity = _in_chunks(partial(_velocity, network, text, context), block, replay.chunk)
         if learned < s:
-            total += energy
+            energy = step_energy(replay.energy, velocity, block.u, block.sigma, replay.sigma_floor)
+            total += energy.reshape(p, g, -1).sum(axis=-1)
         if b < w - 1:
             x = flow.step(
-                schedule.solver, tuples.z[:, :, b, -1], velocity, schedule.sigma[-2], schedule.sigma[-1],
-                tuples.noise[:, None, b],
-            ).reshape(p * g, *velocity.shape[2:])  # fmt: skip
+                schedule.solver, tuples.z[:, :, b, -1], velocity.reshape(p, g, -1, *velocity.shape[1:])[:, :, -1],
+                schedule.sigma[-2], schedule.sigma[-1], tuples.noise[:, None, b],
+            ).reshape(p * g, *velocity.shape[1:])  # fmt: skip
             start, told = tuples.start_frame[b], schedule.told[-1]
-            kv = frozen(x, jnp.full((p * g,), told), prompt, context, jnp.full((p * g,), start, jnp.int32))[1]
+            prompt = jax.tree.map(lambda t, segment=tuples.segment[b]: t[:, :, segment], text)
+            prompt = rollout.per_trajectory(prompt, g)
+            kv = network(x, jnp.full((p * g,), told), prompt, context, jnp.full((p * g,), start, jnp.int32))[1]
             page = kv_cache.append(page, kv, start)
-    for b in range(w):
-        total += of_block(network, text, page, b, range(learned))[2]
-    return total
+    context = Context.join([context_of(b, page) for b in range(w)])
+    context_row = jnp.arange(w)[:, None] * p * g + branch
+    rows = rows.replace(context=jnp.broadcast_to(context_row, rows.context.shape))
+    return total + _branch_energies(policy, replay, lora, constants, context, rows[:, :, :, :learned])
 
 
 def energies_function(replay: ml_collections.ConfigDict) -> Callable[..., Array]:

@@ -102,15 +102,16 @@ def make_energies(config: ml_collections.ConfigDict, mesh: Mesh) -> Callable[...
     )
     energies = replay.energies_function(config.replay)
 
-    def of_shard(params, lora, embeddings, text, tuples):
-        variables = sharding.vary({"params": params, "lora": lora})
+    def policy(constants, lora):
+        params, embeddings, text = constants
+        variables = {"params": params, "lora": lora}
         if config.replay.text == "policy":
             text = rollout.encode_text(model, variables, embeddings)
-        else:
-            text = jax.tree.map(sharding.vary_over_branch, text)
-        network = partial(model.apply, variables)
-        frozen = partial(model.apply, jax.lax.stop_gradient(variables))
-        return energies(network, frozen, config.replay, schedule, text, tuples)
+        return partial(model.apply, variables), text
+
+    def of_shard(params, lora, embeddings, text, tuples):
+        constants = sharding.vary(params), embeddings, jax.tree.map(sharding.vary_over_branch, text)
+        return energies(policy, config.replay, schedule, sharding.vary(lora), constants, tuples)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
     in_specs = (one, one, prompts, sharding.TEXT, sharding.replay_spec(config.window.sink, config.window.bank > 0))
@@ -246,6 +247,8 @@ class Group:
       scores: of its P groups.
       safe: bool[P], where the gate is open.
       energies: float[P, G], of the old policy.
+      ratio_check: float[], how far the ratio of these energies and of the old policy's forward pass is from 1, where it
+        is looked at.
       pixel_std: float[], of the branches of a group, the mean over pixels.
       clips: [1 + G, frames, h, w, 3], the anchor and the branches of the iteration's first prompt, where they are to be
         shown, in its first micro-batch and on the main process; there, of G, those that its own devices made.
@@ -258,6 +261,7 @@ class Group:
     pixel_std: Array
     clips: np.ndarray | None
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
+    ratio_check: Array | None = None
 
 
 @jax.jit
@@ -288,7 +292,8 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         }
 
     rows = [of(group) for group in groups]
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    checks = [{"ratio_check": float(group.ratio_check)} for group in groups if group.ratio_check is not None]
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} | (checks[0] if checks else {})
 
 
 def check_finite(
@@ -390,6 +395,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
     optimiser = make_optimiser(config.train)
     energies = jax.jit(make_energies(config, mesh), out_shardings=replicated)
     gradient, apply = make_gradient(config, mesh), make_apply(config, mesh, optimiser)
+    of_group = partial(objective.ratio_deviation, tau=config.objective.tau, unit=config.objective.tau_unit)
+    ratio_check = jax.jit(jax.vmap(of_group))
     decoder = Decoder(backbone, mesh, config.video.block_frames)
 
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
@@ -469,6 +476,10 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
         experience, group = explore(state, iteration, first, on_policy)
         with clock.time("update"):
             total, old = learn(state, experience, group.sentences, total)
+            if (iteration, first) == (0, 0):
+                # On policy, the gradient takes its own energies for those of the old one: once, whether they are.
+                forward = energies(params, state.old, experience.embeddings, experience.text, experience.tuples)
+                group = group.replace(ratio_check=ratio_check(old, forward).max())
             again = experience.replace(energies_old=old, on_policy=jnp.asarray(False))
         return total, group.replace(energies=old), again if config.train.epochs > 1 else None
 
@@ -524,7 +535,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: Path | str, p
             if main:
                 writer.write(iteration - 1, metrics)
                 progress.line(iteration - 1, metrics)
-                for line in doctor.visit(iteration - 1, metrics):
+                for line in doctor.visit(metrics):
                     print(line, flush=True)
                 if groups[0].clips is not None:
                     names = ("anchor", *(f"branch {g}" for g in range(config.rollout.branches)))

@@ -17,7 +17,7 @@ Frames and blocks are numbered from 0 (the paper counts from 1). `pivot` is the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,6 +94,12 @@ class Context:
         batch, entries = frame.shape
         slot = jnp.broadcast_to(jnp.arange(entries), (batch, entries))
         return cls((Store(k=k, v=v),), (jnp.arange(batch),), (slot,), frame, chunk)
+
+    @staticmethod
+    def join(contexts: Sequence[Context]) -> Context:
+        """The rows of several contexts that point into the same stores, one after the other."""
+        pointers = [context.replace(stores=()) for context in contexts]
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *pointers).replace(stores=contexts[0].stores)
 
     def layer(self, index: Array | int) -> tuple[Array, Array]:
         """Keys and values float[batch, A, N, H, D] of one layer; what stands at empty entries means nothing."""

@@ -1,5 +1,7 @@
 """Configurations: what is wrong with one is named, with the nearest name or value."""
 
+import os
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -177,10 +179,14 @@ def test_run_directories(tmp_path, monkeypatch):
     assert config_lib.run_directory("configs/tiny.py:release", None, resume=False) != first
     assert config_lib.run_directory(None, None, resume=True) == first
     assert config_lib.run_directory(None, str(first), resume=True) == first
+    (first / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)  # killed as it saved
+    assert not config_lib.has_checkpoint(first)
     (first / "checkpoints" / "10").mkdir(parents=True)
-    config_lib.start_run(TINY, first.with_name("newer"))
-    (first.with_name("newer") / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)  # killed as it saved
-    assert config_lib.run_directory(None, None, resume=True) == first
+    assert config_lib.has_checkpoint(first)
+    newer = first.with_name("newer")
+    config_lib.start_run(TINY, newer)
+    os.utime(newer / "config.json", (2e9, 2e9))
+    assert config_lib.run_directory(None, None, resume=True) == newer
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--workdir=file is a file; name a directory"):
         config_lib.run_directory(None, "file", resume=False)

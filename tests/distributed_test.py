@@ -26,7 +26,8 @@ FIELDS = {
     "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
     "lora.rank": 2, "lora.alpha": 2.0, "video.blocks": 8, "video.switch_frames": (12,),
     "rollout.branches": BRANCHES, "rollout.window_blocks": 2, "replay.chunk": 4,
-    "reward.scorer": "mean_colour:score", "train.iterations": ITERATIONS, "train.prompts_per_iteration": PROMPTS,
+    "reward.scorer": "mean_colour:score", "reward.weights.VQ": 0.4, "reward.weights.MQ": 0.3, "reward.weights.TA": 0.3,
+    "train.iterations": ITERATIONS, "train.prompts_per_iteration": PROMPTS,
     "train.checkpoint_every": 1, "train.keep": 10, "eval.prompts": 4, "eval.batch": 2, "eval.every": 0,
 }  # fmt: skip
 

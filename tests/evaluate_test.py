@@ -101,10 +101,14 @@ def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what
             raise ValueError("too dark")
         return {"length": jnp.array([len(prompts[0])])}
 
-    output = tmp_path / "new" / "scores.csv"
-    with pytest.raises(ValueError, match="100.mp4: too dark"):
+    output, part = tmp_path / "new" / "scores.csv", tmp_path / "new" / "scores.csv.part"
+    with pytest.raises(ValueError, match="too dark") as raised:
         evaluate.score_videos(score, tmp_path, sequences, 0, output)
-    assert output.read_text().split() == ["video,length", "2.mp4,3.0", "9.mp4,4.0", "10.mp4,6.0"]
+    assert raised.value.__notes__ == [str(tmp_path / "100.mp4")]
+    rows = ["video,length", "2.mp4,3.0", "9.mp4,4.0", "10.mp4,6.0"]
+    assert part.read_text().split() == rows and not output.exists()
+    evaluate.score_videos(lambda _, prompts: {"length": jnp.array([len(prompts[0])])}, tmp_path, sequences, 0, output)
+    assert output.read_text().split() == [*rows, "100.mp4,4.0"] and not part.exists()
 
 
 def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):

@@ -274,9 +274,8 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
     settings = ConfigDict({"energy": "clean", "sigma_floor": 1.0, "grad_steps": grad_steps, "chunk": 0})
 
     def log_prob(params):
-        network = partial(model.apply, {"params": params})
-        frozen = partial(model.apply, {"params": jax.lax.stop_gradient(params)})
-        return -replay.self_rolled_energies(network, frozen, settings, schedule, text, tuples)[:, 0]
+        policy = lambda text, params: (partial(model.apply, {"params": params}), text)
+        return -replay.self_rolled_energies(policy, settings, schedule, params, text, tuples)[:, 0]
 
     params = load_params(golden_dir / "longlive_weights_theta.npz", cfg) if "theta" in tag else base
     value, pull = jax.vjp(jax.jit(log_prob), params)
@@ -569,8 +568,8 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             segment=jnp.zeros(len(starts), jnp.int32),
             noise=jnp.concatenate([noise, jnp.zeros_like(noise[:, :1])], axis=1),
         )  # fmt: skip
-        policy, frozen = (partial(model.apply, {"params": p}) for p in (params, jax.lax.stop_gradient(params)))
-        return replay.self_rolled_energies(policy, frozen, replay_settings, schedule, text, tuples)[:, 0]
+        policy = lambda text, params: (partial(model.apply, {"params": params}), text)
+        return replay.self_rolled_energies(policy, replay_settings, schedule, params, text, tuples)[:, 0]
 
     evaluated = jax.jit(energies)
     e_old, e_initial = evaluated(old, noises[0]), evaluated(initial, noises[1])

@@ -72,13 +72,16 @@ def test_what_a_run_stumbles_over_is_one_line_and_may_be_corrected(tmp_path):
     assert (corrected.seed, corrected.weights) == (4, "")
 
 
-def test_a_fault_in_a_program_keeps_its_traceback(tmp_path):
-    fault = "import jax.numpy as jnp\n\ndef score(pixels, prompts):\n    return jnp.broadcast_to(jnp.zeros(3), (2,))\n"
-    (tmp_path / "mine.py").write_text(fault)
+@pytest.mark.parametrize(
+    "fault", ["jnp.broadcast_to(jnp.zeros(3), (2,))", "np.stack([np.zeros(2), np.zeros(3)])", "int('three')"]
+)
+def test_a_fault_in_a_program_keeps_its_traceback(tmp_path, fault):
+    imports = "import jax.numpy as jnp\nimport numpy as np\n"
+    (tmp_path / "mine.py").write_text(f"{imports}\ndef score(pixels, prompts):\n    return {fault}\n")
     fields = {"reward.scorer": "mine:score", "reward.weights.a": 1, "eval.prompts": 2, "eval.batch": 2, "mesh.data": 1}
     done = run(*(f"--config.{name}={value}" for name, value in fields.items()), cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
-    assert "mine.py" in done.stderr and "ValueError: Incompatible " in done.stderr
+    assert "mine.py" in done.stderr and "ValueError: " in done.stderr
 
 
 def test_help_names_the_flags(tmp_path):

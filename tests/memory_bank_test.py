@@ -131,8 +131,8 @@ def test_memflow_rollout_forks_its_bank_and_replays_it():
     assert not np.array_equal(other.branches[:, 0], other.branches[:, 1])
 
     schedule = rollout.flow.schedule(config.sampler.steps, 1.0, "euler", 0.0)
-    network = partial(Wan(cfg).apply, variables)
-    energies = jax.jit(lambda tuples: replay.anchor_energies(network, network, config.replay, schedule, text, tuples))
+    policy = lambda variables, _: (partial(Wan(cfg).apply, variables), text)
+    energies = jax.jit(partial(replay.anchor_energies, policy, config.replay, schedule, {}, variables))
     np.testing.assert_allclose(energies(same.replay), 0, atol=1e-10)
     without = same.replay.replace(bank=jax.tree.map(jnp.zeros_like, same.replay.bank))
     assert np.all(energies(without) > 1e-6)

@@ -110,9 +110,13 @@ MODEL = WanConfig(
 
 @partial(jax.jit, static_argnums=0)
 def energies(settings, schedule, policy, text, tuples):
-    network = partial(Wan(MODEL).apply, policy)
-    frozen = partial(Wan(MODEL).apply, jax.lax.stop_gradient(policy))
-    return replay.energies_function(settings)(network, frozen, settings, schedule, text, tuples)
+    constants = policy["params"], text
+    return replay.energies_function(settings)(as_policy, settings, schedule, policy["lora"], constants, tuples)
+
+
+def as_policy(constants, lora, model=MODEL):
+    params, text = constants
+    return partial(Wan(model).apply, {"params": params, "lora": lora}), text
 
 
 @partial(jax.jit, static_argnums=0)
@@ -277,12 +281,28 @@ def test_the_gradient_is_that_of_the_residuals(world):
     assert sum(jax.tree.leaves(products)) == pytest.approx((ahead - behind) / (2 * step), rel=2e-2)
 
 
-def test_chunks_change_neither_energies_nor_gradients(world):
-    """Seven rows at a time: 48 are six chunks and six rows over."""
-    whole, gradient = world.value_and_gradient(world.policy, world.tuples)
-    chunked, chunked_gradient = world.value_and_gradient(world.policy, world.tuples, chunk=7)
+@pytest.mark.parametrize("context", replay.CONTEXTS)
+def test_chunks_change_neither_energies_nor_gradients(world, context):
+    """Two of the three learned steps' six rows of a branch at a time, and of the others so many as divide them."""
+    fields = {"context": context, "grad_steps": 3}
+    whole, gradient = world.value_and_gradient(world.policy, world.tuples, **fields)
+    chunked, chunked_gradient = world.value_and_gradient(world.policy, world.tuples, **fields, chunk=2)
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
     assert_gradients_close(chunked_gradient, gradient, 1e-6)
+    np.testing.assert_allclose(world.energies(world.policy, world.tuples, **fields, chunk=5), whole, rtol=1e-6)
+
+
+def test_no_chunk_runs_forward_twice(world):
+    """The program of the gradient has as many forward passes, each with one tanh for all layers, with chunks."""
+
+    def forward_passes(chunk):
+        settings = Hashable(world.settings(chunk=chunk))
+        program = jax.make_jaxpr(value_and_gradient, static_argnums=0)(
+            settings, world.schedule, world.policy, world.text, world.tuples
+        )
+        return str(program).count("= tanh ")
+
+    assert forward_passes(2) == forward_passes(0) == 1
 
 
 def test_steps_without_gradient_are_constants(world, residual):
@@ -365,14 +385,13 @@ def test_gradient_agrees_with_finite_differences(world):
         )
         tuples, text, policy, behaviour = map(double, (world.tuples, world.text, world.policy, world.variables))
         schedule, settings = double(world.schedule), Hashable(world.settings())
-        model = Wan(dataclasses.replace(MODEL, dtype="float64"))
+        in_double = partial(as_policy, model=dataclasses.replace(MODEL, dtype="float64"))
         advantages = jnp.asarray([[1.0, -0.5, -0.5], [-1.2, 0.2, 1.0]], jnp.float64)
         objective_config = ml_collections.ConfigDict(world.config.objective)
         objective_config.update(beta=0.7, tau=2.0)
 
         def energies_of(lora):
-            network = partial(model.apply, {"params": policy["params"], "lora": lora})
-            return replay.anchor_energies(network, network, settings, schedule, text, tuples)
+            return replay.anchor_energies(in_double, settings, schedule, lora, (policy["params"], text), tuples)
 
         old = energies_of(behaviour["lora"])
         reference = old + jnp.asarray(0.1 * np.random.default_rng(1).normal(size=old.shape))

@@ -19,7 +19,7 @@ def runs(tmp_path_factory) -> Path:
     """Finished runs of a study with BETA, with numbers out of thin air."""
     folder = tmp_path_factory.mktemp("runs")
     heldout = {"reference": 0.4, "online": 0.6, "ema": 0.6, "gain_ci95": [0.1, 0.3], "win_rate": 1, "num_prompts": 32}
-    metrics = dict.fromkeys(("reward_std_in_group", "pixel_std_in_group", "kl", "gate", "energy_std"), 0.5)
+    metrics = dict.fromkeys(("reward_std_in_group", "pixel_std_in_group", "kl", "gate_open", "energy_std"), 0.5)
     for kind, flag in KINDS.items():
         for seed in (0,) if kind == "negated_advantages" else (0, 1):
             run = folder / f"{kind}-{seed}"

@@ -312,14 +312,16 @@ def main(arguments: list[str]) -> None:
     from kvpo_jax import config as config_lib
 
     jax.config.update("jax_platforms", "cpu")
+    # What was compiled for devices that are not there cannot be read again.
+    jax.config.update("jax_enable_compilation_cache", _TARGET.value == "cpu")
 
     half = False
     try:
         config = config_lib.resolve(_CONFIG.value, None, arguments[1:])
-        config_lib.use_compilation_cache()
         devices = target_devices(_TARGET.value, _DEVICES.value)
         compiled_for = config.copy_and_resolve_references()
         if _TARGET.value == "cpu":
+            config_lib.use_compilation_cache()
             half = config.model.dtype == "bfloat16"
             compiled_for.model.dtype = "float32"
         elif config.model.attention == "auto":
@@ -352,7 +354,9 @@ def main(arguments: list[str]) -> None:
         if _COMPILE.value and (program := programs[title]):
             begin = time.monotonic()
             memory = program[0].lower(*program[1]).compile().memory_analysis()
-            share = 0.5 if half or (title.startswith("scoring") and _TARGET.value == "cpu") else 1.0
+            # The decoder is in float32 and the reward models in bfloat16, whatever the model is in.
+            halved = half and not title.startswith("decoding") or _TARGET.value == "cpu" and title.startswith("scoring")
+            share = 0.5 if halved else 1.0
             temporary = share * memory.temp_size_in_bytes / GB
             note = f"   {time.monotonic() - begin:.0f} s"
         peaks[title] = sum(there.values()) + temporary

@@ -65,7 +65,7 @@ def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict:
         "diversity": mean("reward_std_in_group"),
         "pixels": mean("pixel_std_in_group"),
         "kl": metrics[-1]["kl"],
-        "gate": mean("gate"),
+        "gate": mean("gate_open"),
         "energy_std": (metrics[0]["energy_std"], metrics[-1]["energy_std"]),
         "seconds": summary["seconds"]["total"],
     }
