@@ -69,7 +69,7 @@ PRESETS = {
             "model.remat": "products",
             "lora.rank": 32, "lora.alpha": 32.0,  # an eighth of the width; LongLive's adapter is a sixth of its
             "video.height": 16, "video.width": 16, "video.blocks": 13, "video.switch_frames": (),
-            "rollout.branches": 8, "rollout.window_blocks": 5, "replay.blocks": 5,
+            "rollout.branches": 8, "rollout.window_blocks": 5, "replay.blocks": 5, "replay.chunk": 5,
         },
         pivot=8,
     ),
