@@ -37,7 +37,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.model.update(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, freq_dim=256, text_dim=4096, text_len=512)
     c.model.update(channels=16)
     c.model.dtype = "bfloat16"  # LoRA masters, norms, softmax, modulation and energies stay float32
-    c.model.remat = "products"  # within a chunk of the replay; a fifth less work than "block", for 10 GB more
+    c.model.remat = "products"  # within a chunk of the replay; "block" takes less memory and a forward pass more
     c.lora.update(rank=256, alpha=256.0)  # paper §4.1; LongLive's own adapter has the same
 
     # 480x832 pixels, 147 latent frames (585 of pixels), 4 prompts (paper §4.1).

@@ -92,7 +92,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.replay.energy = "velocity"  # Eq. 5 | clean: clean-latent error / (2 max(sigma, sigma_floor)^2) (release)
     c.replay.sigma_floor = 1.0  # read by energy = "clean" only
     c.replay.grad_steps = 4  # the first so many solver steps carry gradient
-    c.replay.chunk = 0  # rows of a replay forward, (branch, block, step) folded; 0 = all at once
+    c.replay.chunk = 0  # rows (branch, block, step) replayed at a time, forward and backward; 0 = all at once
 
     c.objective = o = ConfigDict()
     o.tau = 1.0  # temperature of the Gibbs policy, Eq. 6, in tau_unit

@@ -266,7 +266,7 @@ def main(arguments: list[str]) -> None:
         variables = load_policy(config, backbone, workdir, given.lora, given.ema)
         stages, decoder = rollout.build(config, sharding.make_mesh(1, 1, 1, 1)), backbone.load_decoder(None)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        config_lib.explain(error)
     run = partial(stream, stages, config, backbone.embed, variables)
     for index, sentences in enumerate(videos):
         sentence_at = schedule(sentences, timed[index]) if sentences else typed(iter(sys.stdin))
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> None:
         try:
             write_video(file, backbone, decoder, run(key, said, blocks), blocks, lambda spoken=spoken: spoken[0])
         except (ValueError, KeyError, OSError) as error:  # a sentence that cannot be encoded, a full disk
-            sys.exit(f"error: {error}")
+            config_lib.explain(error)
         print(f"wrote {file}", flush=True)
 
 
