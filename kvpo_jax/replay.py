@@ -148,10 +148,6 @@ def _branch_energies(
     return total(lora, (constants, context), rows).reshape(p, g)
 
 
-def _frozen(*trees: PyTree) -> tuple[PyTree, ...]:
-    return jax.lax.stop_gradient(trees)
-
-
 # ---------------------------------------------------------------- Eq. 5
 
 
@@ -168,7 +164,7 @@ def anchor_energies(
     Gradients flow to lora from the first `replay.grad_steps` steps, and to the constants only without chunks.
 
     Args:
-      policy: a function without data of its own.
+      policy: see Policy; it must not close over arrays.
       replay: section `replay` of the config.
       schedule: as in the rollout.
       lora: of the policy.
@@ -182,7 +178,8 @@ def anchor_energies(
     context = memory_bank.attend(kv_cache.read(frames, tuples.history, tuples.page), tuples.bank)
     total = _branch_energies(policy, replay, lora, constants, context, rows[:, :, :, :learned])
     if learned < tuples.z.shape[3]:
-        total += _branch_energies(policy, replay, *_frozen(lora, constants), context, rows[:, :, :, learned:])
+        frozen = jax.lax.stop_gradient((lora, constants))
+        total += _branch_energies(policy, replay, *frozen, context, rows[:, :, :, learned:])
     return total
 
 
@@ -214,7 +211,7 @@ def self_rolled_energies(
     # First all that has no gradient: what is written, which needs the last step, and the energies on the way. Then the
     # steps that have one, all of which find their past in one page, not each block in a page as it was at its time.
     page = kv_cache.repeat(tuples.page.replace(frame=jnp.full_like(tuples.page.frame, -1)), g)
-    frozen_lora, frozen_constants = _frozen(lora, constants)
+    frozen_lora, frozen_constants = jax.lax.stop_gradient((lora, constants))
     network, text = policy(frozen_constants, frozen_lora)
     total = jnp.zeros((p, g))
     for b in range(w if learned < s else w - 1):
