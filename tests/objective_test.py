@@ -219,6 +219,21 @@ def test_an_unknown_advantage_names_its_field(section):
         objective.advantages(section, {}, Scores(jnp.ones((1, 2)), jnp.ones(1), {}))
 
 
+def test_ratio_deviation_by_hand():
+    # pi = (1/4, 3/4) against (1/2, 1/2): ratios 1/2 and 3/2.
+    energies = -jnp.log(jnp.array([1.0, 3.0]))
+    assert objective.ratio_deviation(energies, jnp.zeros(2), 1.0, "absolute") == pytest.approx(0.5)
+    assert objective.ratio_deviation(energies, energies, 1.0, "group_std") == 0
+
+
+def test_on_policy_the_old_energies_are_those_of_the_policy(section):
+    energies, other = jnp.array([0.1, 0.7, 0.3]), jnp.array([5.0, -2.0, 0.0])
+    arguments = (energies - 1, jnp.array([1.0, -2.0, 1.0]), True)
+    given, _ = objective.loss(section, energies, energies, *arguments)
+    ours, diagnostics = objective.loss(section, energies, other, *arguments, on_policy=True)
+    assert ours == given and diagnostics.ratio_deviation == 0
+
+
 def test_loss_by_hand(section):
     """Two branches, pi = (1/2, 1/2), old = ref = (1/4, 3/4): ratios 2 and 2/3, of which both are clipped."""
     section.update(tau=1.0, beta=10.0, clip_low=0.1, clip_high=0.2)
