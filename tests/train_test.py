@@ -283,6 +283,7 @@ def test_micro_batches_are_one_batch(weights, tmp_path, epochs):
         train.train_and_evaluate(config, tmp_path / str(micro_batch))
         states.append(saved_state(tmp_path / str(micro_batch), config, 1))
     rows = [lines(tmp_path / name)[0] for name in "01"]
+    assert max(row.pop("ratio_check") for row in rows) < 1e-5  # nothing but rounding, of other prompts
     for name, value in rows[0].items():
         assert rows[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), states[0].lora, states[1].lora)
