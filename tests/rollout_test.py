@@ -176,6 +176,14 @@ def test_the_anchor_is_what_the_generator_makes(world, pivot):
     np.testing.assert_allclose(world.roll(pivot, world.draw(pivot)).anchor, video, atol=1e-5, rtol=0)
 
 
+def test_pages_hold_a_window_that_is_longer_than_what_is_replayed():
+    """15 past frames beside a recache of 12 and three replayed blocks of 3."""
+    world = make_world(make_config(window__past=15, video__switch_frames="(15,)"))
+    video = np.concatenate(world.generate()[0], axis=1)
+    selected = world.draw(6)
+    np.testing.assert_allclose(world.roll(6, selected).anchor, video, atol=1e-5, rtol=0)
+
+
 def test_a_rollout_is_a_function_of_its_arguments(world, rolled):
     chex.assert_trees_all_equal(world.roll(5, world.draw(5)), rolled)
 
