@@ -51,7 +51,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.window.cache_frames = 33  # as released; a frame of 1.3B keys and values is 288 MB
     c.rollout.window_blocks = 5  # Table 2: best of 3, 5, 7
 
-    c.replay.chunk = 4  # rows of a replay forward, of 4680 tokens each
+    c.replay.chunk = 4  # rows replayed at a time, of 4680 tokens each
 
     # The paper's beta is 5 (Appendix E); it gives no tau. What acts is beta std(E) / tau (docs/algorithm.md): at one
     # std of the group's energies beta = 5 freezes the policy, at 100 it has the strength 0.05 that trains the toy.

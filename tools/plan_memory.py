@@ -97,6 +97,11 @@ def bytes_of(tree: Any) -> int:
     return sum(size(x) for x in jax.tree.leaves(tree) if hasattr(x, "shape"))
 
 
+def temporary_bytes(function: Callable, arguments: tuple) -> int:
+    """What the compiled program needs on one device besides its arguments and results."""
+    return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
 def plan(config, devices: Sequence) -> tuple[dict[str, Any], dict[str, Stage]]:
     """(part -> its abstract arrays, title -> Stage) of an iteration and of the held-out evaluation before it."""
     import jax
@@ -327,7 +332,8 @@ def main(arguments: list[str]) -> None:
         elif config.model.attention == "auto":
             compiled_for.model.attention = "cudnn"  # "auto" asks the devices of this process
         parts, stages = plan(config, devices)
-        programs = {title: stage.program for title, stage in plan(compiled_for, devices)[1].items()}
+        compiled = plan(compiled_for, devices)[1] if _COMPILE.value else {}
+        programs = {title: stage.program for title, stage in compiled.items()}
         rewards = reward_models(config, devices[0], wide=_TARGET.value == "cpu")
     except ValueError as error:
         sys.exit(f"error: {error}")
@@ -335,7 +341,9 @@ def main(arguments: list[str]) -> None:
     scoring = stages.pop("scoring")
     for name, (weights, title, program) in rewards.items():
         parts[f"reward {name}"] = weights
-        stages[title], programs[title] = scoring, program
+        stages[title] = scoring
+        if _COMPILE.value:
+            programs[title] = program
     names = [f"reward {name}" for name in rewards]
     resident = {name: bytes_of(tree) / GB for name, tree in parts.items()}
     print(f"{_CONFIG.value} on {_DEVICES.value} devices; 1e9 bytes on each device\n")
@@ -351,13 +359,11 @@ def main(arguments: list[str]) -> None:
         if config.reward.resident or title.startswith("scoring"):
             there |= {name: resident[name] for name in names}
         temporary, note = 0.0, ""
-        if _COMPILE.value and (program := programs[title]):
+        if program := programs.get(title):
             begin = time.monotonic()
-            memory = program[0].lower(*program[1]).compile().memory_analysis()
             # The decoder is in float32 and the reward models in bfloat16, whatever the model is in.
             halved = half and not title.startswith("decoding") or _TARGET.value == "cpu" and title.startswith("scoring")
-            share = 0.5 if halved else 1.0
-            temporary = share * memory.temp_size_in_bytes / GB
+            temporary = temporary_bytes(*program) / GB * (0.5 if halved else 1.0)
             note = f"   {time.monotonic() - begin:.0f} s"
         peaks[title] = sum(there.values()) + temporary
         shown = f"{temporary:10.2f}" if note else f"{'':10s}"
