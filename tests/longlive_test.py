@@ -23,6 +23,7 @@ from kvpo_jax.models import wan_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 DIM, FFN, HEADS, LAYERS, TEXT_DIM, TEXT_LEN, RANK = 48, 64, 2, 2, 16, 8, 4
+ROUNDING = 1e-4  # how far two programs may move a ratio in float32
 WORDS = ("a", "red", "fox", "runs", "stops", "looks", "back", "snow")
 SEQUENCES = [[f"a red fox {WORDS[3 + i % 5]}", "snow", "a fox looks back"] for i in range(4)] + [["a fox", "a red fox"]]
 CONFIG = """
@@ -131,7 +132,7 @@ def test_longlive_from_files_to_lora(files):
     workdir = files / "run"
     run("-m", "kvpo_jax.main", f"--config={files / 'longlive.py'}", f"--workdir={workdir}", *paths(files, "embeddings"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 and all(line["ratio_deviation"] == 0 for line in lines)
+    assert len(lines) == 2 and lines[0]["ratio_check"] < ROUNDING
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert lines[0]["reward_std_in_group"] > 0
     summary = json.loads((workdir / "summary.json").read_text())
@@ -168,7 +169,7 @@ def test_memflow_trains(files, preset):
         "--config.train.iterations=1", *paths(files, "umt5"),
     )  # fmt: skip
     (line,) = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert line["ratio_deviation"] == 0 and line["reward_std_in_group"] > 0
+    assert line["ratio_check"] < ROUNDING and line["reward_std_in_group"] > 0
     assert json.loads((workdir / "config.json").read_text())["window"]["bank"] == 3
 
 

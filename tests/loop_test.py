@@ -1,0 +1,423 @@
+"""The wiring of the training loop: which policy, key, prompts and pivot reach which program.
+
+One run of three iterations is watched. It starts from an adapter, so that no policy is zero; two
+rollouts share an old policy; its prompts come one at a time. The tests work out every expectation
+for themselves, from the run's seed and checkpoints.
+"""
+
+import dataclasses
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import checkpoint, heldout, rollout, train
+from kvpo_jax import config as config_lib
+from kvpo_jax.models.wan import init_variables, wan_config
+from kvpo_jax.types import PyTree
+
+SEED, ITERATIONS, PROMPTS, HELD_OUT = 3, 3, 2, 2
+LEARNING_RATE, WARMUP, EMA_DECAY = 0.02, 2, 0.75
+FIELDS = {
+    "seed": SEED,
+    "model.dim": 16,
+    "model.ffn_dim": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.freq_dim": 16,
+    "lora.rank": 2,
+    "lora.alpha": 2.0,
+    "video.blocks": 8,
+    "video.switch_frames": (12,),
+    "rollout.branches": 3,
+    "rollout.window_blocks": 1,
+    "objective.gate": "mechanism_2",  # never closes, so that the policy moves whatever the rewards
+    "train.iterations": ITERATIONS,
+    "train.prompts_per_iteration": PROMPTS,
+    "train.micro_batch": 1,
+    "train.rollouts_per_sync": 2,
+    "train.learning_rate": LEARNING_RATE,
+    "train.warmup": WARMUP,
+    "train.ema_decay": EMA_DECAY,
+    "train.checkpoint_every": 1,
+    "train.keep": 10,
+    "eval.prompts": HELD_OUT,
+    "eval.batch": 1,
+    "eval.every": 0,
+    "mesh.data": 1,
+    "mesh.branch": 1,
+}
+
+# A checkpoint relies on the number of a stream: with another one, a resumed run draws other noise.
+STREAMS = {"lora": 0, "pivot": 1, "routing": 2, "noise": 3, "shuffle": 4, "heldout": 5}
+# Routing draws 6 frames of those between the 3 of the sink and the 3 newest. The first block of 3
+# frames that leaves it a choice has number 5, and the last block of the video has number 7.
+PIVOTS = [5, 6, 7]
+
+
+def key_of(seed: int, name: str, step: int) -> jax.Array:
+    """The key of a stream at an iteration, by the number of the stream."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS[name]), step)
+
+
+def numbers(x: jax.Array) -> tuple[int, ...]:
+    """The content of an integer array or of a key."""
+    data = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    return tuple(np.asarray(data).ravel().tolist())
+
+
+def fingerprint(tree: PyTree) -> str:
+    """A hash of the bytes of all leaves."""
+    leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
+    return hashlib.sha256(leaves).hexdigest()
+
+
+# ---------------------------------------------------------------- the watched run
+
+
+@dataclasses.dataclass
+class Batch:
+    """What the programs were given for one batch of prompts, by content.
+
+    Attributes:
+      prompts: (split, index) of each prompt.
+      policies: fingerprints of the LoRA trees that made text and video.
+      noise: (key, numbers of the prompts) of the noise.
+      routing: (key, numbers of the prompts, fork frame) of the CHR draws.
+      trained: fingerprint of the LoRA tree at which the gradient was taken.
+      experience: what the gradient read; None for held-out prompts.
+    """
+
+    prompts: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+    policies: set[str] = dataclasses.field(default_factory=set)
+    noise: set[tuple] = dataclasses.field(default_factory=set)
+    routing: set[tuple] = dataclasses.field(default_factory=set)
+    trained: str = ""
+    experience: train.Experience | None = None
+
+
+def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[heldout.Heldout]]:
+    """Lists that fill with the batches and the held-out results of the runs that follow.
+
+    All that this file knows of how the loop gets at its programs is in here.
+    """
+    batches, results = [], []
+
+    def prompts(read, split, index):
+        if not batches or batches[-1].policies:  # the programs have begun with the batch before
+            batches.append(Batch())
+        batches[-1].prompts.append((split, index))
+        return read(split, index)
+
+    def stage(program, *arguments):
+        for argument in arguments:
+            if isinstance(argument, rollout.NoiseKey):
+                batches[-1].noise.add((numbers(argument.key), numbers(argument.prompts)))
+            elif isinstance(argument, dict):
+                batches[-1].policies.add(fingerprint(argument["lora"]))
+        return program(*arguments)
+
+    def draw(program, key, prompts, fork_frame):
+        batches[-1].routing.add((numbers(key), numbers(prompts), int(fork_frame)))
+        return program(key, prompts, fork_frame)
+
+    def gradient(program, lora, params, experience):
+        batches[-1].trained, batches[-1].experience = fingerprint(lora), experience
+        return program(lora, params, experience)
+
+    def load(original, config):
+        backbone = original(config)
+        return dataclasses.replace(backbone, prompts=partial(prompts, backbone.prompts))
+
+    def build(original, config, mesh):
+        stages = original(config, mesh)
+        names = ("encode_text", "shared_block", "shared_recache", "branch_block", "branch_recache")
+        watched = {name: partial(stage, getattr(stages, name)) for name in names}
+        return dataclasses.replace(stages, draw=partial(draw, stages.draw), **watched)
+
+    def make_gradient(original, config, mesh):
+        return partial(gradient, original(config, mesh))
+
+    def evaluate(original, *arguments):
+        results.append(original(*arguments))
+        return results[-1]
+
+    patch.setattr(backbone_lib, "load", partial(load, backbone_lib.load))
+    patch.setattr(rollout, "build", partial(build, rollout.build))
+    patch.setattr(train, "make_gradient", partial(make_gradient, train.make_gradient))
+    patch.setattr(heldout, "evaluate", partial(evaluate, heldout.evaluate))
+    return batches, results
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run and what was seen of it.
+
+    Attributes:
+      config: of the run.
+      workdir: of the run.
+      batches: of training and held-out prompts, in their order.
+      results: of the held-out evaluations, in their order.
+      summary: what summary.json holds.
+      metrics: the lines of metrics.jsonl.
+      initial: the LoRA tree that the run started from.
+      saved: the train state after 1, 2, ... iterations, by name.
+    """
+
+    config: config_lib.ConfigDict
+    workdir: Path
+    batches: list[Batch]
+    results: list[heldout.Heldout]
+    summary: dict
+    metrics: list[dict]
+    initial: PyTree
+    saved: list[dict]
+
+    @property
+    def training(self) -> list[list[Batch]]:
+        """The batches of every iteration."""
+        batches = [batch for batch in self.batches if batch.experience is not None]
+        return [batches[i : i + PROMPTS] for i in range(0, len(batches), PROMPTS)]
+
+    @property
+    def evaluations(self) -> list[list[Batch]]:
+        """The batches of every held-out evaluation."""
+        batches = [batch for batch in self.batches if batch.policies and batch.experience is None]
+        return [batches[i : i + HELD_OUT] for i in range(0, len(batches), HELD_OUT)]
+
+    @property
+    def policies(self) -> dict[str, PyTree]:
+        """name -> LoRA tree: the initial one, those after each iteration, and the last average."""
+        after = {f"after {i}": state["lora"] for i, state in enumerate(self.saved, 1)}
+        return {"initial": self.initial, **after, "average": self.saved[-1]["ema"]}
+
+    def name(self, print_of_lora: str) -> str:
+        """The name of the policy with a fingerprint."""
+        names = {fingerprint(lora): name for name, lora in self.policies.items()}
+        return names.get(print_of_lora, "unknown")
+
+    def makers(self, groups: list[list[Batch]]) -> list[set[str]]:
+        """The names of the policies that made text and video, for each group of batches."""
+        policies = [{policy for batch in group for policy in batch.policies} for group in groups]
+        return [set(map(self.name, of_group)) for of_group in policies]
+
+
+def random_weights(path: Path, like: PyTree, metadata: dict[str, str]) -> PyTree:
+    """Saves random weights of the shapes of `like`, and returns them."""
+    rng = np.random.default_rng(0)
+    tree = jax.tree.map(lambda x: rng.normal(scale=0.15, size=x.shape).astype(np.float32), like)
+    checkpoint.save_weights(path, tree, metadata)
+    return tree
+
+
+def saved_states(workdir: Path) -> list[dict]:
+    """The train state after each iteration, by name."""
+    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return [checkpoints.restore(i, args=arguments).state for i in range(1, ITERATIONS + 1)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("loop")
+    files = {"weights": folder / "generator.safetensors", "paths.lora": folder / "lora.safetensors"}
+    config = config_lib.override(
+        config_lib.load("configs/tiny.py"),
+        [f"--config.{name}={value}" for name, value in {**FIELDS, **files}.items()],
+    )
+    like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
+    random_weights(files["weights"], like["params"], {})
+    adapter = {"kind": "wan_lora", "config": json.dumps({"rank": 2, "alpha": 2.0})}
+    initial = random_weights(files["paths.lora"], like["lora"], adapter)
+    workdir = folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        batches, results = watch(patch)
+        train.train_and_evaluate(config, workdir)
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((workdir / "summary.json").read_text())
+    return Run(config, workdir, batches, results, summary, metrics, initial, saved_states(workdir))
+
+
+def test_every_iteration_has_a_policy_of_its_own(run):
+    """The tests below tell policies apart by their fingerprints."""
+    assert len({fingerprint(lora) for lora in run.policies.values()}) == len(run.policies) == 5
+    assert [len(batches) for batches in run.training] == [PROMPTS] * ITERATIONS
+    assert [len(batches) for batches in run.evaluations] == [HELD_OUT] * 3
+
+
+# ---------------------------------------------------------------- policies
+
+
+def test_the_old_policy_makes_the_rollouts(run):
+    """Two iterations share it; the third has the policy that two updates have made."""
+    assert run.makers(run.training) == [{"initial"}, {"initial"}, {"after 2"}]
+
+
+def test_the_gradient_is_taken_at_the_newest_policy(run):
+    trained = [{run.name(batch.trained) for batch in group} for group in run.training]
+    assert trained == [{"initial"}, {"after 1"}, {"after 2"}]
+
+
+def test_every_second_rollout_is_on_policy(run):
+    """On policy the loss sets the ratio to 1, and ratio_check compares it; off policy it moves."""
+    flags = [{bool(batch.experience.on_policy) for batch in group} for group in run.training]
+    assert flags == [{True}, {False}, {True}]
+    assert run.metrics[0]["ratio_check"] < 1e-4
+    assert [row["ratio_deviation"] > 0 for row in run.metrics] == [False, True, False]
+
+
+@pytest.fixture(scope="module")
+def energies(run):
+    """(name of a policy, Batch) -> its energies float[P, G] of what the batch replays."""
+    mesh = rollout.make_mesh(run.config)
+    params = backbone_lib.load(run.config).load(None)
+    program = jax.jit(train.make_energies(run.config, mesh))
+
+    def of_policy(name: str, batch: Batch) -> np.ndarray:
+        replayed = batch.experience.embeddings, batch.experience.text, batch.experience.tuples
+        return np.asarray(program(params, run.policies[name], *replayed))
+
+    return of_policy
+
+
+def test_the_reference_energies_are_those_of_the_initial_policy(run, energies):
+    for iteration, batches in enumerate(run.training):
+        for batch in batches:
+            found = batch.experience.energies_ref
+            np.testing.assert_allclose(found, energies("initial", batch), rtol=1e-5)
+            for done in range(1, iteration + 1):
+                assert np.abs(found / energies(f"after {done}", batch) - 1).min() > 0.1
+
+
+def test_off_policy_the_old_energies_are_those_of_the_rollouts_policy(run, energies):
+    for batch in run.training[1]:
+        found = batch.experience.energies_old
+        np.testing.assert_allclose(found, energies("initial", batch), rtol=1e-5)
+        assert np.abs(found / energies("after 1", batch) - 1).min() > 0.1
+
+
+def test_checkpoints_hold_every_policy(run):
+    """The old policy is synced after every second rollout, and the reference stays."""
+    old = [run.name(fingerprint(state["old"])) for state in run.saved]
+    reference = [run.name(fingerprint(state["reference"])) for state in run.saved]
+    assert old == ["initial", "after 2", "after 2"]
+    assert reference == ["initial", "initial", "initial"]
+
+
+def test_the_average_is_of_the_policies_after_each_update(run):
+    def mix(average, lora):
+        return EMA_DECAY * average + (1 - EMA_DECAY) * lora
+
+    assert_close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    average = run.initial
+    for state in run.saved:
+        average = jax.tree.map(mix, average, state["lora"])
+        jax.tree.map(assert_close, state["ema"], average)
+
+
+# ---------------------------------------------------------------- prompts and draws
+
+
+def test_streams_have_their_numbers():
+    for name in STREAMS:
+        assert numbers(rollout.stream(SEED, name, 7)) == numbers(key_of(SEED, name, 7))
+    assert len(rollout.STREAMS) == len(STREAMS)
+
+
+def test_every_iteration_reads_the_next_training_prompts(run):
+    read = [[prompt for batch in batches for prompt in batch.prompts] for batches in run.training]
+    assert read == [
+        [("train", 0), ("train", 1)],
+        [("train", 2), ("train", 3)],
+        [("train", 4), ("train", 5)],
+    ]
+
+
+def test_noise_is_of_the_iteration_and_of_the_number_of_the_prompt(run):
+    for iteration, batches in enumerate(run.training):
+        key = numbers(key_of(SEED, "noise", iteration))
+        assert [batch.noise for batch in batches] == [{(key, (0,))}, {(key, (1,))}]
+
+
+def test_routing_is_of_the_iteration_and_of_the_number_of_the_prompt(run):
+    for iteration, batches in enumerate(run.training):
+        key = numbers(key_of(SEED, "routing", iteration))
+        drawn = [[draw[:2] for draw in batch.routing] for batch in batches]
+        assert drawn == [[(key, (0,))], [(key, (1,))]]
+
+
+def test_every_iteration_draws_its_pivot(run):
+    """Every eligible block is as likely; draws, replay and metrics have the same one."""
+    keys = [key_of(SEED, "pivot", iteration) for iteration in range(ITERATIONS)]
+    expected = [PIVOTS[int(jax.random.randint(key, (), 0, len(PIVOTS)))] for key in keys]
+    assert len(set(expected)) > 1
+    for pivot, batches, row in zip(expected, run.training, run.metrics, strict=True):
+        assert {fork for batch in batches for _, _, fork in batch.routing} == {3 * pivot}
+        assert {numbers(b.experience.tuples.start_frame) for b in batches} == {(3 * pivot,)}
+        assert row["pivot"] == pivot
+
+
+# ---------------------------------------------------------------- held-out evaluation
+
+
+def test_every_policy_is_evaluated_on_the_same_held_out_prompts_and_noise(run):
+    """Whatever the seed of the run is, so that runs compare."""
+    key = numbers(key_of(0, "heldout", 0))
+    for batches in run.evaluations:
+        assert [batch.prompts for batch in batches] == [[("heldout", 0)], [("heldout", 1)]]
+        assert [batch.noise for batch in batches] == [{(key, (0,))}, {(key, (1,))}]
+
+
+def test_reference_then_online_then_average_are_evaluated(run):
+    """What the summary says of a policy is what the evaluation of that policy gave."""
+    assert run.makers(run.evaluations) == [{"initial"}, {"after 3"}, {"average"}]
+    given = [float(result.reward.mean()) for result in run.results]
+    assert len(set(given)) == 3
+    names = ("reference", "online", "ema")
+    assert [run.summary["heldout"][name] for name in names] == pytest.approx(given, rel=1e-6)
+    assert [run.metrics[-1][f"heldout_{name}"] for name in names] == pytest.approx(given, rel=1e-6)
+
+
+def test_a_finished_run_is_evaluated_alike_again(run):
+    with pytest.MonkeyPatch.context() as patch:
+        batches, results = watch(patch)
+        summary = train.train_and_evaluate(run.config, run.workdir)
+    again = dataclasses.replace(run, batches=batches, results=results)
+    assert again.training == []
+    assert again.makers(again.evaluations) == [{"initial"}, {"after 3"}, {"average"}]
+    assert summary["heldout"] == run.summary["heldout"]
+
+
+# ---------------------------------------------------------------- the learning rate
+
+
+@pytest.mark.parametrize(
+    "warmup, shares",
+    [(0, [1, 1, 1, 1, 1, 1]), (1, [1, 1, 1, 1, 1, 1]), (4, [0.25, 0.5, 0.75, 1, 1, 1])],
+)
+def test_the_learning_rate_rises_in_equal_steps(warmup, shares):
+    """Of a gradient that stays the same, Adam takes the sign, and moves by the learning rate."""
+    config = config_lib.load("configs/tiny.py")
+    config.train.update(learning_rate=LEARNING_RATE, warmup=warmup)
+    config.train.update(grad_clip=1e9, weight_decay=0.0)
+    optimiser = train.make_optimiser(config.train)
+    gradient, lora = jnp.array([0.5, -2.0]), jnp.array([1.0, 1.0])
+    state = optimiser.init(lora)
+    for share in shares:
+        update, state = optimiser.update(gradient, state, lora)
+        expected = share * LEARNING_RATE * np.array([-1.0, 1.0])
+        np.testing.assert_allclose(update, expected, rtol=1e-4)
+
+
+def test_the_loop_takes_its_first_step_at_the_first_learning_rate(run):
+    """Adam's first step has that length in every entry whose gradient is not tiny."""
+    before, after = jax.tree.leaves(run.initial), jax.tree.leaves(run.saved[0]["lora"])
+    longest = max(np.abs(a - b).max() for a, b in zip(after, before, strict=True))
+    assert longest == pytest.approx(LEARNING_RATE / WARMUP, rel=1e-4)
