@@ -1,38 +1,29 @@
-"""KVPO on MemFlow: LongLive's model with a narrative memory bank. The paper's setting, and the released code's.
+"""KVPO on MemFlow: LongLive's model with a memory bank. The paper's setting, and the release's.
 
     python -m kvpo_jax.main --config=configs/memflow.py --config.weights=memflow.safetensors ...
     python -m kvpo_jax.main --config=configs/memflow.py:release ...
 
-Files as for configs/longlive.py. Expected outcome: none measured by this project. Only what differs from
-configs/longlive.py stands here; every field is explained in configs/tiny.py.
+Files as for configs/longlive.py. Expected outcome: this project has measured none. Only what
+differs from configs/longlive.py stands here; every field is explained in configs/tiny.py.
 """
 
-import importlib.util
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from kvpo_jax.runtime.config import derive
 
 PRESETS = ("paper", "release")
 
 
-def _longlive(preset: str) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location("longlive", Path(__file__).with_name("longlive.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(preset)
-
-
 def get_config(preset: str = "paper") -> ConfigDict:
     """The MemFlow configuration; `preset` is "paper" or "release"."""
-    if preset not in PRESETS:
-        raise ValueError(f"configs/memflow.py has the presets {', '.join(PRESETS)}, not {preset!r}")
-    c = _longlive(preset)
+    c = derive("configs/longlive.py", preset)
     c.backbone = "memflow"
     c.window.bank = 3  # frames of the bank, attended to besides the window
     c.window.bank_interval = 3  # every third block leaves its first frame
     c.model.sparse_memory = 0  # 3 turns MemFlow's sparse memory activation on; released off
     if preset == "release":
-        # m = 3 nearest frames are the current block alone, and routing replaces the sink too: 9 of 9 slots.
+        # m = 3 nearest frames are the current block alone, and routing replaces the sink too: 9 of
+        # 9 slots.
         c.window.update(near=0, excluded=3, keep_sink=False)
         c.window.bank_reinsert = True  # the newest frame enters the bank before every block
     return c

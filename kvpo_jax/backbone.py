@@ -1,4 +1,4 @@
-"""What differs between backbones, in one struct: weights, prompts, text encoder, decoder and reward.
+"""A generator's world in one struct: weights, prompts, text encoder, decoder and rewards.
 
 Everything else of an iteration is the same for the toy, LongLive and MemFlow.
 """
@@ -15,13 +15,18 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
-from kvpo_jax import checkpoint
+from kvpo_jax import programs
 from kvpo_jax.data import prompts, text, toy_world
+from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
-from kvpo_jax.models.wan import WanConfig, init_variables, wan_config
-from kvpo_jax.rewards import composite, preprocess, registry
-from kvpo_jax.types import Array, PyTree
+from kvpo_jax.models.wan import WanConfig, init_variables
+from kvpo_jax.rewards import composite, preprocess, scorers
+from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
+from kvpo_jax.types import Array, PromptBatch, PyTree, Scores
 
 if TYPE_CHECKING:
     from kvpo_jax.data.embeddings import Embeddings
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
 TEXT_BATCH = 8  # prompts that the text encoder takes at once
 
-Sharding = jax.sharding.Sharding | None
+Placement = jax.sharding.Sharding | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,54 +42,132 @@ class Backbone:
     """A generator with its world.
 
     Attributes:
-      load: (sharding) -> the collection `params`.
-      load_lora: (sharding) -> the collection `lora` that training starts from, or None for a fresh one.
+      load_params: (sharding) -> the collection `params`.
+      load_lora: (sharding) -> the collection `lora` that training starts from, or None for a fresh
+        one.
       prompts: (split, index) -> a prompt sequence of M sentences; split is "train" or "heldout".
       embed: sentences -> token embeddings float[n, K, text_dim], zero past the prompt's end.
       load_decoder: (sharding) -> the decoder's weights.
-      decode: (decoder weights, latents float[n, F, Y, X, C], state) -> (pixels [n, frames', h, w, 3], state): the next
-        frames of n videos, jit-able; float in [0, 1] or uint8. The state of the first ones is None, the leaves of the
-        others have n first.
-      rewards: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n]; what is optimised.
+      decode: (decoder weights, latents float[n, F, Y, X, C], state) -> (pixels [n, frames', h, w,
+        3], state): the next frames of n videos, jit-able; float in [0, 1] or uint8. The state of
+        the first ones is None, the leaves of the others have n first.
+      rewards: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n]; what is
+        optimised.
       watch: as `rewards`, of components that are evaluated on held-out prompts and never optimised.
       to_pixel: first pixel frame of a latent frame.
       fps: pixel frames per second.
     """
 
-    load: Callable[[Sharding], PyTree]
-    load_lora: Callable[[Sharding], PyTree | None]
+    load_params: Callable[[Placement], PyTree]
+    load_lora: Callable[[Placement], PyTree | None]
     prompts: Callable[[str, int], list[str]]
     embed: Callable[[Sequence[str]], np.ndarray]
-    load_decoder: Callable[[Sharding], PyTree]
+    load_decoder: Callable[[Placement], PyTree]
     decode: Callable[[PyTree, Array, Any], tuple[Array, Any]]
-    rewards: registry.Rewards
-    watch: registry.Rewards
+    rewards: scorers.Scorers
+    watch: scorers.Scorers
     to_pixel: Callable[[int], int]
     fps: int
+
+
+# ---------------------------------------------------------------- what a run asks of it
+
+
+def prompt_batch(
+    backbone: Backbone, mesh: Mesh, split: str, start: int, numbers: np.ndarray
+) -> PromptBatch:
+    """The prompt sequences start + numbers of a split, on the mesh.
+
+    Args:
+      backbone: whose prompts.
+      mesh: prompts lie over its axis "data".
+      split: "train" or "heldout".
+      start: position in the split that the iteration begins at.
+      numbers: int32[P], the number of each prompt in its iteration.
+    """
+    sentences = tuple(tuple(backbone.prompts(split, start + int(n))) for n in numbers)
+    own = sharding.own_prompts(mesh, len(sentences))
+    flat = backbone.embed([s for i in own for s in sentences[i]])
+    own_embeddings = flat.reshape(len(own), -1, *flat.shape[1:])
+    embeddings = sharding.from_own_prompts(own_embeddings, mesh, len(sentences))
+    changed = np.array([[m == 0 or s[m] != s[m - 1] for m in range(len(s))] for s in sentences])
+    return PromptBatch(embeddings, changed, numbers, sentences)
+
+
+def clipping(config: ml_collections.ConfigDict, backbone: Backbone) -> composite.Clipping:
+    """Which frames of a run's videos are scored."""
+    return composite.Clipping(
+        config.video.switch_frames, config.reward.clip_frames, backbone.to_pixel
+    )
+
+
+def score_group(
+    config: ml_collections.ConfigDict,
+    backbone: Backbone,
+    sentences: Sequence[Sequence[str]],
+    branches: Array,
+    anchor: Array,
+    pivot: int,
+) -> tuple[Scores, Scores | None]:
+    """Rewards of the whole videos and, for anchor-relative advantages, of the replayed blocks.
+
+    Args:
+      config: of the run.
+      backbone: whose rewards.
+      sentences: P sequences.
+      branches: pixels [P, G, frames, h, w, 3].
+      anchor: pixels [P, frames, h, w, 3].
+      pivot: the first perturbed block.
+    """
+    weights = config.reward.weights
+    whole = composite.score_rollout(
+        backbone.rewards, branches, anchor, sentences, weights, clipping(config, backbone)
+    )
+    if config.objective.advantage != "anchor":
+        return whole, None
+    fork = pivot * config.video.block_frames
+    end = fork + recorded_blocks(config) * config.video.block_frames
+    segment = segment_of(fork, config.video.switch_frames)
+    window = (backbone.to_pixel(fork), backbone.to_pixel(end))
+    at_fork = [sequence[segment] for sequence in sentences]
+    local = composite.score_window(backbone.rewards, branches, anchor, at_fork, weights, window)
+    return whole, local
+
+
+def release_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
+    """Frees the weights of the rewards until they are needed again, unless reward.resident."""
+    if not config.reward.resident:
+        backbone.rewards.release()
+        backbone.watch.release()
 
 
 # ---------------------------------------------------------------- weight files
 
 
-def load_params(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> PyTree:
+def load_params(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> PyTree:
     """The collection `params` of a converted checkpoint; strict (see `checkpoint.load_weights`)."""
     like = jax.eval_shape(lambda key: init_variables(cfg, key)["params"], jax.random.key(0))
     return checkpoint.load_weights(path, _placed(like, sharding))
 
 
-def load_lora(path: Path | str, cfg: WanConfig, sharding: Sharding = None) -> PyTree:
-    """The collection `lora` of a converted adapter; ValueError where its rank or alpha is not the config's."""
+def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> PyTree:
+    """The collection `lora` of a converted adapter.
+
+    Raises:
+      UsageError: its rank or alpha is not the config's.
+    """
     made = checkpoint.metadata_config(path, "wan_lora")
     if (made["rank"], made["alpha"]) != (cfg.lora_rank, cfg.lora_alpha):
-        raise ValueError(
-            f"{path} has rank {made['rank']} and alpha {made['alpha']}, the config has lora.rank={cfg.lora_rank} and "
-            f"lora.alpha={cfg.lora_alpha}; add --config.lora.rank={made['rank']} --config.lora.alpha={made['alpha']}"
+        raise UsageError(
+            f"{path} has rank {made['rank']} and alpha {made['alpha']}, the config has"
+            f" lora.rank={cfg.lora_rank} and lora.alpha={cfg.lora_alpha}; add"
+            f" --config.lora.rank={made['rank']} --config.lora.alpha={made['alpha']}"
         )
     like = jax.eval_shape(lambda key: init_variables(cfg, key)["lora"], jax.random.key(0))
     return checkpoint.load_weights(path, _placed(like, sharding))
 
 
-def _placed(like: PyTree, sharding: Sharding) -> PyTree:
+def _placed(like: PyTree, sharding: Placement) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
 
 
@@ -92,22 +175,26 @@ def _placed(like: PyTree, sharding: Sharding) -> PyTree:
 
 
 def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
-    """The toy world with the generator that ships with the package, or the one that config.weights names."""
+    """The toy world, with the generator that ships or the one that config.weights names."""
     path, cfg = config.weights or TOY_WEIGHTS, wan_config(config)
     segments = len(config.video.switch_frames) + 1
 
     def sequence(split: str, index: int) -> list[str]:
-        return toy_world.sample_prompts((config.seed if split == "train" else 0, index), split, segments)
+        return toy_world.sample_prompts(
+            (config.seed if split == "train" else 0, index), split, segments
+        )
 
     return Backbone(
-        load=partial(load_params, path, cfg),
-        load_lora=lambda sharding: load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None,
+        load_params=partial(load_params, path, cfg),
+        load_lora=lambda sharding: (
+            load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
+        ),
         prompts=sequence,
         embed=toy_world.embed,
         load_decoder=lambda sharding: {},
         decode=lambda decoder, latents, state: (toy_world.decode(latents), ()),
-        rewards=registry.Rewards(config.reward.scorer, config.paths),
-        watch=registry.Rewards(config.eval.scorer, config.paths),
+        rewards=scorers.Scorers(config.reward.scorer, config.paths),
+        watch=scorers.Scorers(config.eval.scorer, config.paths),
         to_pixel=lambda frame: frame,
         fps=8,
     )
@@ -117,16 +204,19 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
 
 def stored_embeddings(config: ml_collections.ConfigDict) -> Embeddings:
-    """What config.paths.embeddings has; ValueError where its sizes are not the model's."""
+    """What config.paths.embeddings has; UsageError if its sizes are not the model's."""
     try:
         from kvpo_jax.data import embeddings
     except ImportError as error:
-        raise ImportError("prompt embeddings are read with: pip install 'kvpo_jax[data]'") from error
+        raise MissingPackageError(
+            "prompt embeddings are read with: pip install 'kvpo_jax[data]'"
+        ) from error
     made = embeddings.open_embeddings(config.paths.embeddings)
     if (made.text_len, made.dim) != (config.model.text_len, config.model.text_dim):
-        raise ValueError(
-            f"{config.paths.embeddings} has {made.text_len} tokens of width {made.dim}, the config has "
-            f"model.text_len={config.model.text_len} and model.text_dim={config.model.text_dim}"
+        raise UsageError(
+            f"{config.paths.embeddings} has {made.text_len} tokens of width {made.dim}, the config"
+            f" has model.text_len={config.model.text_len} and"
+            f" model.text_dim={config.model.text_dim}"
         )
     return made
 
@@ -137,7 +227,7 @@ def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]],
     cfg = umt5.UMT5Config(**checkpoint.metadata_config(config.paths.umt5, "umt5"))
     tokenize = text.tokenizer(config.paths.tokenizer, config.model.text_len)
     load = cache(lambda: checkpoint.load_weights(config.paths.umt5, umt5.abstract_params(cfg)))
-    encode = jax.jit(partial(umt5.embed, cfg))
+    encode = programs.text_encoder(cfg)
 
     def embed(sentences: Sequence[str]) -> np.ndarray:
         ids, mask = tokenize(sentences)
@@ -150,10 +240,19 @@ def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]],
     return embed
 
 
-def decode(vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
-    """Latents float[n, F, Y, X, C] to pixels uint8[n, frames, h, w, 3]; `state` is what came before (None: nothing).
+def decode(
+    vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, state: Any
+) -> tuple[Array, Any]:
+    """Latents float[n, F, Y, X, C] to pixels uint8[n, frames, h, w, 3].
 
-    One video at a time: the decoder's activations are a hundred times its input. And in place: so is its state.
+    One video at a time, because the decoder's activations are a hundred times its input; and in
+    place, because its state is as large.
+
+    Args:
+      vae: its config.
+      decoder: its weights.
+      latents: the next block of n videos.
+      state: what the blocks before have left; None for the first.
     """
 
     def of_video(x: Array, before: Any) -> tuple[Array, Any]:
@@ -162,8 +261,13 @@ def decode(vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, state: Any) 
 
     def next_frames(state: Any, video: tuple[Array, Array]) -> tuple[Any, Array]:
         index, x = video
-        pixels, after = of_video(x, jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, index, 1), state))
-        write = lambda s, new: jax.lax.dynamic_update_slice_in_dim(s, new, index, 0)
+        pixels, after = of_video(
+            x, jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, index, 1), state)
+        )
+
+        def write(s, new):
+            return jax.lax.dynamic_update_slice_in_dim(s, new, index, 0)
+
         return jax.tree.map(write, state, after), pixels
 
     if state is None:
@@ -174,55 +278,138 @@ def decode(vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, state: Any) 
 
 
 def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
-    """A causal Wan2.1 generator with its VAE and UMT5; files as `config.check_files` asks for them."""
+    """A causal Wan2.1 generator with its VAE and UMT5; files as `check_files` asks for them."""
     cfg = wan_config(config)
     segments = len(config.video.switch_frames) + 1
     if config.eval.prompts > config.train.held_out:
-        raise ValueError(
-            f"config.eval.prompts={config.eval.prompts}, but only config.train.held_out={config.train.held_out} "
-            "sequences of the prompt file are never trained on; ask for fewer, or hold out more in a new run"
+        raise UsageError(
+            f"config.eval.prompts={config.eval.prompts}, but only"
+            f" config.train.held_out={config.train.held_out} sequences of the prompt file are never"
+            " trained on; ask for fewer, or hold out more in a new run"
         )
     vae = wan_vae.config_from_dict(checkpoint.metadata_config(config.paths.vae, "wan_vae"))
     stored = stored_embeddings(config) if config.paths.embeddings else None
 
     @cache
-    def splits() -> dict[str, list[prompts.Sequence]]:
+    def splits() -> dict[str, list[prompts.PromptSequence]]:
         sequences = prompts.load(Path(config.paths.prompts))
         if stored is not None:
             stored.check([sentence for sequence in sequences for sentence in sequence.sentences])
         try:
             train, heldout = prompts.split(sequences, config.train.held_out, seed=0)
         except ValueError as error:
-            raise ValueError(f"{config.paths.prompts}: {error}; lower config.train.held_out") from error
+            raise UsageError(
+                f"{config.paths.prompts}: {error}; lower config.train.held_out"
+            ) from error
         return {"train": train, "heldout": heldout}
 
     def sequence(split: str, index: int) -> list[str]:
         if split == "heldout":
             return list(prompts.segments_to(splits()[split][index], segments).sentences)
-        return list(prompts.segments_to(prompts.at(splits()[split], index, config.seed), segments).sentences)
+        return list(
+            prompts.segments_to(prompts.at(splits()[split], index, config.seed), segments).sentences
+        )
 
-    like = wan_vae.abstract_params(vae)
+    like = wan_vae.abstract_decoder_params(vae)
 
     return Backbone(
-        load=partial(load_params, config.weights, cfg),
-        load_lora=lambda sharding: load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None,
+        load_params=partial(load_params, config.weights, cfg),
+        load_lora=lambda sharding: (
+            load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
+        ),
         prompts=sequence,
         embed=text_encoder(config) if stored is None else stored.lookup,
-        load_decoder=lambda sharding: checkpoint.load_weights(config.paths.vae, _placed(like, sharding)),
+        load_decoder=lambda sharding: checkpoint.load_weights(
+            config.paths.vae, _placed(like, sharding), wan_vae.ENCODER
+        ),
         decode=partial(decode, vae),
-        rewards=registry.Rewards(config.reward.scorer, config.paths),
-        watch=registry.Rewards(config.eval.scorer, config.paths),
+        rewards=scorers.Scorers(config.reward.scorer, config.paths),
+        watch=scorers.Scorers(config.eval.scorer, config.paths),
         to_pixel=composite.latent_to_pixel,
         fps=16,
     )
 
 
-BACKBONES = {"toy": toy_backbone, "longlive": wan_backbone, "memflow": wan_backbone}
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of backbone.
+
+    Attributes:
+      make: (config) -> Backbone; nothing large is read yet.
+      files: fields of FILES that it cannot do without.
+    """
+
+    make: Callable[[ml_collections.ConfigDict], Backbone]
+    files: tuple[str, ...] = ()
+
+
+WAN_FILES = ("weights", "paths.vae", "paths.prompts")
+BACKBONES: Registry[Kind] = Registry(
+    "backbone",
+    {
+        "toy": Kind(toy_backbone),
+        "longlive": Kind(wan_backbone, WAN_FILES),
+        "memflow": Kind(wan_backbone, WAN_FILES),
+    },
+)
 
 
 def load(config: ml_collections.ConfigDict) -> Backbone:
-    """The backbone that config.backbone names; a reward that cannot be weighed is an error before it scores."""
-    backbone = BACKBONES[config.backbone](config)
-    components = (registry.components_of(names) for names in (config.reward.scorer, config.eval.scorer))
-    composite.check(*components, config.reward.weights)
+    """The backbone that config.backbone names.
+
+    A reward that cannot be weighed is an error before it scores.
+    """
+    backbone = BACKBONES[config.backbone].make(config)
+    optimised = scorers.components_of(config.reward.scorer)
+    watched = scorers.components_of(config.eval.scorer)
+    composite.check_weights(optimised, watched, config.reward.weights)
     return backbone
+
+
+# ---------------------------------------------------------------- its files
+
+# What makes each file that a configuration may name.
+FILES = {
+    "weights": "kvpo-convert CHECKPOINT --output=FILE",
+    "paths.lora": "kvpo-convert LORA --output=FILE",
+    "paths.vae": "kvpo-convert Wan2.1_VAE.pth --output=FILE",
+    "paths.hpsv3": "kvpo-convert HPSV3 --output=FILE ... (docs/rewards.md)",
+    "paths.videoalign": "kvpo-convert VIDEOREWARD --output=FILE ... (docs/rewards.md)",
+    "paths.umt5": "kvpo-convert models_t5_umt5-xxl-enc-bf16.pth --output=FILE",
+    "paths.tokenizer": "the folder google/umt5-xxl of a Wan2.1 checkpoint",
+    "paths.embeddings": "kvpo-encode --prompts=FILE --output=FOLDER ...",
+    "paths.prompts": "a file of prompt sequences (docs/data.md)",
+}
+
+
+def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
+    """UsageError for a file that is needed and not named, or named and not there.
+
+    Sentences are encoded with paths.embeddings, or else with paths.umt5 and paths.tokenizer.
+
+    Args:
+      config: of the run.
+      scored: whether prompts are read from a file and videos scored, as in training.
+    """
+    fields = config_lib.flat(config)
+    needs: dict[str, str] = {}
+    if files := BACKBONES[config.backbone].files:
+        encoder = ("paths.umt5", "paths.tokenizer")
+        files += ("paths.embeddings",) if config.paths.embeddings else encoder
+        wanted = [name for name in files if scored or name != "paths.prompts"]
+        needs |= dict.fromkeys(wanted, f"the {config.backbone} backbone")
+    if scored:
+        named = scorers.names_of(f"{config.reward.scorer},{config.eval.scorer}")
+        learned = [name for name in ("hpsv3", "videoalign") if name in named]
+        needs |= {f"paths.{name}": f"the scorer {name}" for name in learned}
+    for name, what in needs.items():
+        if not fields[name]:
+            made_by = FILES[name]
+            if name in ("paths.umt5", "paths.tokenizer"):
+                made_by += " (or name config.paths.embeddings)"
+            raise UsageError(f"{what} needs --config.{name}=..., made by: {made_by}")
+    for name, made_by in FILES.items():
+        if fields[name] and not Path(fields[name]).exists():
+            raise UsageError(
+                f"config.{name}={fields[name]}: there is no such file; it is made by {made_by}"
+            )

@@ -1,4 +1,4 @@
-"""Latent videos to pixels, block by block, so that what the branches of a group share is decoded once."""
+"""Latent videos to pixels, block by block; what the branches of a group share is decoded once."""
 
 from __future__ import annotations
 
@@ -6,28 +6,38 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from kvpo_jax import sharding
 from kvpo_jax.backbone import Backbone
+from kvpo_jax.runtime import sharding
 from kvpo_jax.types import Array, PyTree
 
 
 def spec_of(mesh: Mesh, trajectories: int) -> Spec:
-    """How the videos of so many trajectories per prompt lie on the mesh while they are decoded."""
+    """How the videos of so many trajectories per prompt are split over the mesh while decoding."""
     return sharding.PROMPTS if trajectories % mesh.shape["branch"] else sharding.TRAJECTORIES
 
 
-def make_step(decode: Callable[[PyTree, Array, Any], tuple[Array, Any]], mesh: Mesh, block_frames: int) -> Callable:
-    """(weights, latents float[P, T, frames, Y, X, C], first_frame, state) -> (pixels of a block, state), compiled.
+def make_step(
+    decode: Callable[[PyTree, Array, Any], tuple[Array, Any]], mesh: Mesh, block_frames: int
+) -> Callable:
+    """Compiles the decoding of a block.
 
-    `decode` is that of a `Backbone`; the state, with leading axes P and T, is updated in place.
+    Args:
+      decode: of a `Backbone`.
+      mesh: of the latents.
+      block_frames: F.
+
+    Returns:
+      (weights, latents float[P, T, frames, Y, X, C], first_frame, state) -> (pixels of the block,
+      state). The state has the leading axes P and T and is updated in place.
     """
 
-    def of_shard(weights: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+    def decode_shard(weights: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
         p, t = latents.shape[:2]
         flat = jax.tree.map(lambda x: x.reshape(p * t, *x.shape[2:]), (latents, state))
         return jax.tree.map(lambda x: x.reshape(p, t, *x.shape[1:]), decode(weights, *flat))
@@ -36,18 +46,23 @@ def make_step(decode: Callable[[PyTree, Array, Any], tuple[Array, Any]], mesh: M
     def step(weights: PyTree, latents: Array, first_frame: Array, state: Any) -> tuple[Array, Any]:
         block = jax.lax.dynamic_slice_in_dim(latents, first_frame, block_frames, axis=2)
         spec = spec_of(mesh, latents.shape[1])
-        shard = sharding.shard(of_shard, mesh, in_specs=(sharding.REPLICATED, spec, spec), out_specs=(spec, spec))
-        return shard(weights, block, state)
+        sharded = jax.shard_map(
+            decode_shard,
+            mesh=mesh,
+            in_specs=(sharding.REPLICATED, spec, spec),
+            out_specs=(spec, spec),
+        )
+        return sharded(weights, block, state)
 
     return step
 
 
-class Decoder:
+class VideoDecoder:
     """Latents float[P, T, frames, Y, X, C] to pixels [P, T, frames', h, w, 3].
 
-    Each device decodes its own videos; where T is not a multiple of the shards of `branch`, all of its prompts'. Of a
-    group it decodes one after the other, for a decoder's memory of a video is larger than the video. The programs are
-    the same for every pivot.
+    Each device decodes its own videos. If T is not a multiple of the shards of `branch`, it decodes
+    all videos of its prompts. It decodes the videos of a group one after another, because a
+    decoder's memory of a video is larger than the video. The programs serve every pivot.
 
     Args:
       backbone: whose decoder.
@@ -66,8 +81,17 @@ class Decoder:
         self._flat = jax.jit(self._flattened, donate_argnums=0)
 
     def videos(self, latents: Array) -> Array:
-        """Pixels of float[P, T, frames, Y, X, C]."""
+        """Pixels [P, T, ...] of latents float[P, T, frames, Y, X, C]."""
+        chex.assert_rank(latents, 6)
         return self._join(self._blocks(latents, 0, latents.shape[2] // self._frames, None)[0])
+
+    def block(self, latents: Array, state: Any) -> tuple[Array, Any]:
+        """Pixels [P, frames', h, w, 3] of the next block float[P, F, Y, X, C], and the new state.
+
+        `state` is that of the block before, None for the first.
+        """
+        pixels, state = self._step(self._weights, latents[:, None], 0, state)
+        return pixels[:, 0], state
 
     def group(self, branches: Array, anchor: Array, pivot: int) -> tuple[Array, Array]:
         """Pixels [P, G, ...] of branches and [P, 1, ...] of their anchor.
@@ -77,11 +101,14 @@ class Decoder:
           anchor: float[P, frames, Y, X, C].
           pivot: the first block in which they differ; what is before it is decoded once.
         """
+        chex.assert_rank([branches, anchor], [6, 5])
+        chex.assert_equal_shape([branches[:, 0], anchor])
         g, blocks, anchor = branches.shape[1], branches.shape[2] // self._frames, anchor[:, None]
         prefix, state = self._blocks(anchor, 0, pivot, None)
         shards = self._mesh.shape["branch"]
         at_once, out = 1 if g % shards else shards, None
-        prefixes = [self._fork(pixels, at_once) for pixels in prefix]  # one by one: their number is the pivot's
+        # One by one: their number depends on the pivot, so a program of all would compile again.
+        prefixes = [self._fork(pixels, at_once) for pixels in prefix]
         for turn in range(g // at_once):
             videos = self._pick(branches, turn, at_once)
             own = self._blocks(videos, pivot, blocks, self._fork(state, at_once))[0]
@@ -108,7 +135,7 @@ class Decoder:
         return sharding.constrain(video, self._mesh, spec_of(self._mesh, at_once))
 
     def _written(self, out: Array | None, pixels: Array, turn: Array, turns: int) -> Array:
-        """[P, at_once, turns, ...] with the videos whose turn it is; None is one that is still empty."""
+        """Writes the videos whose turn it is into [P, at_once, turns, ...]; None: into zeros."""
         if out is None:
             out = jnp.zeros((*pixels.shape[:2], turns, *pixels.shape[2:]), pixels.dtype)
         out = jax.lax.dynamic_update_index_in_dim(out, pixels, turn, axis=2)

@@ -1,36 +1,175 @@
 """Held-out rewards of a run, or the scores of video files.
 
     python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--config.eval.prompts=64 ...]
-    python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion [--hpsv3=FILE] [--videoalign=FILE]
+    python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion \\
+        [--hpsv3=FILE] [--videoalign=FILE]
 
-The first compares reference, online and EMA policy on the same prompts and noise. The second scores the videos of a
-folder in the order of their names (2.mp4 before 10.mp4), one prompt sequence each, as training does: a clip in the
-middle of every segment.
+The first compares reference, online and EMA policy on the same prompts and noise. The second scores
+the videos of a folder in the order of their names (2.mp4 before 10.mp4), one prompt sequence each,
+as training does: a clip in the middle of every segment.
 """
 
 from __future__ import annotations
 
-import csv
-import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import imageio.v3 as iio
-import jax
-import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
+from flax import struct
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import config as config_lib
-from kvpo_jax import heldout, report, rollout, sharding, train
+from kvpo_jax import run as run_lib
+from kvpo_jax.algorithm import keys
+from kvpo_jax.algorithm.block import join_blocks
 from kvpo_jax.data import prompts
-from kvpo_jax.decoder import Decoder
-from kvpo_jax.rewards import composite, registry
+from kvpo_jax.errors import UsageError
+from kvpo_jax.rewards import composite, scorers, video_files
+from kvpo_jax.rollout import generate
+from kvpo_jax.run import Run
+from kvpo_jax.runtime import command, progress, sharding, statistics
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.pictures import PICTURED, before_after
+from kvpo_jax.state import newest_state, policy_of
+from kvpo_jax.types import Array, PromptBatch, PyTree
 
-SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
-OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "output")  # flags that say nothing of a run
+# ---------------------------------------------------------------- held-out evaluation
+
+
+class Heldout(struct.PyTreeNode):
+    """Videos of one policy on the held-out prompts.
+
+    Attributes:
+      pixels: [m, frames, h, w, 3], m <= PICTURED: of the first prompts, as many as follow one
+        another on this process's devices.
+      reward: float[n], the composite reward.
+      components: name -> float[n], of what is optimised and of what is only watched
+        (config.eval.scorer).
+    """
+
+    pixels: np.ndarray
+    reward: np.ndarray
+    components: dict[str, np.ndarray]
+
+
+def evaluate(run: Run, lora: PyTree) -> Heldout:
+    """Generates and scores every held-out prompt with the policy of this LoRA tree.
+
+    The noise depends on the prompt's index alone, so all policies of a run get the same.
+    """
+    config = run.config
+    count = config_lib.heldout_at_once(config, run.mesh.shape["data"])
+    own = sharding.own_prompts(run.mesh, count)
+    pixels: list[np.ndarray] = []
+    components = []
+    for first in range(0, config.eval.prompts, count):
+        numbers = np.arange(first, first + count, dtype=np.int32)
+        batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "heldout", 0, numbers)
+        videos, sentences = _videos(run, lora, batch), [batch.sentences[i] for i in own]
+        scores = sharding.gather(_Scores(run, videos, sentences), run.mesh)
+        if first + own[0] == len(pixels):
+            pixels.extend(np.asarray(videos[: PICTURED - len(pixels), 0]))
+        components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
+    backbone_lib.release_rewards(config, run.backbone)
+    merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
+    reward = np.asarray(composite.composite(merged, config.reward.weights))
+    return Heldout(np.array(pixels), reward, merged)
+
+
+def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:
+    """Pixels [P, 1, frames, h, w, 3] of this process's prompts.
+
+    A function of its own, so that the KV cache is freed before decoding.
+    """
+    noise = keys.NoiseKey(keys.draw_key(0, "heldout", 0), batch.numbers)
+    blocks = generate(run, run.variables(lora), batch, noise)
+    latents = join_blocks(blocks, axis=1)[:, None]
+    del blocks
+    return sharding.own_part(run.decoder.videos(latents))
+
+
+class _Scores:
+    """() -> component -> float[P, 1], of what is optimised and what is watched."""
+
+    def __init__(self, run: Run, videos: Array, sentences: Sequence[Sequence[str]]):
+        self._run, self._videos, self._sentences = run, videos, sentences
+
+    def __call__(self) -> dict[str, Array]:
+        backbone = self._run.backbone
+        clipping = backbone_lib.clipping(self._run.config, self._run.backbone)
+        rewards, watched = (
+            composite.segment_rewards(scorer, self._videos, self._sentences, clipping)
+            for scorer in (backbone.rewards, backbone.watch)
+        )
+        composite.check_weights(rewards, watched, self._run.config.reward.weights)
+        return rewards | watched
+
+
+def heldout_metrics(reference: Heldout, online: Heldout, ema: Heldout) -> dict[str, float]:
+    """The mean held-out rewards of the three policies, as metrics.jsonl has them."""
+    return {
+        "heldout_reference": reference.reward.mean(),
+        "heldout_online": online.reward.mean(),
+        "heldout_ema": ema.reward.mean(),
+    }
+
+
+def finish(
+    run: Run, workdir: Path, results: Mapping[str, Heldout], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """Leaves summary.json and report/before_after.png in `workdir`, and prints the final table.
+
+    Args:
+      run: tells the held-out prompts.
+      workdir: the run directory.
+      results: of the policies "reference", "online" and "ema".
+      seconds: what they were spent on, with "total".
+
+    Returns:
+      The summary.
+    """
+    reference, online = results["reference"], results["online"]
+    shown = range(min(PICTURED, len(reference.pixels)))
+    components = {
+        policy: {name: float(np.mean(value)) for name, value in result.components.items()}
+        for policy, result in results.items()
+    }
+    summary = {
+        "heldout": statistics.heldout_summary(
+            reference.reward, online.reward, results["ema"].reward
+        ),
+        "components": components,
+        "seconds": dict(seconds),
+    }
+    picture = workdir / "report" / "before_after.png"
+    before_after(
+        [run.backbone.prompts("heldout", i) for i in shown],
+        [run.backbone.to_pixel(frame) for frame in run.config.video.switch_frames],
+        {"before": reference.pixels[: len(shown)], "after": online.pixels[: len(shown)]},
+        {"before": reference.reward, "after": online.reward},
+        picture,
+    )
+    write_json(summary, workdir / "summary.json")
+    print(flush=True)
+    print_table(results)
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
+    print(f"\nseconds: {seconds['total']:.1f} in all ({parts})\n\n{picture} shows it", flush=True)
+    return summary
+
+
+def print_table(results: Mapping[str, Heldout]) -> None:
+    """Prints the mean rewards of policies, and what they gain over the first one."""
+    rewards = {
+        policy: {"reward": result.reward, **result.components} for policy, result in results.items()
+    }
+    count = len(next(iter(results.values())).reward)
+    title = f"held-out prompt sequences: {count}, with the same noise for every policy"
+    progress.table(title, *statistics.heldout_table(rewards))
+
+
+# ---------------------------------------------------------------- the command
 
 
 def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
@@ -38,121 +177,88 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     # The run is looked at and not continued, so any field may differ here.
     config = config_lib.override(config_lib.load_saved(workdir / "config.json"), arguments)
     config_lib.check(config)
-    config_lib.check_files(config)
-    config_lib.use_compilation_cache()
-    mesh = rollout.make_mesh(config)
-    backbone = backbone_lib.load(config)
-    like = train.init_state(config, train.make_optimiser(config.train), mesh)
-    iteration, state = train.newest_state(workdir, like)
-    params = backbone.load(jax.sharding.NamedSharding(mesh, sharding.REPLICATED))
-    decoder = Decoder(backbone, mesh, config.video.block_frames)
-    stages = rollout.build(config, mesh)
-    results = {
-        name: heldout.evaluate(config, backbone, mesh, stages, decoder, {"params": params, "lora": lora})
-        for name, lora in (("reference", state.reference), ("online", state.lora), ("ema", state.ema))
-    }
-    rewards = {name: {"reward": result.reward, **result.components} for name, result in results.items()}
-    print(f"iteration {iteration} of {workdir}\n{report.final_table(rewards)}", flush=True)
+    backbone_lib.check_files(config)
+    command.use_compilation_cache()
+    state = newest_state(workdir, config, run_lib.make_mesh(config))
+    run = run_lib.load(config)
+    policies = ("reference", "online", "ema")
+    results = {policy: evaluate(run, policy_of(state, policy)) for policy in policies}
+    print(f"iteration {int(state.iteration)} of {workdir}", flush=True)
+    print_table(results)
 
 
-def score_video(
-    scorer: composite.Scorer, video: np.ndarray, sentences: Sequence[str], clip_frames: int
-) -> dict[str, float]:
-    """Components of uint8[frames, h, w, 3], whose segments are equally long; `clip_frames` as in section reward."""
-    frames, segments = len(video), len(sentences)
-    pixels = jnp.asarray(video[None, None], jnp.float32) / 255
-    switches = [round(m * frames / segments) for m in range(1, segments)]
-    scores = composite.segment_rewards(scorer, pixels, [sentences], switches, clip_frames, lambda frame: frame)
-    return {name: float(value[0, 0]) for name, value in scores.items()}
+def evaluate_videos(given: flags.FlagValues) -> None:
+    """Scores the video files that the flags name."""
+    names = scorers.names_of(given.rewards)
+    if not given.prompts:
+        raise UsageError(
+            "--videos needs --prompts, a file with one prompt sequence per video (docs/data.md)"
+        )
+    for name in ("hpsv3", "videoalign"):
+        if name in names and not given[name].value:
+            made_by = backbone_lib.FILES[f"paths.{name}"]
+            raise UsageError(f"--rewards={name} needs --{name}=FILE, made by {made_by}")
+    if not names:
+        raise UsageError(
+            "--rewards names nothing; there are hpsv3, videoalign, motion, module:function"
+        )
+    if "toy" in names:
+        raise UsageError(
+            "--rewards=toy scores the toy's own 8x8 pixels, which no video file has; try motion"
+        )
+    command.use_compilation_cache()
+    paths = {"hpsv3": given.hpsv3, "videoalign": given.videoalign}
+    scorer = scorers.Scorers(given.rewards, paths)
+    sequences = prompts.load(Path(given.prompts))
+    output = Path(given.output or Path(given.videos) / "scores.csv")
+    video_files.score(scorer, Path(given.videos), sequences, given.clip_frames, output)
 
 
-def score_videos(
-    scorer: composite.Scorer, folder: Path, sequences: Sequence[prompts.Sequence], clip_frames: int, output: Path
-) -> dict[str, dict[str, float]]:
-    """Scores every video of `folder`, writes them to `output` as CSV and prints a table; file name -> components.
-
-    A row is written as soon as it is known: after an error, those before it are in a file `output`.part.
-
-    Raises:
-      ValueError: if there are not as many prompt sequences as videos, or a file is no video. What a scorer raises has a
-        note with the file.
-    """
-    parts = lambda path: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-    files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES] if folder.is_dir() else []
-    if not files:
-        raise ValueError(f"{folder} has no videos ({', '.join(SUFFIXES)})")
-    if len(files) != len(sequences):
-        raise ValueError(f"{folder} has {len(files)} videos, but there are {len(sequences)} prompt sequences")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    rows, part = {}, output.with_name(f"{output.name}.part")
-    with part.open("w", newline="") as file:
-        for path, sequence in zip(sorted(sorted(files), key=parts), sequences, strict=True):
-            try:
-                video = iio.imread(path)
-            except Exception as error:  # a decoder's errors have no common type
-                raise ValueError(f"{path} cannot be read as a video: {error}") from error
-            try:
-                row = score_video(scorer, video, sequence.sentences, clip_frames)
-            except Exception as error:
-                error.add_note(str(path))
-                raise
-            if not rows:
-                names, table = list(row), csv.DictWriter(file, ["video", *row])
-                table.writeheader()
-            rows[path.name] = row
-            table.writerow({"video": path.name, **row})
-            file.flush()
-            print(f"{len(rows)}/{len(files)}  {path.name}", end="\r", file=sys.stderr, flush=True)
-    part.replace(output)
-    rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
-    width = max(map(len, rows))
-    print(" " * width, *(f"{name:>12s}" for name in names))
-    for name, row in rows.items():
-        print(f"{name:{width}s}", *(f"{row[n]:12.4f}" for n in names))
-    print(f"wrote {output}", flush=True)
-    return rows
+# Flags that say nothing of a run.
+OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "output")
 
 
 def main(arguments: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
+    """The command: see the module."""
     given = flags.FLAGS
     try:
         if bool(given.workdir) == bool(given.videos):
-            raise ValueError("give either --workdir or --videos")
+            raise UsageError("give either --workdir or --videos")
         if given.workdir:
             if useless := [f"--{name}" for name in OF_VIDEOS if given[name].present]:
-                raise ValueError(f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE says")
+                raise UsageError(
+                    f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE "
+                    "says"
+                )
             evaluate_run(Path(given.workdir), arguments[1:])
+        elif arguments[1:]:
+            raise UsageError(f"unexpected argument {arguments[1]!r}")
         else:
-            if arguments[1:]:
-                raise ValueError(f"unexpected argument {arguments[1]!r}")
-            if not given.prompts:
-                raise ValueError("--videos needs --prompts, a file with one prompt sequence per video (docs/data.md)")
-            for name in ("hpsv3", "videoalign"):
-                if name in registry.names_of(given.rewards) and not given[name].value:
-                    raise ValueError(
-                        f"--rewards={name} needs --{name}=FILE, made by {config_lib.FILES[f'paths.{name}']}"
-                    )
-            config_lib.use_compilation_cache()
-            if not registry.names_of(given.rewards):
-                raise ValueError("--rewards names nothing; there are hpsv3, videoalign, motion, module:function")
-            if "toy" in registry.names_of(given.rewards):
-                raise ValueError("--rewards=toy scores the toy's own 8x8 pixels, which no video file has; try motion")
-            scorer = registry.Rewards(given.rewards, {"hpsv3": given.hpsv3, "videoalign": given.videoalign})
-            sequences = prompts.load(Path(given.prompts))
-            output = Path(given.output or Path(given.videos) / "scores.csv")
-            score_videos(scorer, Path(given.videos), sequences, given.clip_frames, output)
-    except (ValueError, KeyError, OSError, FloatingPointError) as error:
-        config_lib.explain(error)
+            evaluate_videos(given)
+    except (UsageError, OSError) as error:
+        command.fail(error)
 
 
-if __name__ == "__main__":
+def define_flags() -> None:
+    """The flags of the command."""
     flags.DEFINE_string("workdir", None, "run directory")
     flags.DEFINE_string("videos", None, "folder of video files to score instead")
     flags.DEFINE_string("prompts", None, "file of their prompt sequences")
-    flags.DEFINE_string("rewards", "motion", "names, separated by commas: hpsv3, videoalign, motion, module:function")
+    flags.DEFINE_string(
+        "rewards",
+        "motion",
+        "names, separated by commas: hpsv3, videoalign, motion, module:function",
+    )
     flags.DEFINE_string("hpsv3", "", "converted HPSv3")
     flags.DEFINE_string("videoalign", "", "converted VideoAlign")
     flags.DEFINE_integer("clip_frames", 36, "frames scored of each segment, centred; 0 = all")
     flags.DEFINE_string("output", None, "CSV file; scores.csv beside the videos by default")
-    app.run(main, flags_parser=config_lib.parse_flags)
+
+
+def cli() -> None:
+    """Entry point."""
+    command.run("kvpo_jax.evaluate", define_flags, main)
+
+
+if __name__ == "__main__":
+    cli()

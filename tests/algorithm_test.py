@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import objective
+from kvpo_jax.algorithm import objective
+from kvpo_jax.runtime import config as config_lib
 
 G = 6
 TIGHT = {"rtol": 1e-10, "atol": 1e-13}
@@ -38,7 +38,9 @@ def ppo_gradient(section, energies, old, advantages):
     """(A): dL_PPO / dE, and c of each branch."""
     pi, pi_old = jax.nn.softmax(-energies / section.tau), jax.nn.softmax(-old / section.tau)
     rho = pi / pi_old
-    clipped = ((advantages > 0) & (rho > 1 + section.clip_high)) | ((advantages < 0) & (rho < 1 - section.clip_low))
+    clipped = ((advantages > 0) & (rho > 1 + section.clip_high)) | (
+        (advantages < 0) & (rho < 1 - section.clip_low)
+    )
     weight = jnp.where(clipped, 0.0, rho * advantages)
     return (weight - pi * weight.sum()) / (len(energies) * section.tau), ~clipped
 
@@ -54,15 +56,22 @@ def kl_gradient(section, energies, reference):
 @pytest.mark.parametrize("beta", [0.0, 0.7])
 @pytest.mark.parametrize("shift", [0.0, 0.8])
 def test_gradient_in_the_energies(section, beta, shift):
-    """(A) and (C), off policy, for group advantages and for some that, like the release's, are not centred."""
+    """(A) and (C), off policy, for group advantages and for some that, like the release's, are not
+    centred.
+    """
     section.beta = beta
     energies, old, reference, rewards = normal(1, 4, 50, G)
     energies, old, reference = 1 + 0.15 * energies, 1 + 0.15 * old, 1 + 0.15 * reference
     advantages = jax.vmap(objective.group_advantage)(rewards) + shift
     ppo, passed = jax.vmap(lambda *group: ppo_gradient(section, *group))(energies, old, advantages)
     assert 0.2 < passed.mean() < 0.8  # the indicator is exercised both ways
-    expected = ppo + beta * jax.vmap(lambda *group: kl_gradient(section, *group))(energies, reference)
-    loss = lambda *group: objective.loss(section, *group, True)[0]
+    expected = ppo + beta * jax.vmap(lambda *group: kl_gradient(section, *group))(
+        energies, reference
+    )
+
+    def loss(*group):
+        return objective.loss(section, *group, True)[0]
+
     gradient = jax.vmap(jax.grad(loss))(energies, old, reference, advantages)
     np.testing.assert_allclose(gradient, expected, **TIGHT)
     np.testing.assert_allclose(gradient.sum(axis=1), 0, atol=1e-13)
@@ -71,12 +80,14 @@ def test_gradient_in_the_energies(section, beta, shift):
 def test_gradient_on_policy(section):
     """(B); the KL is silent where theta is the reference."""
     energies, advantages = 1 + 0.15 * normal(2, G), centred_advantages(3)
-    gradient = jax.grad(lambda e: objective.loss(section, e, energies, energies, advantages, True)[0])(energies)
+    gradient = jax.grad(
+        lambda e: objective.loss(section, e, energies, energies, advantages, True)[0]
+    )(energies)
     np.testing.assert_allclose(gradient, advantages / (G * section.tau), **TIGHT)
 
 
 class Linear:
-    """Branches of 5 (block, step) pairs and a linear velocity v = z theta on latents of 4 elements."""
+    """Branches of 5 (block, step) pairs; a linear velocity v = z theta of latents of 4 elements."""
 
     def __init__(self, seed):
         self.z, self.u = normal(seed, 2, G, 5, 4)
@@ -96,7 +107,10 @@ def test_gradient_in_the_parameters(section):
     model, advantages = Linear(3), centred_advantages(4)
     section.tau = 5.0
     old, reference = model.energies(model.old), model.energies(model.reference)
-    loss = lambda theta, safe: objective.loss(section, model.energies(theta), old, reference, advantages, safe)[0]
+
+    def loss(theta, safe):
+        return objective.loss(section, model.energies(theta), old, reference, advantages, safe)[0]
+
     energies = model.energies(model.theta)
     ppo, passed = ppo_gradient(section, energies, old, advantages)
     assert 0 < passed.sum() < G
@@ -110,16 +124,26 @@ def test_gradient_in_the_parameters_on_policy(section):
     """(E): reward-weighted contrastive flow matching."""
     model, advantages = Linear(5), centred_advantages(6)
     old = model.energies(model.theta)
-    loss = lambda theta: objective.loss(section, model.energies(theta), old, old, advantages, True)[0]
-    weighted = lambda theta: jnp.sum(advantages * model.energies(theta)) / (G * section.tau)
-    np.testing.assert_allclose(jax.grad(loss)(model.theta), jax.grad(weighted)(model.theta), **TIGHT)
+
+    def loss(theta):
+        return objective.loss(section, model.energies(theta), old, old, advantages, True)[0]
+
+    def weighted(theta):
+        return jnp.sum(advantages * model.energies(theta)) / (G * section.tau)
+
+    np.testing.assert_allclose(
+        jax.grad(loss)(model.theta), jax.grad(weighted)(model.theta), **TIGHT
+    )
 
 
 def test_curvature_of_the_kl(section):
     """(F): the Hessian at the reference is (diag(pi) - pi pi^T) / tau^2, the gradient is zero."""
     reference = 1 + 0.3 * normal(7, G)
     log_pi_ref = objective.log_policy(reference, section.tau)
-    kl = lambda e: objective.kl_divergence(objective.log_policy(e, section.tau), log_pi_ref)
+
+    def kl(e):
+        return objective.kl_divergence(objective.log_policy(e, section.tau), log_pi_ref)
+
     pi = jnp.exp(log_pi_ref)
     np.testing.assert_allclose(jax.grad(kl)(reference), 0, atol=1e-13)
     expected = (jnp.diag(pi) - jnp.outer(pi, pi)) / section.tau**2
@@ -131,7 +155,10 @@ def test_where_ppo_and_kl_balance(section, tau):
     """(G): the loss of a group that began uniform is stationary at a shift of -tau / beta * A."""
     section.update(tau=tau, clip_low=1.0, clip_high=1e6)
     advantages, uniform = centred_advantages(8), jnp.zeros(G)
-    loss = lambda e: objective.loss(section, e, uniform, uniform, advantages, True)[0]
+
+    def loss(e):
+        return objective.loss(section, e, uniform, uniform, advantages, True)[0]
+
     balance = -tau / section.beta * advantages
     np.testing.assert_allclose(tau * jax.grad(loss)(balance), 0, atol=1e-13)
     assert np.abs(tau * jax.grad(loss)(0.9 * balance)).max() > 1e-3

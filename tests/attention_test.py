@@ -1,4 +1,6 @@
-"""Attention over a block's own keys and its past: against JAX's own, in tiles of any size, with its gradients."""
+"""Attention over a block and its past: against JAX's own, in tiles of any size, with gradients."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +8,10 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kvpo_jax import sharding
 from kvpo_jax.models import attention as attention_lib
 from kvpo_jax.models.attention import Keys, attention
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
+from kvpo_jax.runtime import sharding
 
 BATCH, QUERIES, OWN, PAST, HEADS, DIM = 2, 12, 12, 20, 3, 4
 
@@ -19,34 +21,52 @@ def random(*shape, dtype=jnp.float32):
 
 
 def inputs(dtype=jnp.float32):
-    kv = lambda keys: (random(BATCH, keys, HEADS, DIM, dtype=dtype), random(BATCH, keys, DIM, HEADS, dtype=dtype))
+    def kv(keys):
+        return (
+            random(BATCH, keys, HEADS, DIM, dtype=dtype),
+            random(BATCH, keys, DIM, HEADS, dtype=dtype),
+        )
+
     (own_k, own_v), (past_k, past_v) = kv(OWN), kv(PAST)
-    swap = lambda x: jnp.moveaxis(x, 2, 3)
+
+    def swap(x):
+        return jnp.moveaxis(x, 2, 3)
+
     return random(BATCH, QUERIES, HEADS, DIM, dtype=dtype), own_k, swap(own_v), past_k, swap(past_v)
 
 
-# What counts of the past, and of a block's own keys: (length, mask, own mask).
+# Which keys of the past and of the block are attended to: (length, mask, own mask).
 RULES = {
     "all": (None, None, None),
     "length": (jnp.array([0, 13]), None, None),
-    "mask": (jnp.array([20, 7]), jnp.asarray(np.random.default_rng(0).random((BATCH, HEADS, PAST)) < 0.6), None),
+    "mask": (
+        jnp.array([20, 7]),
+        jnp.asarray(np.random.default_rng(0).random((BATCH, HEADS, PAST)) < 0.6),
+        None,
+    ),
     "own mask": (None, None, jnp.arange(OWN)[None, None] >= jnp.array([3, 0])[:, None, None]),
 }
 
 
 def ours(rule, q, own_k, own_v, past_k, past_v, **options):
     length, mask, own_mask = RULES[rule]
-    return attention(q, Keys(own_k, own_v, mask=own_mask), Keys(past_k, past_v, length, mask), **options)
+    return attention(
+        q, Keys(own_k, own_v, mask=own_mask), Keys(past_k, past_v, length, mask), **options
+    )
 
 
 def theirs(rule, q, own_k, own_v, past_k, past_v):
     length, mask, own_mask = RULES[rule]
     counts = jnp.ones((BATCH, HEADS, PAST + OWN), bool)
     if length is not None:
-        counts &= jnp.arange(PAST + OWN) < jnp.where(length == PAST, PAST + OWN, length)[:, None, None]
+        counts &= (
+            jnp.arange(PAST + OWN) < jnp.where(length == PAST, PAST + OWN, length)[:, None, None]
+        )
         counts |= jnp.arange(PAST + OWN) >= PAST
         if rule == "mask":
-            counts &= (jnp.arange(PAST + OWN) < length[:, None, None]) | (jnp.arange(PAST + OWN) >= PAST)
+            counts &= (jnp.arange(PAST + OWN) < length[:, None, None]) | (
+                jnp.arange(PAST + OWN) >= PAST
+            )
     if mask is not None:
         counts = counts.at[:, :, :PAST].set(counts[:, :, :PAST] & mask)
     if own_mask is not None:
@@ -56,8 +76,12 @@ def theirs(rule, q, own_k, own_v, past_k, past_v):
 
 
 def test_by_hand():
-    # Logits q k / sqrt(1) = log 1, log 3, and a masked key: weights 1/4 and 3/4 of the values 8 and 4.
-    q, k, v = (jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1) for x in ([1], [0, np.log(3), 9], [8, 4, 100]))
+    # Logits q k / sqrt(1) = log 1, log 3, and a masked key: weights 1/4 and 3/4 of the values 8 and
+    # 4.
+    q, k, v = (
+        jnp.asarray(x, jnp.float32).reshape(1, -1, 1, 1)
+        for x in ([1], [0, np.log(3), 9], [8, 4, 100])
+    )
     masked = attention(q, Keys(k, v, mask=jnp.array([[[True, True, False]]])))
     np.testing.assert_allclose(masked.reshape(-1), [5.0], atol=1e-6)
     past = attention(q, Keys(k[:, :1], v[:, :1]), Keys(k[:, 1:], v[:, 1:], jnp.array([1])))
@@ -69,14 +93,20 @@ def test_by_hand():
 @pytest.mark.parametrize("tile", [1, 3 * QUERIES * (OWN + PAST), 2**20])
 @pytest.mark.parametrize("rule", RULES)
 def test_is_that_of_the_library(rule, tile, monkeypatch):
-    """The output, and the gradients of the queries and a block's own keys and values; those of the past are zero."""
+    """The output, and the gradients of queries and block; those of the past are zero."""
     monkeypatch.setattr(attention_lib, "logits_at_once", lambda: tile)
     arguments = inputs()
     loops = {1: 6, 3 * QUERIES * (OWN + PAST): 2, 2**20: None}[tile]
-    assert (f"length={loops}" in str(jax.make_jaxpr(lambda *x: ours(rule, *x))(*arguments))) == (loops is not None)
+    program = str(jax.make_jaxpr(lambda *x: ours(rule, *x))(*arguments))
+    assert (f"length={loops}" in program) == (loops is not None)
     np.testing.assert_allclose(ours(rule, *arguments), theirs(rule, *arguments), atol=1e-6)
-    loss = lambda function: lambda *x: jnp.sum(jnp.sin(function(rule, *x)))
-    gradient, expected = (jax.grad(loss(function), (0, 1, 2, 3))(*arguments) for function in (ours, theirs))
+
+    def loss(function):
+        return lambda *x: jnp.sum(jnp.sin(function(rule, *x)))
+
+    gradient, expected = (
+        jax.grad(loss(function), (0, 1, 2, 3))(*arguments) for function in (ours, theirs)
+    )
     for a, b in zip(gradient[:3], expected[:3], strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     assert not np.any(gradient[3])
@@ -85,7 +115,10 @@ def test_is_that_of_the_library(rule, tile, monkeypatch):
 def test_gradients_are_finite_differences():
     with jax.enable_x64(True):
         q, own_k, own_v, past_k, past_v = inputs(jnp.float64)
-        function = lambda q, k, v: attention(q, Keys(k, v), Keys(past_k, past_v, jnp.array([0, 13])))
+
+        def function(q, k, v):
+            return attention(q, Keys(k, v), Keys(past_k, past_v, jnp.array([0, 13])))
+
         check_grads(function, (q, own_k, own_v), order=1, modes=("rev",), atol=1e-7, rtol=1e-7)
 
 
@@ -98,7 +131,7 @@ def test_half_precision_is_close():
 
 @pytest.mark.parametrize("rule", ["all", "length"])
 def test_arguments_of_the_library(rule):
-    """What is handed to cuDNN on a GPU, here to XLA: own keys first, lengths instead of masks."""
+    """cuDNN's arguments on a GPU, here given to XLA: own keys first, lengths instead of masks."""
     q, own_k, own_v, past_k, past_v = inputs()
     past = Keys(past_k, past_v, RULES[rule][0])
     out = attention_lib._library(q, Keys(own_k, own_v), past, implementation="xla")
@@ -107,58 +140,87 @@ def test_arguments_of_the_library(rule):
     np.testing.assert_allclose(alone, attention(q, Keys(own_k, own_v)), atol=1e-6)
 
 
-# ---------------------------------------------------------------- cuDNN, traced and lowered for a GPU that is not there
+# ---------------------------------------------------------------- cuDNN, lowered without a GPU
 
 
 @pytest.fixture
 def cudnn(monkeypatch):
-    """JAX asks the installed library for its version before it traces; everything after that is JAX's own."""
-    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    """JAX asks the installed library for its version before it traces; that is all it needs."""
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
 
 
 def calls(function, *arguments) -> dict[str, int]:
-    """How often the program, lowered for NVIDIA GPUs, calls cuDNN's attention, forward and backward."""
+    """How often the program for NVIDIA GPUs calls cuDNN's attention, forward and backward."""
     program = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     return {name: program.count(f"@__cudnn$fmhaSoftmax{name}(") for name in ("", "Backward")}
 
 
 def test_cudnn_has_gradients_on_a_mesh(cudnn):
-    """The types of the gradients say over which axes of the mesh they vary (JAX before 0.10.2 loses them)."""
-    mesh = sharding.make_mesh(2, 4, 2, 4)
-    each = sharding.TRAJECTORIES
+    """Their types say over which axes of the mesh they vary (JAX before 0.10.2 loses this)."""
+    mesh, spec = sharding.make_mesh(2, 4, 2, 4), sharding.TRAJECTORIES
 
-    def loss(q, own_k, own_v, past_k, past_v, length):
-        of_shard = lambda q, own_k, own_v, past_k, past_v, length: attention(
-            q[0], Keys(own_k[0], own_v[0]), Keys(past_k[0], past_v[0], length[0]), "cudnn"
-        )[None]
-        out = sharding.shard(of_shard, mesh, in_specs=(each,) * 6, out_specs=each)
-        return jnp.sum(out(q, own_k, own_v, past_k, past_v, length).astype(jnp.float32))
+    @partial(jax.shard_map, mesh=mesh, in_specs=(spec,) * 6, out_specs=spec)
+    def attention_per_shard(q, own_k, own_v, past_k, past_v, length):
+        past = Keys(past_k[0], past_v[0], length[0])
+        return attention(q[0], Keys(own_k[0], own_v[0]), past, "cudnn")[None]
 
-    half = lambda keys: jax.ShapeDtypeStruct((2, 4, keys, 2, 8), jnp.bfloat16)
+    def loss(*arguments):
+        return jnp.sum(attention_per_shard(*arguments).astype(jnp.float32))
+
+    def half(keys):
+        return jax.ShapeDtypeStruct((2, 4, keys, 2, 8), jnp.bfloat16)
+
     arguments = [half(k) for k in (6, 6, 6, 10, 10)]
     gradient = jax.grad(loss, (0, 1, 2))
     length = jax.ShapeDtypeStruct((2, 4), jnp.int32)
-    assert [x.shape for x in jax.eval_shape(gradient, *arguments, length)] == [x.shape for x in arguments[:3]]
+    assert [x.shape for x in jax.eval_shape(gradient, *arguments, length)] == [
+        x.shape for x in arguments[:3]
+    ]
     assert calls(gradient, *arguments, length) == {"": 1, "Backward": 1}
 
 
 @pytest.mark.parametrize("remat, forward", [("none", 2), ("products", 2), ("block", 4)])
 def test_attention_is_not_computed_again_where_products_are_saved(remat, forward, cudnn):
-    """Attention over the context and over the text, in a loop over layers: with "block" there is a second forward."""
+    """Attention over the context and over the text, in a loop over layers.
+
+    With "block" there is a second forward pass.
+    """
     cfg = WanConfig(
-        dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=8, text_len=4, channels=4, lora_rank=2,
-        dtype="bfloat16", attention="cudnn", remat=remat,
-    )  # fmt: skip
+        dim=32,
+        ffn_dim=64,
+        num_heads=2,
+        num_layers=2,
+        freq_dim=16,
+        text_dim=8,
+        text_len=4,
+        channels=4,
+        lora_rank=2,
+        dtype="bfloat16",
+        attention="cudnn",
+        remat=remat,
+    )
     variables = jax.eval_shape(lambda: init_variables(cfg, jax.random.key(0)))
 
     def loss(lora, params, x, text, context):
-        one = jnp.zeros(len(x))
+        sigma, start_frame = jnp.zeros(len(x)), jnp.zeros(len(x), jnp.int32)
+        variables = {"params": params, "lora": lora}
         velocity = Wan(cfg).apply(
-            {"params": params, "lora": lora}, x, one, text, context, one.astype(jnp.int32), method=Wan.touch_all
+            variables, x, sigma, text, context, start_frame, method=Wan.touch_all
         )
         return jnp.sum(velocity)
 
-    half = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    def half(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
     context = jax.eval_shape(lambda: empty_context(cfg, 1, 2, 4))
-    program = calls(jax.grad(loss), variables["lora"], variables["params"], half(1, 3, 4, 4, 4), half(1, 4, 8), context)
+    program = calls(
+        jax.grad(loss),
+        variables["lora"],
+        variables["params"],
+        half(1, 3, 4, 4, 4),
+        half(1, 4, 8),
+        context,
+    )
     assert program == {"": forward, "Backward": 2}

@@ -1,4 +1,6 @@
-"""Train states come back bit for bit, even after a kill in the middle of a save; weight files are strict."""
+"""Train states come back bit for bit, even after a kill in the middle of a save; weight files are
+strict.
+"""
 
 import os
 import shutil
@@ -14,13 +16,21 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kvpo_jax import checkpoint
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import checkpoint
 
 
 def train_state(scale: float):
     """A LoRA tree with an optimiser state of NamedTuples, in three dtypes."""
-    params = {"q": {"a": scale * jnp.arange(16.0).reshape(8, 2) / 3, "b": jnp.full((3,), scale, jnp.bfloat16) / 3}}
-    optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1.0, 3)))
+    params = {
+        "q": {
+            "a": scale * jnp.arange(16.0).reshape(8, 2) / 3,
+            "b": jnp.full((3,), scale, jnp.bfloat16) / 3,
+        }
+    }
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1.0, 3))
+    )
     state = optimiser.init(params)
     _, state = optimiser.update(params, state, params)
     return {"lora": params, "optimiser": state, "cursor": jnp.uint32(7)}
@@ -47,13 +57,20 @@ def test_restores_the_newest_bit_for_bit_and_keeps_two(tmp_path):
         jax.block_until_ready(tree["cursor"] + jax.device_put(jnp.uint32(1), jax.devices()[3]))
         checkpoint.save(checkpoints, 3, train_state(9), {})  # saved already: left alone
         checkpoints.wait_until_finished()
-        assert_bitwise_equal(checkpoint.restore_latest(checkpoints, train_state(0.0))[1], train_state(3))
+        assert_bitwise_equal(
+            checkpoint.restore_latest(checkpoints, train_state(0.0))[1], train_state(3)
+        )
 
 
 def test_restores_onto_the_shardings_asked_for(tmp_path):
     mesh = jax.make_mesh((8,), ("data",))
-    rows = lambda x: NamedSharding(mesh, P("data") if x.ndim == 2 else P())
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows(x)), train_state(0.0))
+
+    def rows(x):
+        return NamedSharding(mesh, P("data") if x.ndim == 2 else P())
+
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows(x)), train_state(0.0)
+    )
     with checkpoint.manager(tmp_path, keep=1) as checkpoints:
         checkpoint.save(checkpoints, 1, train_state(1), {})
         _, tree, _ = checkpoint.restore_latest(checkpoints, like)
@@ -76,12 +93,16 @@ def test_another_state_is_an_error_that_names_checkpoint_and_leaf(tmp_path):
     state = train_state(1)
     with checkpoint.manager(tmp_path, keep=1) as checkpoints:
         checkpoint.save(checkpoints, 5, state, {})
-        with pytest.raises(ValueError, match=r"checkpoint .*5: wrong: cursor is uint32\[\], not float32\[\]"):
+        with pytest.raises(
+            ValueError, match=r"checkpoint .*5: wrong: cursor is uint32\[\], not float32\[\]"
+        ):
             checkpoint.restore_latest(checkpoints, {**state, "cursor": jnp.float32(0)})
         with pytest.raises(ValueError, match=r"missing: ema"):
             checkpoint.restore_latest(checkpoints, {**state, "ema": jnp.zeros(3)})
         with pytest.raises(ValueError, match=r"left over: cursor"):
-            checkpoint.restore_latest(checkpoints, {k: v for k, v in state.items() if k != "cursor"})
+            checkpoint.restore_latest(
+                checkpoints, {k: v for k, v in state.items() if k != "cursor"}
+            )
 
 
 def test_an_unfinished_save_is_passed_over(tmp_path):
@@ -123,7 +144,10 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_the_one_before(
         assert str(error.value).endswith("if it is damaged, delete it to continue from 1")
         assert "\n" not in str(error.value) and len(str(error.value)) < 500
     shutil.rmtree(tmp_path / "1")
-    with checkpoint.reader(tmp_path) as checkpoints, pytest.raises(ValueError, match=r"2 cannot be read \(.*\)$"):
+    with (
+        checkpoint.reader(tmp_path) as checkpoints,
+        pytest.raises(ValueError, match=r"2 cannot be read \(.*\)$"),
+    ):
         checkpoint.restore_latest(checkpoints, train_state(0.0))
 
 
@@ -137,7 +161,7 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
     program = f"""
 import os, signal
 import jax.numpy as jnp
-from kvpo_jax import checkpoint
+from kvpo_jax.runtime import checkpoint
 tree = lambda value: {{str(i): jnp.full((1000, 500), value) for i in range(8)}}
 checkpoints = checkpoint.manager({str(tmp_path)!r}, keep=2)
 checkpoint.save(checkpoints, 1, tree(1.0), {{}})
@@ -145,7 +169,9 @@ checkpoints.wait_until_finished()
 checkpoint.save(checkpoints, 2, tree(2.0), {{}})
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    killed = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    killed = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     assert killed.returncode == -signal.SIGKILL
     like = {str(i): jnp.zeros((1000, 500)) for i in range(8)}
     with checkpoint.manager(tmp_path, keep=2) as checkpoints:
@@ -156,14 +182,22 @@ os.kill(os.getpid(), signal.SIGKILL)
 # ---------------------------------------------------------------- weights
 
 
-WEIGHTS = {"block": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.asarray([1 / 3], jnp.bfloat16)}}
+WEIGHTS = {
+    "block": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.asarray([1 / 3], jnp.bfloat16)}
+}
 
 
 def test_weights_round_trip_with_bfloat16_and_transposed_arrays(tmp_path):
     path = tmp_path / "sub" / "w.safetensors"
-    weights = {**WEIGHTS, "view": np.arange(6.0, dtype=np.float32).reshape(2, 3).T, "scalar": np.float32(2.5)}
+    weights = {
+        **WEIGHTS,
+        "view": np.arange(6.0, dtype=np.float32).reshape(2, 3).T,
+        "scalar": np.float32(2.5),
+    }
     checkpoint.save_weights(path, weights, {"seed": "0"})
-    loaded = checkpoint.load_weights(path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights))
+    loaded = checkpoint.load_weights(
+        path, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    )
     assert_bitwise_equal(loaded, weights)
     assert [p.name for p in path.parent.iterdir()] == ["w.safetensors"]
 
@@ -172,10 +206,17 @@ def test_weights_are_cast_and_placed_like_the_tree(tmp_path):
     path = tmp_path / "w.safetensors"
     checkpoint.save_weights(path, WEIGHTS, {})
     sharding = NamedSharding(jax.make_mesh((2,), ("data",)), P("data"))
-    like = {"block": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16, sharding=sharding), "bias": jnp.zeros(1)}}
+    like = {
+        "block": {
+            "kernel": jax.ShapeDtypeStruct((2, 3), jnp.bfloat16, sharding=sharding),
+            "bias": jnp.zeros(1),
+        }
+    }
     loaded = checkpoint.load_weights(path, like)["block"]
     assert loaded["kernel"].dtype == jnp.bfloat16 and loaded["kernel"].sharding == sharding
-    assert loaded["bias"].dtype == jnp.float32 and float(loaded["bias"][0]) == float(jnp.bfloat16(1 / 3))
+    assert loaded["bias"].dtype == jnp.float32 and float(loaded["bias"][0]) == float(
+        jnp.bfloat16(1 / 3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,7 +224,10 @@ def test_weights_are_cast_and_placed_like_the_tree(tmp_path):
     [
         ({"block": {**WEIGHTS["block"], "scale": jnp.ones(2)}}, "missing: block/scale"),
         ({"block": {"bias": WEIGHTS["block"]["bias"]}}, "left over: block/kernel"),
-        ({"block": {**WEIGHTS["block"], "kernel": jnp.ones((3, 2))}}, r"wrong: block/kernel is \[2, 3\], not \[3, 2\]"),
+        (
+            {"block": {**WEIGHTS["block"], "kernel": jnp.ones((3, 2))}},
+            r"wrong: block/kernel is \[2, 3\], not \[3, 2\]",
+        ),
     ],
 )
 def test_other_tensors_are_an_error_that_names_file_and_tensor(tmp_path, like, fault):
@@ -191,6 +235,21 @@ def test_other_tensors_are_an_error_that_names_file_and_tensor(tmp_path, like, f
     checkpoint.save_weights(path, WEIGHTS, {})
     with pytest.raises(ValueError, match=f"w.safetensors: {fault}"):
         checkpoint.load_weights(path, like)
+
+
+def test_a_part_of_a_file_can_be_left_unread(tmp_path):
+    """The other tensors are as strict as ever, and so is a name that only begins like the part."""
+    path = tmp_path / "w.safetensors"
+    encoder, like = {"encoder": {"kernel": jnp.ones(3)}}, WEIGHTS
+    checkpoint.save_weights(path, {**WEIGHTS, **encoder}, {})
+    assert_bitwise_equal(checkpoint.load_weights(path, like, unread=("encoder", "none")), WEIGHTS)
+    with pytest.raises(UsageError, match="left over: encoder/kernel"):
+        checkpoint.load_weights(path, like)
+    with pytest.raises(UsageError, match="missing: other"):
+        checkpoint.load_weights(path, {**like, "other": jnp.ones(1)}, unread=("encoder",))
+    checkpoint.save_weights(path, {**WEIGHTS, "encoder2": jnp.ones(1)}, {})
+    with pytest.raises(UsageError, match="left over: encoder2"):
+        checkpoint.load_weights(path, like, unread=("encoder",))
 
 
 def test_a_truncated_file_is_an_error_that_names_it(tmp_path):

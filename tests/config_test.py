@@ -5,8 +5,11 @@ import os
 import pytest
 from ml_collections import ConfigDict
 
-from kvpo_jax import config as config_lib
-from kvpo_jax.models import layers
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import atomic
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
 
 TINY = config_lib.load(str(config_lib.shipped("configs/tiny.py")))
 FRAMES = TINY.video.blocks * TINY.video.block_frames
@@ -21,14 +24,21 @@ def test_overrides_of_every_type():
         "--config.train.iterations=3",
         "--config.objective.tau=2",  # a whole number for a float
         "--config.sampler.steps=(1,0.5)",
-        "--config.video.switch_frames", "(6,)",
+        "--config.video.switch_frames",
+        "(6,)",
         "--config.objective.shuffle_advantages",
         "--config.weights=a b.safetensors",
         "--config.reward.weights.VQ=0.5",
         "--config.reward.weights.mine=2",  # of a scorer that the config knows nothing of
-    )  # fmt: skip
-    assert (config.train.iterations, config.objective.tau, config.sampler.steps) == (3, 2.0, (1.0, 0.5))
-    assert isinstance(config.objective.tau, float) and all(isinstance(s, float) for s in config.sampler.steps)
+    )
+    assert (config.train.iterations, config.objective.tau, config.sampler.steps) == (
+        3,
+        2.0,
+        (1.0, 0.5),
+    )
+    assert isinstance(config.objective.tau, float) and all(
+        isinstance(s, float) for s in config.sampler.steps
+    )
     assert (config.video.switch_frames, config.objective.shuffle_advantages) == ((6,), True)
     assert (config.weights, config.reward.weights.VQ) == ("a b.safetensors", 0.5)
     assert config.reward.weights.mine == 2.0 and "mine" not in TINY.reward.weights
@@ -39,16 +49,34 @@ def test_overrides_of_every_type():
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--config.train.iteration=3", "no field config.train.iteration; did you mean 'train.iterations'?"),
+        (
+            "--config.train.iteration=3",
+            "no field config.train.iteration; did you mean 'train.iterations'?",
+        ),
         ("--config.model.rank=3", "no field config.model.rank; did you mean 'lora.rank'?"),
-        ("--config.objective=3", "config.objective is a section; its fields are objective.advantage,"),
+        (
+            "--config.objective=3",
+            "config.objective is a section; its fields are objective.advantage,",
+        ),
         ("--config.train.iterations=2.5", "config.train.iterations=2.5: expected int, as in "),
         ("--config.objective.tau=high", "config.objective.tau=high: expected float, as in "),
-        ("--config.objective.shuffle_advantages=ja", "config.objective.shuffle_advantages=ja: expected bool, as in"),
-        ("--config.video.switch_frames=(1.5,)", r"config.video.switch_frames=(1.5,): expected elements of type int"),
-        ("--config.video.switch_frames=ab", r"config.video.switch_frames=('ab',): expected elements of type int"),
+        (
+            "--config.objective.shuffle_advantages=ja",
+            "config.objective.shuffle_advantages=ja: expected bool, as in",
+        ),
+        (
+            "--config.video.switch_frames=(1.5,)",
+            r"config.video.switch_frames=(1.5,): expected elements of type int",
+        ),
+        (
+            "--config.video.switch_frames=ab",
+            r"config.video.switch_frames=('ab',): expected elements of type int",
+        ),
         ("--config.train.iterations", "Missing value for flag --config.train.iterations"),
-        ("--config=configs/tiny.py", "--config=configs/tiny.py: the configuration is the run's own;"),
+        (
+            "--config=configs/tiny.py",
+            "--config=configs/tiny.py: the configuration is the run's own;",
+        ),
         ("tiny", "unexpected argument 'tiny'"),
     ],
 )
@@ -61,30 +89,75 @@ def test_a_wrong_override_is_named(argument, message):
 @pytest.mark.parametrize(
     "argument, message",
     [
-        ("--config.objective.gate=zer", "config.objective.gate='zer' is not one of zero, mechanism_1, mechanism_2; di"),
+        (
+            "--config.objective.gate=zer",
+            "config.objective.gate='zer' is not one of zero, mechanism_1, mechanism_2; di",
+        ),
         ("--config.objective.tau=nan", "config.objective.tau=nan is not finite"),
-        ("--config.rollout.branch_chunk=3", "config.rollout.branch_chunk=3 does not divide config.rollout.branches=8"),
+        (
+            "--config.rollout.branch_chunk=3",
+            "config.rollout.branch_chunk=3 does not divide config.rollout.branches=8",
+        ),
         ("--config.objective.tau=0", "config.objective.tau=0.0 is not positive"),
         ("--config.sampler.shift=0", "config.sampler.shift=0.0 is not positive"),
-        ("--config.video.height=5", "config.video.height=5 is no multiple of 2, config.model.patch[1]"),
-        ("--config.video.width=5", "config.video.width=5 is no multiple of 2, config.model.patch[2]"),
-        ("--config.model.patch=(1,0,2)", "config.model.patch=(1, 0, 2): expected the frames, height and width of a"),
-        ("--config.model.num_heads=5", "config.model.dim=96 is no multiple of 10, twice config.model.num_heads"),
-        ("--config.model.num_heads=32", "config.model.dim=96 is no multiple of 64, twice config.model.num_heads"),
+        (
+            "--config.video.height=5",
+            "config.video.height=5 is not a multiple of 2, config.model.patch[1]",
+        ),
+        (
+            "--config.video.width=5",
+            "config.video.width=5 is not a multiple of 2, config.model.patch[2]",
+        ),
+        (
+            "--config.model.patch=(1,0,2)",
+            "config.model.patch=(1, 0, 2): expected the frames, height and width of a",
+        ),
+        (
+            "--config.model.num_heads=5",
+            "config.model.dim=96 is not a multiple of 10, twice config.model.num_heads",
+        ),
+        (
+            "--config.model.num_heads=32",
+            "config.model.dim=96 is not a multiple of 64, twice config.model.num_heads",
+        ),
         ("--config.model.freq_dim=0", "config.model.freq_dim=0 is less than 2"),
-        ("--config.model.freq_dim=65", "config.model.freq_dim=65 is no multiple of 2"),
+        ("--config.model.freq_dim=65", "config.model.freq_dim=65 is not a multiple of 2"),
         ("--config.train.ema_decay=2", "config.train.ema_decay=2.0 is more than 1"),
-        ("--config.window.recache_frames=0", "config.window.recache_frames=0, but prompts switch at config.video.sw"),
-        ("--config.window.recache_frames=10", "config.window.recache_frames=10 is no multiple of 3, config.video.bl"),
-        ("--config.video.blocks=342", "config.video.blocks=342 of config.video.block_frames=3 are 1026 frames"),
-        ("--config.sampler.context_step=1.5", "config.sampler.context_step=1.5: expected levels that fall"),
+        (
+            "--config.window.recache_frames=0",
+            "config.window.recache_frames=0, but prompts switch at config.video.sw",
+        ),
+        (
+            "--config.window.recache_frames=10",
+            "config.window.recache_frames=10 is not a multiple of 3, config.video.bl",
+        ),
+        (
+            "--config.video.blocks=342",
+            "config.video.blocks=342 of config.video.block_frames=3 are 1026 frames",
+        ),
+        (
+            "--config.sampler.context_step=1.5",
+            "config.sampler.context_step=1.5: expected levels that fall",
+        ),
         ("--config.sampler.steps=(0.5,1.0)", "config.sampler.steps=(0.5, 1.0), "),
         ("--config.rollout.branches=1", "config.rollout.branches=1 is less than 2"),
-        ("--config.rollout.perturbed_steps=99", "config.rollout.perturbed_steps=99, but config.sampler.steps has only"),
-        ("--config.eval.prompts=30", "config.eval.prompts=30 is no multiple of config.eval.batch=16"),
-        ("--config.video.switch_frames=(12,25)", "config.video.switch_frames=(12, 25): expected ascending multiples"),
-        ("--config.video.switch_frames=(24,12)", "config.video.switch_frames=(24, 12): expected ascending multiples"),
-        (f"--config.video.switch_frames=({FRAMES},)", f"between 0 and {FRAMES}, the frames of the video"),
+        (
+            "--config.rollout.perturbed_steps=99",
+            "config.rollout.perturbed_steps=99, but config.sampler.steps has only",
+        ),
+        ("--config.eval.prompts=30", "config.eval.batch=16 does not divide config.eval.prompts=30"),
+        (
+            "--config.video.switch_frames=(12,25)",
+            "config.video.switch_frames=(12, 25): expected ascending multiples",
+        ),
+        (
+            "--config.video.switch_frames=(24,12)",
+            "config.video.switch_frames=(24, 12): expected ascending multiples",
+        ),
+        (
+            f"--config.video.switch_frames=({FRAMES},)",
+            f"between 0 and {FRAMES}, the frames of the video",
+        ),
     ],
 )
 def test_a_value_that_cannot_be_meant_is_named(argument, message):
@@ -96,26 +169,32 @@ def test_a_value_that_cannot_be_meant_is_named(argument, message):
 def test_a_value_at_its_bound_is_sound():
     config_lib.check(overridden("--config.video.blocks=341", "--config.train.ema_decay=1"))
     config_lib.check(overridden("--config.model.num_heads=48"))
-    config_lib.check(overridden("--config.video.switch_frames=()", "--config.window.recache_frames=0"))
-    assert config_lib.MAX_FRAMES == layers.MAX_FRAMES
+    config_lib.check(
+        overridden("--config.video.switch_frames=()", "--config.window.recache_frames=0")
+    )
 
 
 @pytest.mark.parametrize("preset", ["paper", "release"])
 def test_the_presets_are_sound_and_have_every_checked_field(preset):
     config = config_lib.load(f"{config_lib.shipped('configs/tiny.py')}:{preset}")
     config_lib.check(config)
-    checked = {*config_lib.CHOICES, *config_lib.MINIMUM, *config_lib.POSITIVE}
+    registered = {registry.field for registry in config_lib.REGISTRIES}
+    checked = {*registered, *config_lib.MINIMUM, *config_lib.POSITIVE}
     assert checked <= config_lib.flat(config).keys()
 
 
 def test_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_lib.load("configs/tiny.py") == TINY  # the shipped one, wherever one stands
-    with pytest.raises(ValueError, match="no configuration file 'configs/tny.py'; did you mean 'configs/tiny.py'?"):
+    with pytest.raises(
+        ValueError, match="no configuration file 'configs/tny.py'; did you mean 'configs/tiny.py'?"
+    ):
         config_lib.load("configs/tny.py")
     with pytest.raises(ValueError, match="has the presets paper, release, not 'releas'"):
         config_lib.load("configs/tiny.py:releas")
-    (tmp_path / "own.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
+    (tmp_path / "own.py").write_text(
+        "import ml_collections\nget_config = ml_collections.ConfigDict\n"
+    )
     (tmp_path / "bare.py").write_text("def get_config():\n    return None\n")
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(ValueError, match="bare.py has no presets, so not 'x' either"):
@@ -125,39 +204,63 @@ def test_files(tmp_path, monkeypatch):
 
 
 def test_a_saved_configuration_is_the_same(tmp_path):
-    config_lib.write_json(TINY.to_dict(), tmp_path / "config.json")
+    atomic.write_json(TINY.to_dict(), tmp_path / "config.json")
     assert config_lib.load_saved(tmp_path / "config.json") == TINY
     (tmp_path / "config.json").write_text('{"seed": 0')
     with pytest.raises(ValueError, match="config.json is not a saved configuration"):
         config_lib.load_saved(tmp_path / "config.json")
-    with pytest.raises(ValueError, match="nowhere is not the directory of a run: there is no .*nowhere/config.json"):
+    with pytest.raises(
+        ValueError, match="nowhere is not the directory of a run: there is no .*nowhere/config.json"
+    ):
         config_lib.load_saved(tmp_path / "nowhere" / "config.json")
 
 
 def test_fields_that_a_configuration_lacks_or_has_too_many_are_named(tmp_path):
-    older = TINY.to_dict()
-    older["old"] = older.pop("seed")
-    del older["eval"]["every"]
-    del older["reward"]["weights"]["TA"]  # which components there are is the scorers' business
-    config_lib.write_json(older, tmp_path / "config.json")
-    message = "config.json has other fields than configs/tiny.py, missing: eval.every, seed; unknown: old; correct it"
-    with pytest.raises(ValueError, match=message):
+    newer = TINY.to_dict()
+    newer["new"] = 1
+    newer["eval"]["new"] = 2
+    del newer["reward"]["weights"]["TA"]  # which components there are is the scorers' business
+    atomic.write_json(newer, tmp_path / "config.json")
+    message = (
+        "config.json has other fields than configs/tiny.py, unknown: eval.new, new; correct it"
+    )
+    with pytest.raises(UsageError, match=message):
         config_lib.load_saved(tmp_path / "config.json")
     (tmp_path / "config.json").write_text('{"_class_name": "WanModel", "dim": 1536}')
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more; unknown: _class_name, dim; "):
-        config_lib.resolve(None, tmp_path, [])
+        workdir_lib.resolve(None, tmp_path, [])
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config.json has other fields .*missing: .* and \d+ more; correct"):
+    with pytest.raises(
+        ValueError, match=r"config.json has other fields .*missing: .* and \d+ more; correct"
+    ):
         config_lib.load_saved(tmp_path / "config.json")
-    (tmp_path / "own.py").write_text("import ml_collections\nget_config = ml_collections.ConfigDict\n")
+    (tmp_path / "own.py").write_text(
+        "import ml_collections\nget_config = ml_collections.ConfigDict\n"
+    )
     with pytest.raises(ValueError, match="own.py has other fields than configs/tiny.py, missing: "):
         config_lib.load(str(tmp_path / "own.py"))
 
 
+def test_fields_that_are_newer_than_a_run_take_their_defaults_and_it_says_so(tmp_path, capsys):
+    older = TINY.to_dict()
+    del older["seed"], older["eval"]["every"], older["mesh"]
+    atomic.write_json(older, tmp_path / "config.json")
+    for _ in range(2):
+        assert config_lib.load_saved(tmp_path / "config.json") == TINY
+    out = capsys.readouterr().out
+    assert out.count("config.json is older than these fields, which take their defaults: ") == 1
+    defaults = f"seed=0, eval.every={TINY.eval.every}, mesh.data=0, mesh.branch=0"
+    assert all(field in out for field in defaults.split(", "))
+
+
 def test_what_may_differ_when_a_run_is_continued():
-    longer = overridden("--config.train.iterations=800", "--config.eval.prompts=64", "--config.train.keep=9")
+    longer = overridden(
+        "--config.train.iterations=800", "--config.eval.prompts=64", "--config.train.keep=9"
+    )
     config_lib.check_resumable(TINY, longer)
-    elsewhere = overridden("--config.mesh.data=1", "--config.paths.lora=/b/lora", "--config.weights=/b/base")
+    elsewhere = overridden(
+        "--config.mesh.data=1", "--config.paths.lora=/b/lora", "--config.weights=/b/base"
+    )
     config_lib.check_resumable(TINY, elsewhere)
     with pytest.raises(ValueError, match="config.reward.weights.VQ: the run was started with"):
         config_lib.check_resumable(TINY, overridden("--config.reward.weights.VQ=1"))
@@ -170,45 +273,45 @@ def test_what_may_differ_when_a_run_is_continued():
 def test_run_directories(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--resume: there is no run under"):
-        config_lib.run_directory(None, None, resume=True)
+        workdir_lib.run_directory(None, None, resume=True)
     with pytest.raises(ValueError, match="--resume: there is no run in w"):
-        config_lib.run_directory(None, "w", resume=True)
-    first = config_lib.run_directory("configs/tiny.py:release", None, resume=False)
+        workdir_lib.run_directory(None, "w", resume=True)
+    first = workdir_lib.run_directory("configs/tiny.py:release", None, resume=False)
     assert first.parent.name == "runs" and first.name.startswith("tiny-release-20")
-    config_lib.start_run(TINY, first)
-    assert config_lib.run_directory("configs/tiny.py:release", None, resume=False) != first
-    assert config_lib.run_directory(None, None, resume=True) == first
-    assert config_lib.run_directory(None, str(first), resume=True) == first
+    workdir_lib.start_run(TINY, first)
+    assert workdir_lib.run_directory("configs/tiny.py:release", None, resume=False) != first
+    assert workdir_lib.run_directory(None, None, resume=True) == first
+    assert workdir_lib.run_directory(None, str(first), resume=True) == first
     (first / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)  # killed as it saved
-    assert not config_lib.has_checkpoint(first)
+    assert not workdir_lib.has_checkpoint(first)
     (first / "checkpoints" / "10").mkdir(parents=True)
-    assert config_lib.has_checkpoint(first)
+    assert workdir_lib.has_checkpoint(first)
     newer = first.with_name("newer")
-    config_lib.start_run(TINY, newer)
+    workdir_lib.start_run(TINY, newer)
     os.utime(newer / "config.json", (2e9, 2e9))
-    assert config_lib.run_directory(None, None, resume=True) == newer
+    assert workdir_lib.run_directory(None, None, resume=True) == newer
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--workdir=file is a file; name a directory"):
-        config_lib.run_directory(None, "file", resume=False)
+        workdir_lib.run_directory(None, "file", resume=False)
 
 
 def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
-    assert config_lib.resolve(None, tmp_path, []) == TINY
-    config_lib.start_run(overridden("--config.seed=3"), tmp_path)
+    assert workdir_lib.resolve(None, tmp_path, []) == TINY
+    workdir_lib.start_run(overridden("--config.seed=3"), tmp_path)
     # Before there is a checkpoint, another configuration may take its place.
-    assert config_lib.resolve(None, tmp_path, []).seed == 3
-    assert config_lib.resolve("configs/tiny.py", tmp_path, ["--config.seed=5"]).seed == 5
-    config_lib.start_run(overridden("--config.seed=5", "--config.train.iterations=7"), tmp_path)
+    assert workdir_lib.resolve(None, tmp_path, []).seed == 3
+    assert workdir_lib.resolve("configs/tiny.py", tmp_path, ["--config.seed=5"]).seed == 5
+    workdir_lib.start_run(overridden("--config.seed=5", "--config.train.iterations=7"), tmp_path)
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    config_lib.start_run(config_lib.resolve(None, tmp_path, []), tmp_path)
+    workdir_lib.start_run(workdir_lib.resolve(None, tmp_path, []), tmp_path)
     assert not capsys.readouterr().out
-    continued = config_lib.resolve(None, tmp_path, ["--config.train.iterations=9"])
+    continued = workdir_lib.resolve(None, tmp_path, ["--config.train.iterations=9"])
     assert (continued.seed, continued.train.iterations) == (5, 9)
     with pytest.raises(ValueError, match="config.seed: the run was started with 5, not with 0"):
-        config_lib.resolve("configs/tiny.py", tmp_path, [])
-    versions = config_lib.versions()
-    config_lib.write_json({**versions, "jax": "0.1"}, tmp_path / "versions.json")
-    config_lib.start_run(continued, tmp_path)
+        workdir_lib.resolve("configs/tiny.py", tmp_path, [])
+    versions = workdir_lib.versions()
+    atomic.write_json({**versions, "jax": "0.1"}, tmp_path / "versions.json")
+    workdir_lib.start_run(continued, tmp_path)
     out = capsys.readouterr().out
     assert "continued with another configuration: train.iterations 7 -> 9\n" in out
     assert f"jax 0.1 -> {versions['jax']}" in out
@@ -216,13 +319,17 @@ def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
 
 def test_files_of_scorers():
     config = overridden("--config.reward.scorer=toy, hpsv3")
-    with pytest.raises(ValueError, match="the scorer hpsv3 needs --config.paths.hpsv3=..., made by: python tools/conv"):
-        config_lib.check_files(config)
-    config_lib.check_files(config, ("weights", "paths.vae"))  # nothing is scored
+    with pytest.raises(
+        ValueError, match="the scorer hpsv3 needs --config.paths.hpsv3=..., made by: kvpo-convert "
+    ):
+        backbone_lib.check_files(config)
+    backbone_lib.check_files(config, scored=False)
 
 
 def test_weights_go_with_the_scorers_that_they_are_of():
-    weights = lambda *arguments: overridden(*arguments).reward.weights.to_dict()
+    def weights(*arguments):
+        return overridden(*arguments).reward.weights.to_dict()
+
     mine = "--config.reward.weights.brightness=1"
     assert weights("--config.reward.scorer=mine:score", mine) == {"brightness": 1.0}
     assert weights("--config.reward.scorer", "mine:score") == {}

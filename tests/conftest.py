@@ -1,7 +1,9 @@
 """Every test sees 8 CPU devices and float32 products in float32, whatever machine it runs on."""
 
 import atexit
+import gc
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,3 +26,53 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 def golden_dir() -> Path:
     """Folder of the golden arrays; KVPO_GOLDEN_DIR names another one."""
     return Path(os.environ.get("KVPO_GOLDEN_DIR", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs_are_freed():
+    """Frees the programs of earlier tests once they take much memory; they are compiled anew."""
+    yield
+    if resident_gigabytes() > 1.2:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+# ---------------------------------------------------------------- memory of a worker
+
+
+def resident_gigabytes() -> float:
+    """The memory that this process has now; on other systems than Linux the largest so far."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_gigabytes()
+    return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e9
+
+
+def peak_gigabytes() -> float:
+    """The largest memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def pytest_sessionfinish(session):
+    """A worker tells the process that started it what memory it took."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak_gigabytes"] = peak_gigabytes()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Collects what the workers told."""
+    told = getattr(node, "workeroutput", {}).get("peak_gigabytes")
+    if told is not None:
+        node.config.stash.setdefault(PEAKS, []).append(told)
+
+
+PEAKS = pytest.StashKey[list[float]]()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the memory of the largest worker below the results."""
+    peak = max(config.stash.get(PEAKS, []), default=peak_gigabytes())
+    terminalreporter.write_line(f"peak memory of a worker: {peak:.1f} GB")

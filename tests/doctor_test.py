@@ -5,14 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import doctor, train
-from kvpo_jax.types import Scores
+from kvpo_jax import train
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import doctor
+from kvpo_jax.runtime.metrics import Group, group_metrics
+from kvpo_jax.types import Judged, Scores
 
 HEALTHY = {
-    "ratio_check": 1e-6, "pixel_std_in_group": 0.01, "reward_std_in_group": 0.01, "gate_open": 0.5, "entropy": 2.0,
-    "clip_fraction": 0.1, "reward_anchor": 0.0,
-}  # fmt: skip
+    "ratio_check": 1e-6,
+    "pixel_std_in_group": 0.01,
+    "reward_std_in_group": 0.01,
+    "gate_open": 0.5,
+    "entropy": 2.0,
+    "clip_fraction": 0.1,
+    "reward_anchor": 0.0,
+}
 
 
 @pytest.fixture
@@ -21,7 +28,10 @@ def config():
 
 
 def rows(count, rising=True, **fields):
-    return [{**HEALTHY, "reward_anchor": 0.01 * i * rising + 0.1 * (i % 2), **fields} for i in range(count)]
+    return [
+        {**HEALTHY, "reward_anchor": 0.01 * i * rising + 0.1 * (i % 2), **fields}
+        for i in range(count)
+    ]
 
 
 def diagnose(config, metrics):
@@ -36,7 +46,12 @@ def test_a_healthy_run_has_no_trouble(config):
     "name, fields, count, advice",
     [
         ("ratio", {"ratio_check": 0.01}, 1, "forward pass"),
-        ("identical branches", {"pixel_std_in_group": 0.0, "reward_std_in_group": 0.0}, 1, "rollout.perturbed_steps"),
+        (
+            "identical branches",
+            {"pixel_std_in_group": 0.0, "reward_std_in_group": 0.0},
+            1,
+            "rollout.perturbed_steps",
+        ),
         ("no spread", {"reward_std_in_group": 0.0}, 1, "saturated"),
         ("gate", {"gate_open": 0.0}, doctor.PATIENCE, "milder routing"),
         ("entropy", {"entropy": 0.1}, doctor.PATIENCE, "objective.tau"),
@@ -53,7 +68,9 @@ def test_each_trouble_has_a_name_and_advice(config, name, fields, count, advice)
 
 
 def test_the_ratio_is_looked_at_once(config):
-    unseen = [{name: value for name, value in row.items() if name != "ratio_check"} for row in rows(2)]
+    unseen = [
+        {name: value for name, value in row.items() if name != "ratio_check"} for row in rows(2)
+    ]
     assert diagnose(config, unseen) == {}
 
 
@@ -73,10 +90,17 @@ def test_a_trouble_is_told_when_it_begins_and_when_it_ends(config):
 def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsys):
     """No routed step: every branch is its anchor."""
     fields = {
-        "model.num_layers": 3, "rollout.perturbed_steps": 0, "train.iterations": 1, "eval.prompts": 2, "eval.batch": 2,
-        "train.prompts_per_iteration": 1, "rollout.branches": 3,
-    }  # fmt: skip
-    config = config_lib.override(config, [f"--config.{name}={value}" for name, value in fields.items()])
+        "model.num_layers": 3,
+        "rollout.perturbed_steps": 0,
+        "train.iterations": 1,
+        "eval.prompts": 2,
+        "eval.batch": 2,
+        "train.prompts_per_iteration": 1,
+        "rollout.branches": 3,
+    }
+    config = config_lib.override(
+        config, [f"--config.{name}={value}" for name, value in fields.items()]
+    )
     train.train_and_evaluate(config, tmp_path)
     assert "doctor: the branches of every group are identical" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -88,9 +112,8 @@ def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsy
 
 @pytest.mark.parametrize("reward", [0.1, 0.5, 9.3])
 def test_equal_rewards_have_no_spread(config, reward):
-    group = train.Group(
-        scores=Scores(np.full((2, 8), reward, np.float32), np.zeros(2), {}), safe=np.ones(2, bool),
-        energies=np.zeros((2, 8)), pixel_std=np.float32(0.1), clips=None, sentences=(),
-    )  # fmt: skip
-    metrics = {**HEALTHY, **train.group_metrics([group])}
+    scores = Scores(np.full((2, 8), reward, np.float32), np.zeros(2), {})
+    judged = Judged(scores, np.zeros((2, 8)), np.ones(2, bool), pixel_std=np.float32(0.1))
+    group = Group(judged, energies=np.zeros((2, 8)), sentences=())
+    metrics = {**HEALTHY, **group_metrics([group])}
     assert list(diagnose(config, [metrics])) == ["no spread"]

@@ -1,4 +1,6 @@
-"""Prompt embeddings on disk: what was written is found again, by us and by tfds, and a kill changes nothing."""
+"""Prompt embeddings on disk: what was written is found again, by us and by tfds, and a kill changes
+nothing.
+"""
 
 import os
 import shutil
@@ -8,9 +10,10 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from kvpo_jax import backbone, checkpoint
-from kvpo_jax import config as config_lib
+from kvpo_jax import backbone
 from kvpo_jax.data import embeddings
+from kvpo_jax.runtime import checkpoint
+from kvpo_jax.runtime import config as config_lib
 
 DIM, TEXT_LEN, COUNT = 3, 5, 150  # three shards, the last one not full
 SENTENCES = [f"a cat & {i} döner" for i in range(COUNT)]
@@ -18,7 +21,9 @@ MADE_FROM = {"weights": "abc"}
 
 
 def valid(i: int) -> np.ndarray:
-    """The embedding of sentence i: 1 to TEXT_LEN tokens of i, i + 1/4, i + 1/2 (exact in bfloat16)."""
+    """The embedding of sentence i: 1 to TEXT_LEN tokens of i, i + 1/4, i + 1/2, which bfloat16 has
+    exactly.
+    """
     return np.tile(np.float32([i, i + 0.25, i + 0.5]) / 64, (1 + i % TEXT_LEN, 1))
 
 
@@ -44,7 +49,9 @@ def folder(tmp_path_factory):
 def test_lookup(folder):
     opened = embeddings.open_embeddings(folder)
     assert len(opened) == COUNT and list(opened) == SENTENCES
-    out = opened.lookup([SENTENCES[149], SENTENCES[0], "  a cat &amp; 77\n döner "])  # cleaned before it is sought
+    out = opened.lookup(
+        [SENTENCES[149], SENTENCES[0], "  a cat &amp; 77\n döner "]
+    )  # cleaned before it is sought
     assert out.shape == (3, TEXT_LEN, DIM) and out.dtype == ml_dtypes.bfloat16
     for row, i in zip(out, (149, 0, 77), strict=True):
         tokens = 1 + i % TEXT_LEN
@@ -56,7 +63,7 @@ def test_lookup(folder):
 def test_an_unknown_sentence_is_named_with_the_command(folder):
     opened = embeddings.open_embeddings(folder)
     assert "a dog" not in opened
-    with pytest.raises(KeyError, match="'a dog'.*tools/encode_prompts.py"):
+    with pytest.raises(KeyError, match="'a dog'.*kvpo-encode"):
         opened.lookup([SENTENCES[0], "a dog"])
 
 
@@ -84,7 +91,7 @@ def test_killed_and_continued_leaves_the_same_files(folder, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, dies)
-    with pytest.raises(ValueError, match="not finished.*tools/encode_prompts.py"):
+    with pytest.raises(ValueError, match="not finished.*kvpo-encode"):
         embeddings.open_embeddings(tmp_path)
     write(tmp_path, continues)
     assert asked == [0, 64, 64, 128]
@@ -111,7 +118,9 @@ def test_damaged_files_are_named_and_made_again(folder, tmp_path):
     for file in (copy / "sentences.json", copy / "features.json", shards[1]):
         os.truncate(file, file.stat().st_size // 2)
         named = copy if file.name == "features.json" else file
-        with pytest.raises(ValueError, match=f"{named} is damaged .*; delete it and run .*tools/encode_prompts.py"):
+        with pytest.raises(
+            ValueError, match=f"{named} is damaged .*; delete it and run .*kvpo-encode"
+        ):
             embeddings.open_embeddings(copy)
         file.unlink()
         write(copy)
@@ -123,7 +132,7 @@ def test_damaged_files_are_named_and_made_again(folder, tmp_path):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tools/encode_prompts.py"):
+    with pytest.raises(FileNotFoundError, match="kvpo-encode"):
         embeddings.open_embeddings(tmp_path / "nowhere")
 
 
@@ -132,19 +141,28 @@ def test_no_folder(tmp_path):
 
 @pytest.fixture
 def config(folder, tmp_path):
-    """LongLive with these embeddings, a prompt file of ten of their sentences, and four of them held out."""
+    """LongLive with these embeddings, a prompt file of ten of their sentences, and four of them
+    held out.
+    """
     checkpoint.save_weights(tmp_path / "vae.safetensors", {}, {"kind": "wan_vae", "config": "{}"})
     (tmp_path / "p.txt").write_text("".join(f"{sentence}\n" for sentence in SENTENCES[:10]))
     fields = {
-        "paths.vae": tmp_path / "vae.safetensors", "paths.prompts": tmp_path / "p.txt", "paths.embeddings": folder,
-        "model.text_len": TEXT_LEN, "model.text_dim": DIM, "train.held_out": 4, "eval.prompts": 4,
-    }  # fmt: skip
+        "paths.vae": tmp_path / "vae.safetensors",
+        "paths.prompts": tmp_path / "p.txt",
+        "paths.embeddings": folder,
+        "model.text_len": TEXT_LEN,
+        "model.text_dim": DIM,
+        "train.held_out": 4,
+        "eval.prompts": 4,
+    }
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
     return config_lib.override(config_lib.load("configs/longlive.py"), arguments)
 
 
 def test_what_is_trained_on_does_not_depend_on_what_is_evaluated(config):
-    """Another eval.prompts continues the same stream, and evaluates the first of what was held out all along."""
+    """Another eval.prompts continues the same stream, and evaluates the first of what was held out
+    all along.
+    """
     made = backbone.load(config)
     stream = [made.prompts("train", i) for i in range(12)]
     heldout = [made.prompts("heldout", i) for i in range(4)]
@@ -157,10 +175,14 @@ def test_what_is_trained_on_does_not_depend_on_what_is_evaluated(config):
 
 def test_more_held_out_prompts_than_there_are_is_an_error(config):
     config.eval.prompts = 6
-    with pytest.raises(ValueError, match="config.eval.prompts=6, but only config.train.held_out=4 sequences"):
+    with pytest.raises(
+        ValueError, match="config.eval.prompts=6, but only config.train.held_out=4 sequences"
+    ):
         backbone.load(config)
     config.train.held_out = 10
-    with pytest.raises(ValueError, match="p.txt: 10 held-out sequences of 10 .*; lower config.train.held_out"):
+    with pytest.raises(
+        ValueError, match="p.txt: 10 held-out sequences of 10 .*; lower config.train.held_out"
+    ):
         backbone.load(config).prompts("train", 0)
 
 
@@ -168,5 +190,7 @@ def test_sentences_without_an_embedding_are_found_with_the_first_prompt(config):
     with open(config.paths.prompts, "a") as file:
         file.write("a  cat &amp; 77 döner\na dog\na hare\na  dog\n")
     made = backbone.load(config)  # a video of another prompt needs none of them
-    with pytest.raises(ValueError, match="has no embedding of 'a dog', 2 sentences missing in all; .*encode_prompts"):
+    with pytest.raises(
+        ValueError, match="has no embedding of 'a dog', 2 sentences missing in all; .*kvpo-encode"
+    ):
         made.prompts("heldout", 0)

@@ -4,15 +4,22 @@ import csv
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax import checkpoint, evaluate, generate, rollout, train
-from kvpo_jax import config as config_lib
+from kvpo_jax import evaluate, generate
+from kvpo_jax import run as run_lib
+from kvpo_jax import state as state_lib
 from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
-from kvpo_jax.rewards import motion, registry, toy
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.rewards import motion, scorers, toy, video_files
+from kvpo_jax.runtime import checkpoint
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
+from kvpo_jax.runtime.config import wan_config
 
 
 def brightness(pixels, prompts):
@@ -21,44 +28,54 @@ def brightness(pixels, prompts):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "kvpo_jax.evaluate", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-m", "kvpo_jax.evaluate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
     )
 
 
 def test_rewards_by_name_are_those_functions():
     clips = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 5, 8, 8, 3)), jnp.float32)
     sentences = ["a red disk moves left", "a blue cross moves up"]
-    ours = registry.Rewards(f"toy, motion,{__name__}:brightness", {})(clips, sentences)
-    theirs = {**toy.score(clips, sentences), **motion.score(clips, sentences), **brightness(clips, sentences)}
+    ours = scorers.Scorers(f"toy, motion,{__name__}:brightness", {})(clips, sentences)
+    theirs = {
+        **toy.score(clips, sentences),
+        **motion.score(clips, sentences),
+        **brightness(clips, sentences),
+    }
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value)
     again = "kvpo_jax.rewards.motion:score"
     with pytest.raises(ValueError, match=f"have a component 'motion'; '{again}' is the second"):
-        registry.Rewards(f"motion,{again}", {})(clips, sentences)
+        scorers.Scorers(f"motion,{again}", {})(clips, sentences)
 
 
 def test_weights_are_loaded_once_and_again_after_release(monkeypatch):
     loads = []
-    monkeypatch.setitem(registry.SCORERS, "counted", lambda paths: loads.append(paths["counted"]) or brightness)
+    monkeypatch.setitem(
+        scorers.SCORERS, "counted", lambda paths: loads.append(paths["counted"]) or brightness
+    )
     clips = jnp.ones((1, 3, 2, 2, 3))
-    rewards = registry.Rewards("counted", {"counted": "file"})
+    rewards = scorers.Scorers("counted", {"counted": "file"})
     assert not loads
     for expected in (1, 1):
         assert rewards(clips, ["a"]) == {"brightness": 1.0} and len(loads) == expected
     rewards.release()
     assert rewards(clips, ["a"]) == {"brightness": 1.0} and loads == ["file"] * 2
-    assert registry.Rewards("", {})(clips, ["a"]) == {}
+    assert scorers.Scorers("", {})(clips, ["a"]) == {}
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "nowhere:score", "kvpo_jax.rewards.motion:nothing"])
 def test_an_unknown_reward_is_named(name):
     with pytest.raises(ValueError, match=f"there is no reward '{name}'"):
-        registry.Rewards(name, {})
+        scorers.Scorers(name, {})
 
 
 def write_toy_video(path, prompt, seed):
-    """A clean clip of 18 frames of the toy world, 16 times enlarged; its pixels as the file should have them."""
+    """A clean clip of 18 frames of the toy world, 16 times enlarged; its pixels as the file should
+    have them.
+    """
     frames = np.arange(18)
     colour, shape, direction = toy_world.parse(prompt)
     velocity = np.array(list(toy_world.DIRECTIONS.values()))[direction]
@@ -75,26 +92,41 @@ def test_command_scores_files_as_training_does(tmp_path):
     prompts = ["a red disk moves left", "a blue cross moves up"]
     videos = [write_toy_video(tmp_path / f"{i}.mp4", prompt, i) for i, prompt in enumerate(prompts)]
     (tmp_path / "p.txt").write_text(f"1,[{prompts[0]}]\n2,[{prompts[1]}],[{prompts[1]}]\n")
-    done = run(f"--videos={tmp_path}", f"--prompts={tmp_path / 'p.txt'}", "--rewards=motion", "--clip_frames=8")
+    done = run(
+        f"--videos={tmp_path}",
+        f"--prompts={tmp_path / 'p.txt'}",
+        "--rewards=motion",
+        "--clip_frames=8",
+    )
     assert done.returncode == 0, done.stderr
     with (tmp_path / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["video"] for row in rows] == ["0.mp4", "1.mp4"]
-    score = lambda clip: motion.score(jnp.asarray(clip[None], jnp.float32) / 255, [""])
+
+    def score(clip):
+        return motion.score(jnp.asarray(clip[None], jnp.float32) / 255, [""])
+
     # One clip in the middle of the whole; two, in the middle of each half.
     expected = [
         float(score(videos[0][5:13])["motion"][0]),
         float(np.mean([score(videos[1][start : start + 8])["motion"][0] for start in (0, 9)])),
     ]
-    np.testing.assert_allclose([float(row["motion"]) for row in rows], expected, rtol=0.05)  # h264 is not exact
+    np.testing.assert_allclose(
+        [float(row["motion"]) for row in rows], expected, rtol=0.05
+    )  # h264 is not exact
     assert "mean" in done.stdout and "smoothness" in done.stdout
 
 
-def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what_was_scored(tmp_path):
+def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what_was_scored(
+    tmp_path,
+):
     sentences = ["two", "nine", "of ten", "last"]
     for number, name in enumerate(("2", "9", "10", "100")):
         write_toy_video(tmp_path / f"{name}.mp4", "a red disk moves left", number)
-    sequences = [prompts_lib.Sequence((sentence,), line) for line, sentence in enumerate(sentences, start=1)]
+    sequences = [
+        prompts_lib.PromptSequence((sentence,), line)
+        for line, sentence in enumerate(sentences, start=1)
+    ]
 
     def score(pixels, prompts):
         if prompts == ["last"]:
@@ -103,29 +135,41 @@ def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what
 
     output, part = tmp_path / "new" / "scores.csv", tmp_path / "new" / "scores.csv.part"
     with pytest.raises(ValueError, match="too dark") as raised:
-        evaluate.score_videos(score, tmp_path, sequences, 0, output)
+        video_files.score(score, tmp_path, sequences, 0, output)
     assert raised.value.__notes__ == [str(tmp_path / "100.mp4")]
     rows = ["video,length", "2.mp4,3.0", "9.mp4,4.0", "10.mp4,6.0"]
     assert part.read_text().split() == rows and not output.exists()
-    evaluate.score_videos(lambda _, prompts: {"length": jnp.array([len(prompts[0])])}, tmp_path, sequences, 0, output)
+    video_files.score(
+        lambda _, prompts: {"length": jnp.array([len(prompts[0])])}, tmp_path, sequences, 0, output
+    )
     assert output.read_text().split() == [*rows, "100.mp4,4.0"] and not part.exists()
 
 
 def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
-    fields = {"video.blocks": 2, "video.switch_frames": (), "eval.prompts": 2, "eval.batch": 2, "eval.scorer": ""}
+    fields = {
+        "video.blocks": 2,
+        "video.switch_frames": (),
+        "eval.prompts": 2,
+        "eval.batch": 2,
+        "eval.scorer": "",
+    }
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
     config = config_lib.override(config_lib.load("configs/tiny.py"), arguments)
-    state = train.init_state(config, train.make_optimiser(config.train), rollout.make_mesh(config))
+    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    state = state_lib.init_state(config, run_lib.make_mesh(config), lora)
+    state = state.replace(iteration=jnp.asarray(3, jnp.int32))
     with checkpoint.manager(tmp_path / "checkpoints", 1) as checkpoints:
         checkpoint.save(checkpoints, 3, state, {})
     saved = config.copy_and_resolve_references()
     saved.mesh.update(data=4, branch=8)  # 32 devices
     saved.paths.lora = "/elsewhere/lora.safetensors"
-    config_lib.start_run(saved, tmp_path)
+    workdir_lib.start_run(saved, tmp_path)
     here = ["--config.mesh.data=1", "--config.mesh.branch=1", "--config.paths.lora="]
     evaluate.evaluate_run(tmp_path, here)
     assert f"iteration 3 of {tmp_path}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="paths.lora=/elsewhere/lora.safetensors: there is no such file"):
+    with pytest.raises(
+        ValueError, match="paths.lora=/elsewhere/lora.safetensors: there is no such file"
+    ):
         evaluate.evaluate_run(tmp_path, here[:2])
 
 
@@ -135,9 +179,18 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
         (["--videos={dir}"], "--videos needs --prompts"),
         ([], "give either --workdir or --videos"),
         (["--videos={dir}", "--prompts={dir}/p.txt"], "has no videos"),
-        (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=hpsv3"], "--rewards=hpsv3 needs --hpsv3=FILE, made by"),
-        (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=beauty"], "there is no reward 'beauty'"),
-        (["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=toy"], "--rewards=toy scores the toy's own 8x8 pixels"),
+        (
+            ["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=hpsv3"],
+            "--rewards=hpsv3 needs --hpsv3=FILE, made by",
+        ),
+        (
+            ["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=beauty"],
+            "there is no reward 'beauty'",
+        ),
+        (
+            ["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=toy"],
+            "--rewards=toy scores the toy's own 8x8 pixels",
+        ),
         (["--workdir={dir}", "--rewards=motion"], "--rewards is for --videos"),
         (["--workdir={dir}", "--clip_frames=36"], "--clip_frames is for --videos"),
         (["--workdir={dir}", "--config=configs/tiny.py"], "the configuration is the run's own"),
@@ -146,7 +199,7 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
     (tmp_path / "p.txt").write_text("1,[a]\n")
-    config_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path)
+    workdir_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path)
     done = run(*(argument.format(dir=tmp_path) for argument in arguments))
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and message in done.stderr

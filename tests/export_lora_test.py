@@ -1,6 +1,7 @@
-"""A LoRA goes back to PyTorch bit for bit, and peft and diffusers compute with it what our model does."""
+"""A LoRA goes back to PyTorch bit for bit, and peft and diffusers compute with it what our model
+does.
+"""
 
-import importlib
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from convert_weights_test import (
     ROOT,
     assert_same,
     block_linears,
+    convert,
     diffusers_transformer,
     diffusers_velocity,
     inputs,
@@ -31,17 +33,23 @@ from convert_weights_test import (
 )
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 
-from kvpo_jax import checkpoint, sharding, train
-from kvpo_jax import config as config_lib
-from kvpo_jax.models import wan_weights
+from kvpo_jax import run as run_lib
+from kvpo_jax import state as state_lib
+from kvpo_jax.convert.export_lora import export
+from kvpo_jax.convert.wan_lora_weights import lora_table
+from kvpo_jax.convert.wan_weights import BLOCK_LINEARS
 from kvpo_jax.models.layers import LoRADense
-
-convert = importlib.import_module("convert_weights").convert
-export = importlib.import_module("export_lora").export
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.config import wan_config
 
 OUTPUTS = {
-    "peft": ["adapter", "lora.pt"], "diffusers": ["lora.safetensors"], "comfyui": ["lora.safetensors"]
-}  # fmt: skip
+    "peft": ["adapter", "lora.pt"],
+    "diffusers": ["lora.safetensors"],
+    "comfyui": ["lora.safetensors"],
+}
 FORMATS = [(format, output) for format, outputs in OUTPUTS.items() for output in outputs]
 
 
@@ -78,15 +86,26 @@ def test_round_trip_is_exact(folder, tmp_path, format, output):
     alpha = CFG.lora_alpha if output == "lora.pt" else None  # a .pt says nothing of alpha
     convert([tmp_path / output], tmp_path / "back.safetensors", alpha=alpha)
     assert_same(tensors_of(tmp_path / "back.safetensors"), tensors_of(folder / "lora.safetensors"))
-    assert metadata_of(tmp_path / "back.safetensors")["config"] == metadata_of(folder / "lora.safetensors")["config"]
-    assert {path.name for path in tmp_path.iterdir()} == {output, "back.safetensors", "back.safetensors.manifest.json"}
+    assert (
+        metadata_of(tmp_path / "back.safetensors")["config"]
+        == metadata_of(folder / "lora.safetensors")["config"]
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {
+        output,
+        "back.safetensors",
+        "back.safetensors.manifest.json",
+    }
 
 
 @pytest.mark.golden
 def test_the_released_adapter_comes_back(golden_dir, tmp_path):
     """The state dict that peft made in the authors' code, to ours and back."""
     data = np.load(golden_dir / "lora.npz")
-    theirs = {name.removeprefix("lora."): torch.tensor(data[name]) for name in data.files if name.startswith("lora.")}
+    theirs = {
+        name.removeprefix("lora."): torch.tensor(data[name])
+        for name in data.files
+        if name.startswith("lora.")
+    }
     torch.save({"generator_lora": theirs, "critic_lora": {}}, tmp_path / "theirs.pt")
     convert([tmp_path / "theirs.pt"], tmp_path / "lora.safetensors")
     export(tmp_path / "ours.pt", "peft", lora=tmp_path / "lora.safetensors")
@@ -102,9 +121,12 @@ def test_the_released_adapter_comes_back(golden_dir, tmp_path):
 def peft_outputs(folder):
     """(module name, in) -> the output of our LoRADense."""
     params, lora = tensors_of(folder / "base.safetensors"), tensors_of(folder / "lora.safetensors")
-    x = {width: np.random.default_rng(3).normal(size=(5, width)).astype(np.float32) for width in (96, 160)}
+    x = {
+        width: np.random.default_rng(3).normal(size=(5, width)).astype(np.float32)
+        for width in (96, 160)
+    }
     outputs = {}
-    for name, (path, layer) in wan_weights.lora_table(CFG.num_layers).items():
+    for name, (path, layer) in lora_table(CFG.num_layers).items():
         path = path.rpartition("/")[0]
         variables = {
             "params": {n: params[f"{path}/{n}"][layer] for n in ("kernel", "bias")},
@@ -120,14 +142,18 @@ def test_peft_loads_the_folder(official, folder, tmp_path, peft_outputs):
     export(tmp_path / "adapter", "peft", lora=folder / "lora.safetensors")
     model = peft.PeftModel.from_pretrained(block_linears(official), tmp_path / "adapter")
     assert_peft_computes(model, peft_outputs)
-    assert set(model.peft_config["default"].target_modules) == set(wan_weights.BLOCK_LINEARS)
+    assert set(model.peft_config["default"].target_modules) == set(BLOCK_LINEARS)
 
 
 def test_longlive_loads_the_pt(official, folder, tmp_path, peft_outputs):
-    """As the released inference code does: an adapter of its config, then set_peft_model_state_dict."""
+    """As the released inference code does: an adapter of its config, then
+    set_peft_model_state_dict.
+    """
     export(tmp_path / "lora.pt", "peft", lora=folder / "lora.safetensors")
     targets = ["q", "k", "v", "o", "ffn.0", "ffn.2"]
-    model = peft.get_peft_model(block_linears(official), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    model = peft.get_peft_model(
+        block_linears(official), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets)
+    )
     state = torch.load(tmp_path / "lora.pt", weights_only=True)["generator_lora"]
     assert state.keys() == peft.get_peft_model_state_dict(model).keys()
     result = peft.set_peft_model_state_dict(model, state)
@@ -135,7 +161,9 @@ def test_longlive_loads_the_pt(official, folder, tmp_path, peft_outputs):
     assert_peft_computes(model, peft_outputs)
 
 
-def assert_peft_computes(model: peft.PeftModel, outputs: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+def assert_peft_computes(
+    model: peft.PeftModel, outputs: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> None:
     assert len(outputs) == 20
     for name, (x, ours) in outputs.items():
         with torch.no_grad():
@@ -155,12 +183,17 @@ def test_diffusers_loads_it(folder, tmp_path, ours):
 
 
 def test_comfyui_names(official, folder, tmp_path):
-    """ComfyUI looks for three tensors by the name of every weight, and adds alpha / rank up down to it."""
+    """ComfyUI looks for three tensors by the name of every weight, and adds alpha / rank up down to
+    it.
+    """
     export(tmp_path / "lora.safetensors", "comfyui", lora=folder / "lora.safetensors")
     state = safetensors.torch.load_file(tmp_path / "lora.safetensors")
     adapter, used = random_lora(), set()
     for module in (name.removesuffix(".weight") for name in official if name.endswith(".weight")):
-        keys = [f"diffusion_model.{module}.{name}" for name in ("lora_up.weight", "lora_down.weight", "alpha")]
+        keys = [
+            f"diffusion_model.{module}.{name}"
+            for name in ("lora_up.weight", "lora_down.weight", "alpha")
+        ]
         if not state.keys() & set(keys):
             continue
         up, down, alpha = (state[key] for key in keys)
@@ -175,7 +208,9 @@ def test_comfyui_names(official, folder, tmp_path):
 def test_diffusers_reads_comfyuis_names(folder, tmp_path, ours):
     """diffusers' own reading of such files: it multiplies alpha / rank into the tensors."""
     export(tmp_path / "lora.safetensors", "comfyui", lora=folder / "lora.safetensors")
-    state = _convert_non_diffusers_wan_lora_to_diffusers(safetensors.torch.load_file(tmp_path / "lora.safetensors"))
+    state = _convert_non_diffusers_wan_lora_to_diffusers(
+        safetensors.torch.load_file(tmp_path / "lora.safetensors")
+    )
     model = diffusers_transformer()
     model.load_lora_adapter(state, prefix="transformer")
     np.testing.assert_allclose(ours, diffusers_velocity(model, *inputs()), atol=1e-5, rtol=0)
@@ -192,20 +227,27 @@ def test_merged_computes_what_the_pair_does(official, folder, tmp_path, ours):
     adapted = {name.split(".lora_")[0] for name in random_lora()}
     for name, tensor in official.items():
         assert merged[name].shape == tensor.shape
-        assert torch.equal(merged[name], tensor) == (name.removesuffix(".weight") not in adapted), name
+        assert torch.equal(merged[name], tensor) == (name.removesuffix(".weight") not in adapted), (
+            name
+        )
     convert([tmp_path / "merged.safetensors"], tmp_path / "back.safetensors", **GIVEN)
     params = tree(tensors_of(tmp_path / "back.safetensors"))
     np.testing.assert_allclose(velocity({"params": params}, *inputs()), ours, atol=1e-5, rtol=0)
 
 
 def test_merging_keeps_the_number_format_of_the_base(official, folder, tmp_path):
-    torch.save({name: tensor.to(torch.bfloat16) for name, tensor in official.items()}, tmp_path / "model.pt")
+    torch.save(
+        {name: tensor.to(torch.bfloat16) for name, tensor in official.items()},
+        tmp_path / "model.pt",
+    )
     convert([tmp_path / "model.pt"], tmp_path / "base.safetensors", **GIVEN)
     paths = {"lora": folder / "lora.safetensors", "base": tmp_path / "base.safetensors"}
     export(tmp_path / "merged.safetensors", "merged", **paths)
     name, adapter = "blocks.1.ffn.2", random_lora()
     update = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
-    expected = (official[f"{name}.weight"].to(torch.bfloat16).float() + 6 / 4 * update).to(torch.bfloat16)
+    expected = (official[f"{name}.weight"].to(torch.bfloat16).float() + 6 / 4 * update).to(
+        torch.bfloat16
+    )
     merged = safetensors.torch.load_file(tmp_path / "merged.safetensors")[f"{name}.weight"]
     # The sum in another order may round to the neighbour.
     torch.testing.assert_close(merged, expected, rtol=2**-7, atol=0)
@@ -216,21 +258,25 @@ def test_merging_keeps_the_number_format_of_the_base(official, folder, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory) -> tuple[Path, train.TrainState]:
+def workdir(tmp_path_factory) -> tuple[Path, state_lib.TrainState]:
     """A run of configs/tiny.py with a checkpoint whose policies are all random."""
     workdir = tmp_path_factory.mktemp("run")
     config = config_lib.load("configs/tiny.py")
-    config_lib.write_json(config.to_dict(), workdir / "config.json")
-    mesh = sharding.make_mesh(0, 0, config.train.prompts_per_iteration, config.rollout.branches)
-    state = train.init_state(config, train.make_optimiser(config.train), mesh)
+    write_json(config.to_dict(), workdir / "config.json")
+    mesh = run_lib.make_mesh(config)
+    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    state = state_lib.init_state(config, mesh, lora)
     rng = np.random.default_rng(4)
     state = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), state)
+    state = state.replace(iteration=jnp.int32(3))
     with checkpoint.manager(workdir / "checkpoints", keep=1) as checkpoints:
         checkpoint.save(checkpoints, 3, sharding.place(state, mesh), {})
     return workdir, state
 
 
-@pytest.mark.parametrize("policy, field", [("online", "lora"), ("ema", "ema"), ("reference", "reference")])
+@pytest.mark.parametrize(
+    "policy, field", [("online", "lora"), ("ema", "ema"), ("reference", "reference")]
+)
 def test_a_policy_of_a_run(workdir, tmp_path, policy, field):
     workdir, state = workdir
     export(tmp_path / "lora.pt", "peft", workdir=workdir, policy=policy)
@@ -243,11 +289,18 @@ def test_a_policy_of_a_run(workdir, tmp_path, policy, field):
 
 def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
     workdir, state = workdir
-    arguments = (f"--workdir={workdir}", "--policy=ema", "--format=merged", "--output=merged.safetensors")
+    arguments = (
+        f"--workdir={workdir}",
+        "--policy=ema",
+        "--format=merged",
+        "--output=merged.safetensors",
+    )
     done = run(*arguments, cwd=tmp_path, tool="export_lora")
     assert f"ema policy of {workdir} after iteration 3" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["merged.safetensors"]
-    base = tensors_of(ROOT / "kvpo_jax" / "assets" / "toy_generator.safetensors")["text_kv/v/kernel"][2]
+    base = tensors_of(ROOT / "kvpo_jax" / "assets" / "toy_generator.safetensors")[
+        "text_kv/v/kernel"
+    ][2]
     update = state.ema["text_kv"]["v"]["a"][2] @ state.ema["text_kv"]["v"]["b"][2]
     merged = tensors_of(tmp_path / "merged.safetensors")["blocks.2.cross_attn.v.weight"]
     np.testing.assert_allclose(merged.T, base + update, atol=1e-6, rtol=0)
@@ -264,10 +317,22 @@ def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
             {"format": "peft", "output": "a.safetensors", "lora": "lora"},
             "a.safetensors: peft has a folder, or LongLive",
         ),
-        ({"format": "comfyui", "output": "a.pt", "lora": "lora"}, "a.pt does not end in .safetensors"),
-        ({"format": "merged", "output": "a.safetensors", "lora": "lora"}, "--format=merged needs --base"),
-        ({"format": "peft", "output": "a", "lora": "base"}, "base.safetensors holds 'wan', expected 'wan_lora'"),
-        ({"format": "peft", "output": "a", "workdir": "nowhere"}, "nowhere is not the directory of a run with"),
+        (
+            {"format": "comfyui", "output": "a.pt", "lora": "lora"},
+            "a.pt does not end in .safetensors",
+        ),
+        (
+            {"format": "merged", "output": "a.safetensors", "lora": "lora"},
+            "--format=merged needs --base",
+        ),
+        (
+            {"format": "peft", "output": "a", "lora": "base"},
+            "base.safetensors holds 'wan', expected 'wan_lora'",
+        ),
+        (
+            {"format": "peft", "output": "a", "workdir": Path("nowhere")},
+            "nowhere is not the directory of a run with",
+        ),
         (
             {"format": "merged", "output": "a.safetensors", "lora": "lora", "base": "lora"},
             r"lora.safetensors: missing \[",
@@ -275,7 +340,11 @@ def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
     ],
 )
 def test_errors_leave_nothing_behind(folder, tmp_path, arguments, message):
-    files = {name: folder / f"{arguments[name]}.safetensors" for name in ("lora", "base") if name in arguments}
+    files = {
+        name: folder / f"{arguments[name]}.safetensors"
+        for name in ("lora", "base")
+        if name in arguments
+    }
     with pytest.raises(ValueError, match=message):
         export(**arguments | files | {"output": tmp_path / arguments["output"]})
     assert not list(tmp_path.iterdir())
@@ -284,7 +353,10 @@ def test_errors_leave_nothing_behind(folder, tmp_path, arguments, message):
 def test_a_lora_for_another_base(folder, tmp_path):
     toy = ROOT / "kvpo_jax" / "assets" / "toy_generator.safetensors"
     with pytest.raises(
-        ValueError, match=r"toy_generator.safetensors: .*/kernel is \(3, 96, .*, the LoRA is for \(2, 96"
+        ValueError,
+        match=r"toy_generator.safetensors: .*/kernel is \(3, 96, .*, the LoRA is for \(2, 96",
     ):
-        export(tmp_path / "merged.safetensors", "merged", lora=folder / "lora.safetensors", base=toy)
+        export(
+            tmp_path / "merged.safetensors", "merged", lora=folder / "lora.safetensors", base=toy
+        )
     assert not list(tmp_path.iterdir())

@@ -1,13 +1,20 @@
 """The noise schedule, the algebra of the flow convention, and the two solvers."""
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 
-from kvpo_jax import flow
+from kvpo_jax.algorithm import flow
 
 STEPS = (1.0, 0.75, 0.5, 0.25)
 SHAPE = (2, 3, 4, 4, 2)
+
+
+def sampler(**fields) -> ml_collections.ConfigDict:
+    """Section `sampler` of a config."""
+    euler = {"steps": STEPS, "shift": 1.0, "solver": "euler", "context_step": 0.0}
+    return ml_collections.ConfigDict(euler | fields)
 
 
 def normals(seed: int, count: int):
@@ -20,7 +27,9 @@ def normals(seed: int, count: int):
 
 def test_warp_by_hand():
     # 5 s / (1 + 4 s) at s = 1, 3/4, 1/2, 1/4
-    np.testing.assert_allclose(flow.warp(np.array(STEPS), 5.0), [1, 15 / 16, 5 / 6, 5 / 8], rtol=1e-15)
+    np.testing.assert_allclose(
+        flow.warp(np.array(STEPS), 5.0), [1, 15 / 16, 5 / 6, 5 / 8], rtol=1e-15
+    )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
@@ -34,29 +43,31 @@ def test_warp_keeps_the_ends_and_the_order(shift):
 
 
 def test_schedule_of_the_distilled_backbones():
-    schedule = flow.schedule(STEPS, 5.0, "renoise", context_step=0.001)
+    schedule = flow.schedule(sampler(shift=5.0, solver="renoise", context_step=0.001))
     # The cached latent has 5 * 0.001 / 1.004 of noise; the network is told that it has none.
     np.testing.assert_allclose(schedule.sigma, [1, 0.9375, 5 / 6, 0.625, 0.005 / 1.004], rtol=1e-6)
-    np.testing.assert_allclose(schedule.told, [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-6)
-    assert schedule.sigma.dtype == schedule.told.dtype == jnp.float32
+    np.testing.assert_allclose(schedule.sigma_cond, [1, 0.9375, 5 / 6, 0.625, 0], rtol=1e-6)
+    assert schedule.sigma.dtype == schedule.sigma_cond.dtype == jnp.float32
     assert schedule.solver == "renoise"
 
 
 def test_schedule_that_caches_the_clean_latent():
-    schedule = flow.schedule(STEPS, 1.0, "euler", context_step=0.0)
+    schedule = flow.schedule(sampler())
     np.testing.assert_array_equal(schedule.sigma, [*STEPS, 0])
-    np.testing.assert_array_equal(schedule.told, schedule.sigma)
+    np.testing.assert_array_equal(schedule.sigma_cond, schedule.sigma)
 
 
-@pytest.mark.parametrize("steps", [(), (0.5, 0.75), (1.0, 0.5, 0.5), (1.1, 0.5), (1.0, 0.0), (1.0, -0.5)])
+@pytest.mark.parametrize(
+    "steps", [(), (0.5, 0.75), (1.0, 0.5, 0.5), (1.1, 0.5), (1.0, 0.0), (1.0, -0.5)]
+)
 def test_levels_that_do_not_fall_are_an_error(steps):
     with pytest.raises(ValueError, match="sampler.steps"):
-        flow.schedule(steps, 1.0, "euler", 0.0)
+        flow.schedule(sampler(steps=steps))
 
 
 def test_an_unknown_solver_is_an_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="sampler.solver is 'heun'.*euler, renoise"):
-        flow.schedule(STEPS, 1.0, "heun", 0.0)
+    with pytest.raises(ValueError, match="sampler.solver='heun' is not one of euler, renoise"):
+        flow.schedule(sampler(solver="heun"))
 
 
 # ---------------------------------------------------------------- the convention
@@ -95,7 +106,7 @@ def test_steps_by_hand():
 @pytest.mark.parametrize("shift", [1.0, 5.0])
 def test_euler_over_the_exact_velocity_lands_on_the_clean_latent(shift):
     x_clean, noise, unread = normals(2, 3)
-    sigma = flow.schedule(STEPS, shift, "euler", 0.0).sigma
+    sigma = flow.schedule(sampler(shift=shift)).sigma
     x = noise
     for now, then in zip(sigma[:-1], sigma[1:], strict=True):
         np.testing.assert_allclose(x, flow.add_noise(x_clean, noise, now), atol=1e-6)
@@ -110,4 +121,6 @@ def test_renoise_leaves_the_path_for_that_of_the_new_noise():
     np.testing.assert_allclose(stepped, flow.add_noise(x_clean, fresh, 0.5), atol=1e-6)
     # With the same noise again it is an euler step.
     again = flow.step("renoise", x, noise - x_clean, 0.75, 0.5, noise)
-    np.testing.assert_allclose(again, flow.step("euler", x, noise - x_clean, 0.75, 0.5, noise), atol=1e-6)
+    np.testing.assert_allclose(
+        again, flow.step("euler", x, noise - x_clean, 0.75, 0.5, noise), atol=1e-6
+    )

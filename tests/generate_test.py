@@ -1,59 +1,69 @@
-"""Streaming generation: the same video as the rollout's prefix, files that play, prompts that are typed."""
+"""Streaming generation: the same video as the rollout's prefix, files that play, prompts that are
+typed.
+"""
 
 import subprocess
 import sys
 import threading
-from functools import partial
 
 import imageio.v3 as iio
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equipment import batch_of, configure
 
-from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import config as config_lib
-from kvpo_jax import generate, rollout, sharding
-from kvpo_jax.models.wan import init_variables, wan_config
+from kvpo_jax import generate, rollout
+from kvpo_jax import run as run_lib
+from kvpo_jax.algorithm import keys
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.run import Run
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.types import PyTree
 
 BLOCKS = 7
 SENTENCES = ("a red disk moves left", "a blue cross moves up")
 
 
 @pytest.fixture(scope="module")
-def world():
-    config = config_lib.override(
-        config_lib.load("configs/tiny.py"), ["--config.video.blocks=7", "--config.video.switch_frames=(12,)"]
-    )
-    backbone = backbone_lib.load(config)
-    stages = rollout.build(config, sharding.make_mesh(1, 1, 1, 1))
+def world() -> tuple[Run, PyTree]:
+    """A run with the shipped generator, and the variables of a fresh adapter."""
+    fields = {"video.blocks": BLOCKS, "video.switch_frames": (12,)}
+    config = configure("configs/tiny.py", {**fields, "eval.prompts": 2, "eval.batch": 1})
+    run = run_lib.load(config, sharding.make_mesh(1, 1, 1, 1))
     lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
-    return config, backbone, stages, {"params": backbone.load(None), "lora": lora}
+    return run, run.variables(lora)
+
+
+def video(world, sentences, switch_frames, blocks, noise) -> list[jax.Array]:
+    """The blocks of one video, as the command streams them."""
+    run, variables = world
+    sentence_at = generate.sentence_schedule(sentences, switch_frames)
+    speaker = generate.Speaker(run, variables, sentence_at)
+    return [x for x, _ in rollout.stream(run, variables, speaker, noise, blocks)]
 
 
 def test_streams_what_the_rollout_generates(world):
-    config, backbone, stages, variables = world
-    key = rollout.NoiseKey(jax.random.key(5), jnp.arange(1))
-    text = stages.encode_text(variables, jnp.asarray(backbone.embed(SENTENCES))[None])
-    theirs, _ = rollout.generate(stages, config, variables, text, np.ones((1, 2), bool), key, BLOCKS)
-    run = partial(generate.stream, stages, config, backbone.embed, variables, key)
-    ours = list(run(generate.schedule(SENTENCES, (12,)), BLOCKS))
+    run, variables = world
+    noise = keys.NoiseKey(jax.random.key(5), jnp.arange(1))
+    embeddings = jnp.asarray(run.backbone.embed(SENTENCES))[None]
+    batch = batch_of(embeddings, np.ones((1, 2), bool))
+    theirs = rollout.generate(run, variables, batch, noise)
+    ours = video(world, SENTENCES, (12,), BLOCKS, noise)
     np.testing.assert_array_equal(jnp.concatenate(ours), jnp.concatenate(theirs))
     # A sentence that is repeated is no switch.
-    plain = list(run(generate.schedule((SENTENCES[0],), ()), BLOCKS))
-    repeated = list(run(generate.schedule((SENTENCES[0],) * 2, (12,)), BLOCKS))
+    plain = video(world, SENTENCES[:1], (), BLOCKS, noise)
+    repeated = video(world, SENTENCES[:1] * 2, (12,), BLOCKS, noise)
     np.testing.assert_array_equal(jnp.concatenate(plain), jnp.concatenate(repeated))
     assert not np.array_equal(plain[-1], ours[-1])
 
 
 def test_prompts_may_switch_before_a_window_of_frames_is_there(world):
-    config, backbone, stages, variables = world
-    run = partial(
-        generate.stream, stages, config, backbone.embed, variables, rollout.NoiseKey(jax.random.key(5), jnp.arange(1))
-    )
-    ours = list(run(generate.schedule(SENTENCES, (3,)), 3))
+    noise = keys.NoiseKey(jax.random.key(5), jnp.arange(1))
+    ours = video(world, SENTENCES, (3,), 3, noise)
     assert all(np.isfinite(x).all() for x in ours)
-    assert not np.array_equal(ours[1], list(run(generate.schedule(SENTENCES[:1], ()), 3))[1])
+    assert not np.array_equal(ours[1], video(world, SENTENCES[:1], (), 3, noise)[1])
 
 
 def test_typed_lines_take_over_at_the_next_block():
@@ -70,7 +80,9 @@ def test_typed_lines_take_over_at_the_next_block():
     assert [sentence_at(0), sentence_at(3)] == [SENTENCES[0]] * 2
     begun.set()
     heard.wait()
-    assert [sentence_at(6), sentence_at(9)] == [SENTENCES[1]] * 2  # and stays when the lines have ended
+    assert [sentence_at(6), sentence_at(9)] == [
+        SENTENCES[1]
+    ] * 2  # and stays when the lines have ended
 
 
 def test_segments_are_spread_evenly_over_the_blocks():
@@ -85,7 +97,9 @@ def test_switch_frames_are_those_of_blocks():
     assert generate.given_switches([], 3, 12) == ()
     assert generate.given_switches(["3", "9"], 3, 12) == (3, 9)
     for given in ("9,3", "3,3", "0", "4", "12", "-3"):
-        with pytest.raises(ValueError, match=f"--switch_frames={given}: expected ascending multiples of config"):
+        with pytest.raises(
+            ValueError, match=f"--switch_frames={given}: expected ascending multiples of config"
+        ):
             generate.given_switches(given.split(","), 3, 12)
     with pytest.raises(ValueError, match="--switch_frames=3,a: expected latent frames"):
         generate.given_switches(["3", "a"], 3, 12)
@@ -108,23 +122,30 @@ def run_command(*arguments, stdin=""):
 
 
 def test_command_writes_videos_that_play(tmp_path, world):
-    (tmp_path / "prompts.txt").write_text(f"2,[{SENTENCES[0]}],[{SENTENCES[1]}]\n1,[{SENTENCES[1]}]\n")
-    done = run_command(f"--prompts={tmp_path / 'prompts.txt'}", "--num_frames=15", f"--output={tmp_path}", "--seed=5")
+    (tmp_path / "prompts.txt").write_text(
+        f"2,[{SENTENCES[0]}],[{SENTENCES[1]}]\n1,[{SENTENCES[1]}]\n"
+    )
+    done = run_command(
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        "--num_frames=15",
+        f"--output={tmp_path}",
+        "--seed=5",
+    )
     assert done.returncode == 0, done.stderr
-    video = iio.imread(tmp_path / "000_a_red_disk_moves_left.mp4")
-    assert video.shape == (15, 128, 128, 3)
+    written = iio.imread(tmp_path / "000_a_red_disk_moves_left.mp4")
+    assert written.shape == (15, 128, 128, 3)
     assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (15, 128, 128, 3)
-    config, backbone, stages, variables = world
-    noise = rollout.NoiseKey(rollout.stream(5, "heldout", 0), jnp.arange(1))
-    run = partial(generate.stream, stages, config, backbone.embed, variables, noise)
-    latents = jnp.concatenate(list(run(generate.schedule(SENTENCES, (6,)), 5)), axis=1)
-    pixels = generate.enlarge(np.asarray(backbone.decode({}, latents, None)[0][0]))
-    assert np.abs(video.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
+    noise = keys.NoiseKey(keys.draw_key(5, "heldout", 0), jnp.arange(1))
+    latents = jnp.concatenate(video(world, SENTENCES, (6,), 5, noise), axis=1)
+    pixels = generate.enlarge(np.asarray(world[0].backbone.decode({}, latents, None)[0][0]))
+    assert np.abs(written.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
     assert "5/5" in done.stdout and "frames/s" in done.stdout
 
 
 def test_command_reads_prompts_from_the_terminal(tmp_path):
-    done = run_command("--interactive", "--num_frames=6", f"--output={tmp_path}", stdin=f"{SENTENCES[0]}\n")
+    done = run_command(
+        "--interactive", "--num_frames=6", f"--output={tmp_path}", stdin=f"{SENTENCES[0]}\n"
+    )
     assert done.returncode == 0, done.stderr
     assert iio.imread(tmp_path / "000_interactive.mp4").shape[0] == 6
 
@@ -132,20 +153,49 @@ def test_command_reads_prompts_from_the_terminal(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--prompt=a red disk moves left", "--num_frames=7"], "--num_frames=7 is not a multiple of 3"),
-        (["--prompt=a red disk moves left", "--num_frames=1026"], "there are positions for 1024 frames"),
         (
-            ["--prompt=a", "--prompt=b", "--config.video.switch_frames=()", "--config.window.recache_frames=0"],
+            ["--prompt=a red disk moves left", "--num_frames=7"],
+            "--num_frames=7 is not a multiple of 3",
+        ),
+        (
+            ["--prompt=a red disk moves left", "--num_frames=1026"],
+            "there are positions for 1024 frames",
+        ),
+        (
+            [
+                "--prompt=a",
+                "--prompt=b",
+                "--config.video.switch_frames=()",
+                "--config.window.recache_frames=0",
+            ],
             "config.window.recache_frames=0, but prompts switch",
         ),
         (["--num_frames=6"], "give one of --prompt"),
-        (["--interactive", "--num_frames=3"], "--interactive: the input ended before a prompt was typed"),
-        (["--prompt=a", "--prompt=b", "--switch_frames=5"], "--switch_frames=5: expected ascending multiples"),
-        (["--prompt=a", "--prompt=b", "--switch_frames=3,6"], "--switch_frames=3,6: 2 prompts switch 1 times"),
+        (
+            ["--interactive", "--num_frames=3"],
+            "--interactive: the input ended before a prompt was typed",
+        ),
+        (
+            ["--prompt=a", "--prompt=b", "--switch_frames=5"],
+            "--switch_frames=5: expected ascending multiples",
+        ),
+        (
+            ["--prompt=a", "--prompt=b", "--switch_frames=3,6"],
+            "--switch_frames=3,6: 2 prompts switch 1 times",
+        ),
         (["--prompt=a pink disk moves left", "--num_frames=3"], "'pink' is not one of red"),
-        (["--prompt=a red disk moves left", "--checkpoint=nowhere"], "nowhere: there is no such run directory"),
-        (["--prompt=a", "--config=configs/longlive.py"], "the longlive backbone needs --config.weights"),
-        (["--prompt=a red disk moves left", "--ema"], "--ema needs --checkpoint to be a run directory"),
+        (
+            ["--prompt=a red disk moves left", "--checkpoint=nowhere"],
+            "nowhere: there is no such run directory",
+        ),
+        (
+            ["--prompt=a", "--config=configs/longlive.py"],
+            "the longlive backbone needs --config.weights",
+        ),
+        (
+            ["--prompt=a red disk moves left", "--ema"],
+            "--ema needs --checkpoint to be a run directory",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
@@ -157,11 +207,20 @@ def test_errors_are_one_line(tmp_path, arguments, message):
 
 
 def test_what_is_no_folder_and_no_run_is_named(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "WanModel"}')  # of another program's folder
+    (tmp_path / "config.json").write_text(
+        '{"_class_name": "WanModel"}'
+    )  # of another program's folder
     for argument, message in (
         (f"--output={tmp_path / 'config.json'}", "config.json is a file; name a folder"),
-        (f"--checkpoint={tmp_path}", "config.json has other fields than configs/tiny.py, missing: "),
+        (
+            f"--checkpoint={tmp_path}",
+            "config.json has other fields than configs/tiny.py, missing: ",
+        ),
     ):
         done = run_command("--prompt=a red disk moves left", "--num_frames=3", argument)
         assert done.returncode == 1
-        assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            done.stderr.startswith("error: ")
+            and message in done.stderr
+            and done.stderr.count("\n") == 1
+        )

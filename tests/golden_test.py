@@ -1,6 +1,8 @@
-"""The released semantics: our modules, under the release's settings, against the authors' arrays on tiny weights.
+"""The released semantics: our modules, under the release's settings, against the authors' arrays on
+tiny weights.
 
-Every size comes from the files in KVPO_GOLDEN_DIR (default tests/golden). Tolerance 2e-5 on values of scale 1 to 5.
+Every size comes from the files in KVPO_GOLDEN_DIR (default tests/golden). Tolerance 2e-5 on values
+of scale 1 to 5.
 """
 
 import dataclasses
@@ -16,9 +18,11 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from kvpo_jax import flow, kv_cache, memory_bank, objective, replay, rollout, routing, train
+from kvpo_jax import state as state_lib
+from kvpo_jax.algorithm import block as block_lib
+from kvpo_jax.algorithm import flow, kv_cache, memory_bank, objective, replay, routing
+from kvpo_jax.convert.wan_weights import to_ours, wan_table
 from kvpo_jax.models.wan import Wan, WanConfig
-from kvpo_jax.models.wan_weights import from_official, to_ours, wan_table
 from kvpo_jax.rewards import composite
 from kvpo_jax.types import BlockKV, KVCache, MemoryBank, ReplayTuples
 
@@ -34,17 +38,33 @@ def sizes(golden_dir: Path) -> dict:
 @pytest.fixture(scope="module")
 def cfg(sizes) -> WanConfig:
     names = ("dim", "ffn_dim", "num_heads", "num_layers", "freq_dim", "text_dim", "text_len", "eps")
-    return WanConfig(**{n: sizes[n] for n in names}, channels=sizes["in_dim"], patch=tuple(sizes["patch_size"]))
+    return WanConfig(
+        **{n: sizes[n] for n in names}, channels=sizes["in_dim"], patch=tuple(sizes["patch_size"])
+    )
+
+
+def renoise_schedule(steps: tuple[float, ...], shift: float) -> flow.Schedule:
+    """That of the release: its cached latent has the noise of step 0.001."""
+    sampler = {"steps": steps, "shift": shift, "solver": "renoise", "context_step": 0.001}
+    return flow.schedule(ConfigDict(sampler))
 
 
 @pytest.fixture(scope="module")
 def schedule(sizes) -> flow.Schedule:
-    steps = [s / 1000 for s in sizes["denoising_step_list"]]
-    return flow.schedule(steps, sizes["timestep_shift"], "renoise", context_step=0.001)
+    steps = tuple(s / 1000 for s in sizes["denoising_step_list"])
+    return renoise_schedule(steps, sizes["timestep_shift"])
 
 
 def load_params(path: Path, cfg: WanConfig):
-    return from_official(dict(np.load(path)), cfg.num_layers)
+    """An official state dict as the collection `params`."""
+    state, table = np.load(path), wan_table(cfg.num_layers)
+    assert set(state.files) == set(table)
+    layers = {}
+    for name, (ours, _) in table.items():  # a stack's layers come in their order
+        layers.setdefault(ours, []).append(to_ours(ours, state[name]))
+    stacks = ("blocks/", "text_kv/")
+    flat = {ours: np.stack(x) if ours.startswith(stacks) else x[0] for ours, x in layers.items()}
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def latent(x: np.ndarray) -> jnp.ndarray:
@@ -58,34 +78,69 @@ def blocks_of(video: np.ndarray, frames: int) -> jnp.ndarray:
 
 
 def release_window(sizes: dict, nearest: int, capacity: int) -> routing.Window:
-    """The release counts the current block in its window and in its m nearest frames; ours counts past frames."""
+    """The release counts the current block in its window and in its m nearest frames; ours counts
+    past frames.
+    """
     frames, sink = sizes["num_frame_per_block"], sizes["sink_size"]
     past = sizes["local_attn_size"] - sink - frames
     return routing.Window(sink, past, nearest - frames, nearest, capacity, shared_ring=True)
 
 
-def bank_of(data, prefix: str, recorded: int, newest: int, frames, pending: bool, cfg: WanConfig) -> MemoryBank:
-    """A released memory bank as ours; `frames` int[L, slots] are the absolute frames of its slots."""
-    stack = lambda name: np.stack([data[f"{prefix}.{name}.{layer}"] for layer in range(cfg.num_layers)])
-    heads = lambda x, *lead: x.reshape(cfg.num_layers, 1, *lead, -1, cfg.num_heads, cfg.head_dim)
+def bank_of(
+    data, prefix: str, recorded: int, newest: int, frames, pending: bool, cfg: WanConfig
+) -> MemoryBank:
+    """A released memory bank as ours; `frames` int[L, slots] are those of its slots."""
+
+    def stack(name):
+        return np.stack([data[f"{prefix}.{name}.{layer}"] for layer in range(cfg.num_layers)])
+
+    def heads(x, *lead):
+        return x.reshape(cfg.num_layers, 1, *lead, -1, cfg.num_heads, cfg.head_dim)
+
     frames = np.asarray(frames)
-    full = lambda value: jnp.full((cfg.num_layers, 1), value)
+
+    def full(value):
+        return jnp.full((cfg.num_layers, 1), value)
+
     return MemoryBank(
-        k=heads(stack("k"), frames.shape[1]), v=heads(stack("v"), frames.shape[1]), frame=frames[:, None],
-        new_k=heads(stack("k_new")), new_v=heads(stack("v_new")), new_frame=full(newest), recorded=full(recorded),
+        k=heads(stack("k"), frames.shape[1]),
+        v=heads(stack("v"), frames.shape[1]),
+        frame=frames[:, None],
+        new_k=heads(stack("k_new")),
+        new_v=heads(stack("v_new")),
+        new_frame=full(newest),
+        recorded=full(recorded),
         pending=full(pending),
-    )  # fmt: skip
+        interval=3,
+        reinsert=True,
+    )
+
+
+def empty_cache(cfg: WanConfig, batch: tuple, slots: int, tokens: int, sink: int) -> KVCache:
+    shape = kv_cache.KVShape(cfg.num_layers, tokens, cfg.num_heads, cfg.head_dim)
+    return kv_cache.empty(shape, batch, slots, sink, jnp.float32)
 
 
 def history_of(data, prefix: str, fork: int, capacity: int, cfg: WanConfig, sink: int) -> KVCache:
     """A released cache (sink, then the resident frames in order) as ours."""
-    resident = list(range(fork)) if fork <= capacity else [*range(sink), *range(fork - capacity + sink, fork)]
-    stack = lambda name: np.stack([data[f"{prefix}.{name}.{layer}"] for layer in range(cfg.num_layers)])
-    frames = lambda x: x.reshape(cfg.num_layers, 1, capacity, -1, cfg.num_heads, cfg.head_dim)
+    resident = (
+        list(range(fork))
+        if fork <= capacity
+        else [*range(sink), *range(fork - capacity + sink, fork)]
+    )
+
+    def stack(name):
+        return np.stack([data[f"{prefix}.{name}.{layer}"] for layer in range(cfg.num_layers)])
+
+    def frames(x):
+        return x.reshape(cfg.num_layers, 1, capacity, -1, cfg.num_heads, cfg.head_dim)
+
     k, v = frames(stack("k")), frames(stack("v"))
-    cache = kv_cache.empty(cfg.num_layers, (1,), capacity, k.shape[3], cfg.num_heads, cfg.head_dim, sink, jnp.float32)
+    cache = empty_cache(cfg, (1,), capacity, k.shape[3], sink)
     for slot, frame in enumerate(resident):
-        cache = kv_cache.append(cache, BlockKV(k=k[:, :, slot : slot + 1], v=v[:, :, slot : slot + 1]), frame)
+        cache = kv_cache.append(
+            cache, BlockKV(k=k[:, :, slot : slot + 1], v=v[:, :, slot : slot + 1]), frame
+        )
     return cache
 
 
@@ -98,7 +153,7 @@ def test_scheduler(golden_dir, shift):
     data = json.loads((golden_dir / "scheduler.json").read_text())[f"shift_{shift}"]
     table = flow.warp(1 - np.arange(1000) / 1000, float(shift))
     np.testing.assert_allclose(table[data["index"]], data["sigmas"], atol=1e-6)
-    ours = flow.schedule((1.0, 0.75, 0.5, 0.25), float(shift), "renoise", context_step=0.001)
+    ours = renoise_schedule((1.0, 0.75, 0.5, 0.25), float(shift))
     np.testing.assert_allclose(1000 * ours.sigma[:4], data["warped"], rtol=1e-6)
     np.testing.assert_allclose(ours.sigma[4], data["sigmas"][-1], atol=1e-7)
     # The release looks the nearest of its 1000 levels up.
@@ -111,25 +166,30 @@ def test_scheduler(golden_dir, shift):
 
 @pytest.mark.parametrize("case", ["cap33", "cap18"])
 def test_longlive_block(golden_dir, sizes, cfg, schedule, case):
-    """A whole video, free-running: every flow, every clean latent, and the caches in the middle and at the end."""
+    """A whole video, free-running: every flow, every clean latent, and the caches in the middle and
+    at the end.
+    """
     data = np.load(golden_dir / "longlive_block.npz")
-    get = lambda name: data[f"{case}.{name}"]
+
+    def get(name):
+        return data[f"{case}.{name}"]
+
     frames, sink = sizes["num_frame_per_block"], sizes["sink_size"]
     capacity = get("kv_final.k.0").shape[1] // sizes["tokens_per_frame"]
     window = release_window(sizes, frames, capacity)
     params = load_params(golden_dir / "longlive_weights.npz", cfg)
     network = partial(Wan(cfg).apply, {"params": params})
-    text = Wan(cfg).apply({"params": params}, jnp.asarray(get("prompt_embeds")), method="encode_text")
-    step = jax.jit(partial(rollout.denoise_block, network, schedule))
-    history = kv_cache.empty(
-        cfg.num_layers, (1,), capacity, sizes["tokens_per_frame"], cfg.num_heads, cfg.head_dim, sink, jnp.float32
+    text = Wan(cfg).apply(
+        {"params": params}, jnp.asarray(get("prompt_embeds")), method="encode_text"
     )
+    step = jax.jit(partial(block_lib.denoise_block, network, schedule))
+    history = empty_cache(cfg, (1,), capacity, sizes["tokens_per_frame"], sink)
     start_noise = blocks_of(get("init_noise"), frames)
     for block, first in enumerate(get("start_frame")):
         noise = jnp.concatenate([start_noise[block][None], latent(get("noise")[block])])[None]
-        row = routing.deployment_row(window, first)
-        rows = jnp.broadcast_to(row, (1, 1, noise.shape[1], window.slots))
-        record, kv = step(text, history, None, rows, noise, first)
+        default = routing.deployment_frames(window, first)
+        context = jnp.broadcast_to(default, (1, 1, noise.shape[1], window.slots))
+        record, kv = step(text, history, None, context, noise, first)
         history = kv_cache.append(history, kv, first)
         np.testing.assert_allclose(record.z[0, 0], latent(get("noisy")[block, :-1]), **TOLERANCE)
         np.testing.assert_allclose(record.u[0, 0], latent(get("flow")[block, :-1]), **TOLERANCE)
@@ -147,8 +207,11 @@ def test_longlive_block(golden_dir, sizes, cfg, schedule, case):
 
 
 CHR = {
-    "A": "A_m3_cap33_fork15", "B": "B_m4_cap33_fork15", "C": "C_m3_cap18_fork27_rolled", "D": "D_m4_cap33_fork36_rolled"
-}  # fmt: skip
+    "A": "A_m3_cap33_fork15",
+    "B": "B_m4_cap33_fork15",
+    "C": "C_m3_cap18_fork27_rolled",
+    "D": "D_m4_cap33_fork36_rolled",
+}
 
 
 def load_chr(golden_dir: Path, case: str):
@@ -157,39 +220,46 @@ def load_chr(golden_dir: Path, case: str):
 
 @pytest.mark.parametrize("case", CHR)
 def test_longlive_chr(golden_dir, sizes, cfg, schedule, case):
-    """Anchor and branches of a perturbed window and the ordinary block after it, from the released fork cache.
+    """Anchor and branches of a perturbed window and the ordinary block after it, from the released
+    fork cache.
 
-    The frames are those that the release really routed (`actual_routed_frames`): after its cache has rolled they are
-    one block later than it planned, which is a bug of its slot arithmetic and not reproduced.
+    The frames are those that the release really routed (`actual_routed_frames`): after its cache
+    has rolled they are one block later than it planned, which is a bug of its slot arithmetic and
+    not reproduced.
     """
     data = load_chr(golden_dir, case)
     fork, capacity, nearest = int(data["fork_frame"]), int(data["capacity"]), int(data["m_nearest"])
     frames = sizes["num_frame_per_block"]
     window = release_window(sizes, nearest, capacity)
-    selected = jnp.asarray(data["actual_routed_frames"])
-    branches = selected.shape[0]
+    routed_frames = jnp.asarray(data["actual_routed_frames"])
+    branches = routed_frames.shape[0]
     params = load_params(golden_dir / "longlive_weights.npz", cfg)
     network = partial(Wan(cfg).apply, {"params": params})
-    text = Wan(cfg).apply({"params": params}, jnp.asarray(data["prompt_embeds"]), method="encode_text")
-    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    text = Wan(cfg).apply(
+        {"params": params}, jnp.asarray(data["prompt_embeds"]), method="encode_text"
+    )
+    step = jax.jit(partial(block_lib.denoise_block, network, schedule))
     history = history_of(data, "fork_kv", fork, capacity, cfg, window.sink)
-    page = kv_cache.empty(
-        cfg.num_layers, (1, 1 + branches), capacity, sizes["tokens_per_frame"], cfg.num_heads, cfg.head_dim,
-        window.sink, jnp.float32,
-    )  # fmt: skip
+    page = empty_cache(cfg, (1, 1 + branches), capacity, sizes["tokens_per_frame"], window.sink)
     start_noise = blocks_of(data["init_noise_window"], frames)
     for block, noise in enumerate(data["shared.noise"]):
         first = fork + block * frames
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
-        default = routing.deployment_row(window, first)
-        routed = routing.routed_rows(window, selected, first)
-        routed = routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
-        rows = jnp.concatenate([default[None], routed])
-        rows = jnp.broadcast_to(rows[None, :, None], (1, 1 + branches, noise.shape[1], window.slots))
-        record, kv = step(text, history, page, rows, noise, first)
+        default = routing.deployment_frames(window, first)
+        routed = routing.routed_context(window, routed_frames, first)
+        routed = (
+            routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
+        )
+        context = jnp.concatenate([default[None], routed])
+        context = jnp.broadcast_to(
+            context[None, :, None], (1, 1 + branches, noise.shape[1], window.slots)
+        )
+        record, kv = step(text, history, page, context, noise, first)
         page = kv_cache.append(page, kv, first)
         for trajectory, name in enumerate(["anchor", *(f"branch{g}" for g in range(branches))]):
-            np.testing.assert_allclose(record.z[0, trajectory], latent(data[f"{name}.noisy"][block, :-1]), **TOLERANCE)
+            np.testing.assert_allclose(
+                record.z[0, trajectory], latent(data[f"{name}.noisy"][block, :-1]), **TOLERANCE
+            )
             clean = latent(data[f"{name}.output"][0])[block * frames : (block + 1) * frames]
             np.testing.assert_allclose(record.x_clean[0, trajectory], clean, **TOLERANCE)
             if f"{name}.flow" in data:
@@ -201,27 +271,43 @@ def test_longlive_chr(golden_dir, sizes, cfg, schedule, case):
 def test_routed_pool(golden_dir, sizes, case):
     """Omega as the release plans it, and its draws from its own permutation."""
     plan = json.loads((golden_dir / "longlive_chr_plans.json").read_text())[CHR[case]]
-    window = release_window(sizes, plan["m_nearest_frames"], int(load_chr(golden_dir, case)["capacity"]))
+    window = release_window(
+        sizes, plan["m_nearest_frames"], int(load_chr(golden_dir, case)["capacity"])
+    )
     fork, end = plan["perturb_block_abs_frame"], plan["perturb_block_end_frame"]
     start, stop = routing.routable(window, fork, end - sizes["num_frame_per_block"])
-    assert (int(start), int(stop)) == (plan["stable_older_frame_start"], plan["stable_older_frame_end"])
+    assert (int(start), int(stop)) == (
+        plan["stable_older_frame_start"],
+        plan["stable_older_frame_end"],
+    )
     assert window.routed == plan["n_random_frames"]
 
 
 @pytest.mark.parametrize("layout", ["longlive_m4", "longlive_m3"])
 def test_official_plans(golden_dir, sizes, layout):
-    """The released layout: pools of every eligible start, and the branches' shifted draws of one permutation."""
+    """The released layout: pools of every eligible start, and the branches' shifted draws of one
+    permutation.
+    """
     data = json.loads((golden_dir / "plans_official_layout.json").read_text())[layout]
     branches, perturbed = data["args"]["K"], data["args"]["perturb_num_blocks"]
     frames = sizes["num_frame_per_block"]
-    for _, _, fork, pool, draws, first, last in data["eligible_starts_chunk_block_abs_pool_n_start_end"]:
+    for _, _, fork, pool, draws, first, last in data[
+        "eligible_starts_chunk_block_abs_pool_n_start_end"
+    ]:
         nearest = sizes["local_attn_size"] - sizes["sink_size"] - draws
         window = release_window(sizes, nearest, data["cache_frames"])
         start, stop = routing.routable(window, fork, fork + (perturbed - 1) * frames)
-        assert (int(start), int(stop), int(stop - start), window.routed) == (first, last, pool, draws)
+        assert (int(start), int(stop), int(stop - start), window.routed) == (
+            first,
+            last,
+            pool,
+            draws,
+        )
     for plan in data["plans"]:
         permutation = np.asarray(plan["master_perm"]) + plan["plan"]["stable_older_frame_start"]
-        ours = routing.disperse(permutation, len(permutation), plan["plan"]["n_random_frames"], branches)
+        ours = routing.disperse(
+            permutation, len(permutation), plan["plan"]["n_random_frames"], branches
+        )
         theirs = [b["selected_older_frame_indices"] for b in plan["plan"]["branch_plans"]]
         np.testing.assert_array_equal(ours, theirs)
 
@@ -229,15 +315,19 @@ def test_official_plans(golden_dir, sizes, layout):
 @pytest.mark.parametrize("case", ["A", "B"])
 @pytest.mark.parametrize("tag", ["old_nograd", "same_grad2", "theta_grad2", "theta_grad4"])
 def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
-    """log-probabilities of the branches under a replaying model, and their gradient in every parameter.
+    """log-probabilities of the branches under a replaying model, and their gradient in every
+    parameter.
 
-    The release draws context noise anew for each branch. Ours is shared by a prompt's branches, so each of its
-    branches is a prompt with one branch here.
+    The release draws context noise anew for each branch. Ours is shared by a prompt's branches, so
+    each of its branches is a prompt with one branch here.
     """
     data, saved = load_chr(golden_dir, case), np.load(golden_dir / "longlive_replay.npz")
     # A run that differs in its gradient only has the values of the other.
     values = {"same_grad2": "old_nograd", "theta_grad4": "theta_grad2"}.get(tag, tag)
-    get = lambda name: saved[f"{case}.{values}.{name}"]
+
+    def get(name):
+        return saved[f"{case}.{values}.{name}"]
+
     fork, capacity = int(data["fork_frame"]), int(data["capacity"])
     frames, steps = sizes["num_frame_per_block"], len(sizes["denoising_step_list"])
     window = release_window(sizes, int(data["m_nearest"]), capacity)
@@ -247,10 +337,7 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
     u = jnp.stack([latent(data[f"{n}.flow"][:, :steps]) for n in names])[:, None]
     starts = fork + frames * np.arange(z.shape[2])
     noise = jnp.asarray(latent(get("ctx_noise")))
-    blank = kv_cache.empty(
-        cfg.num_layers, (branches,), capacity, sizes["tokens_per_frame"], cfg.num_heads, cfg.head_dim, window.sink,
-        jnp.float32,
-    )  # fmt: skip
+    blank = empty_cache(cfg, (branches,), capacity, sizes["tokens_per_frame"], window.sink)
     history = history_of(data, "fork_kv", fork, capacity, cfg, window.sink)
     tuples = ReplayTuples(
         z=z,
@@ -261,7 +348,7 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
             frame=jnp.repeat(history.frame, branches, axis=0),
         ),
         page=blank,
-        rows=jnp.stack([routing.deployment_row(window, start) for start in starts]),
+        frames=jnp.stack([routing.deployment_frames(window, start) for start in starts]),
         start_frame=jnp.asarray(starts, jnp.int32),
         segment=jnp.zeros(len(starts), jnp.int32),
         noise=jnp.concatenate([noise, jnp.zeros_like(noise[:, :1])], axis=1),
@@ -271,10 +358,14 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
     text = model.apply({"params": base}, jnp.asarray(data["prompt_embeds"]), method="encode_text")
     text = jax.tree.map(lambda x: jnp.repeat(x, branches, axis=1)[:, :, None], text)
     grad_steps = {"same_grad2": 2, "theta_grad2": 2}.get(tag, steps)
-    settings = ConfigDict({"energy": "clean", "sigma_floor": 1.0, "grad_steps": grad_steps, "chunk": 0})
+    settings = ConfigDict(
+        {"energy": "clean", "sigma_floor": 1.0, "grad_steps": grad_steps, "chunk": 0}
+    )
 
     def log_prob(params):
-        policy = lambda text, params: (partial(model.apply, {"params": params}), text)
+        def policy(text, params):
+            return (partial(model.apply, {"params": params}), text)
+
         return -replay.self_rolled_energies(policy, settings, schedule, params, text, tuples)[:, 0]
 
     params = load_params(golden_dir / "longlive_weights_theta.npz", cfg) if "theta" in tag else base
@@ -288,41 +379,67 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
     (gradient,) = pull(jnp.ones_like(value))
     gradient = flax.traverse_util.flatten_dict(gradient, sep="/")
     table = wan_table(cfg.num_layers)
-    ours = lambda name: (lambda path, layer: gradient[path] if layer is None else gradient[path][layer])(*table[name])
+
+    def ours(name):
+        return (lambda path, layer: gradient[path] if layer is None else gradient[path][layer])(
+            *table[name]
+        )
+
     for name in official:
         parameter = name.removeprefix(f"{case}.{tag}.grad.")
-        np.testing.assert_allclose(ours(parameter), to_ours(table[parameter][0], saved[name]), **TOLERANCE)
+        np.testing.assert_allclose(
+            ours(parameter), to_ours(table[parameter][0], saved[name]), **TOLERANCE
+        )
     plans = json.loads((golden_dir / "longlive_chr_plans.json").read_text())
     # The text keys and values come from the cache of the rollout.
     for name in plans[f"{CHR[case]}_params_with_no_gradient"]:
         assert not ours(name).any(), name
 
 
-RECACHE = ("cap33_h24_gsTrue", "cap33_h24_gsFalse", "cap18_h24_gsTrue", "cap33_h9_gsTrue", "cap33_h9_gsFalse")
+RECACHE = (
+    "cap33_h24_gsTrue",
+    "cap33_h24_gsFalse",
+    "cap18_h24_gsTrue",
+    "cap33_h9_gsTrue",
+    "cap33_h9_gsFalse",
+)
 
 
 @pytest.mark.parametrize("case", RECACHE)
 def test_recache(golden_dir, sizes, cfg, schedule, case):
-    """A prompt switch: the caches after it, and the two blocks that follow, with and without the global sink."""
+    """A prompt switch: the caches after it, and the two blocks that follow, with and without the
+    global sink.
+    """
     data = np.load(golden_dir / "recache.npz")
-    get = lambda name: data[f"{case}.{name}"]
-    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+
+    def get(name):
+        return data[f"{case}.{name}"]
+
+    frames, sink, tokens = (
+        sizes["num_frame_per_block"],
+        sizes["sink_size"],
+        sizes["tokens_per_frame"],
+    )
     capacity, past = get("kv_after_recache.k.0").shape[1] // tokens, get("history").shape[1]
     window = release_window(sizes, frames, capacity)
     variables = {"params": load_params(golden_dir / "longlive_weights.npz", cfg)}
     network = partial(Wan(cfg).apply, variables)
-    encode = lambda name: Wan(cfg).apply(variables, jnp.asarray(data[name]), method="encode_text")
+
+    def encode(name):
+        return Wan(cfg).apply(variables, jnp.asarray(data[name]), method="encode_text")
+
     old, new = encode("prompt_embeds_old"), encode("prompt_embeds_new")
-    # The released history was written from clean latents under the old prompt; what it holds of them is not saved.
-    # Only the sink of it survives, so the clean pass of the sink's block is all that has to be made here.
-    history = kv_cache.empty(cfg.num_layers, (1,), capacity, tokens, cfg.num_heads, cfg.head_dim, sink, jnp.float32)
+    # The released history was written from clean latents under the old prompt; what it holds of
+    # them is not saved. Only the sink of it survives, so the clean pass of the sink's block is all
+    # that has to be made here.
+    history = empty_cache(cfg, (1,), capacity, tokens, sink)
     start = int(get("recache_start_frame"))
     after = history_of(data, f"{case}.kv_after_recache", past, capacity, cfg, sink)
     if start:
         kept = kv_cache.read(jnp.arange(sink)[None, None], after)
         history = kv_cache.append(history, BlockKV(k=kept.k, v=kept.v), 0)
         if case.endswith("gsFalse"):
-            history = rollout.forget(jnp.ones(1, bool), history)
+            history = kv_cache.forget(jnp.ones(1, bool), history)
             np.testing.assert_array_equal(kept.k, 0)
     latents = jnp.asarray(latent(get("recache_input")))[None]
     velocity = []
@@ -332,7 +449,7 @@ def test_recache(golden_dir, sizes, cfg, schedule, case):
         velocity.append(out[0])
         return out
 
-    kv = rollout.recache(recorded, new, history, None, latents, start)
+    kv = block_lib.recache(recorded, new, history, None, latents, start)
     np.testing.assert_allclose(velocity[0][0], latent(get("recache_flow"))[0], **TOLERANCE)
     history = kv_cache.append(history, kv, start)
     asked = jnp.arange(start, past)[None, None]
@@ -340,25 +457,38 @@ def test_recache(golden_dir, sizes, cfg, schedule, case):
     np.testing.assert_allclose(ours.k, theirs.k, **TOLERANCE)
     np.testing.assert_allclose(ours.v, theirs.v, **TOLERANCE)
 
-    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    step = jax.jit(partial(block_lib.denoise_block, network, schedule))
     start_noise = blocks_of(get("next.init_noise"), frames)
     for block, first in enumerate(get("next.start_frame")):
         noise = jnp.concatenate([start_noise[block][None], latent(get("next.noise")[block])])[None]
-        row = routing.deployment_row(window, first)
-        rows = jnp.broadcast_to(row, (1, 1, noise.shape[1], window.slots))
-        record, kv = step(new, history, None, rows, noise, first)
+        default = routing.deployment_frames(window, first)
+        context = jnp.broadcast_to(default, (1, 1, noise.shape[1], window.slots))
+        record, kv = step(new, history, None, context, noise, first)
         history = kv_cache.append(history, kv, first)
-        np.testing.assert_allclose(record.u[0, 0], latent(get("next.flow")[block, :-1]), **TOLERANCE)
-        np.testing.assert_allclose(record.x_clean[0, 0], latent(get("next.x0")[block, -2]), **TOLERANCE)
+        np.testing.assert_allclose(
+            record.u[0, 0], latent(get("next.flow")[block, :-1]), **TOLERANCE
+        )
+        np.testing.assert_allclose(
+            record.x_clean[0, 0], latent(get("next.x0")[block, -2]), **TOLERANCE
+        )
     assert not np.allclose(old.k, new.k)
 
 
 @pytest.mark.parametrize("case", ["sma0", "sma1", "sma0_cap18"])
 def test_memflow_block(golden_dir, sizes, cfg, schedule, case):
-    """A whole video with the memory bank, free-running: flows, clean latents, what each layer's bank holds."""
+    """A whole video with the memory bank, free-running: flows, clean latents, what each layer's
+    bank holds.
+    """
     data = np.load(golden_dir / "memflow_block.npz")
-    get = lambda name: data[f"{case}.{name}"]
-    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+
+    def get(name):
+        return data[f"{case}.{name}"]
+
+    frames, sink, tokens = (
+        sizes["num_frame_per_block"],
+        sizes["sink_size"],
+        sizes["tokens_per_frame"],
+    )
     slots = get("bank_frames").shape[-1]
     interval = int(np.diff(get("recorded_frames"))[0]) // frames
     capacity = 18 if case.endswith("cap18") else 33
@@ -367,19 +497,18 @@ def test_memflow_block(golden_dir, sizes, cfg, schedule, case):
     variables = {"params": load_params(golden_dir / "memflow_weights.npz", cfg)}
     network = partial(Wan(cfg).apply, variables)
     text = Wan(cfg).apply(variables, jnp.asarray(get("prompt_embeds")), method="encode_text")
-    step = jax.jit(partial(rollout.denoise_block, network, schedule))
-    history = kv_cache.empty(cfg.num_layers, (1,), capacity, tokens, cfg.num_heads, cfg.head_dim, sink, jnp.float32)
-    history = history.replace(bank=memory_bank.empty(history, slots))
+    step = jax.jit(partial(block_lib.denoise_block, network, schedule))
+    history = empty_cache(cfg, (1,), capacity, tokens, sink)
+    history = history.replace(bank=memory_bank.empty(history, slots, interval, reinsert=True))
     start_noise = blocks_of(get("init_noise"), frames)
     for block, first in enumerate(get("start_frame")):
-        history = history.replace(bank=memory_bank.admit(history.bank, text, reinsert=True))
+        history = kv_cache.admit(history, text)
         np.testing.assert_array_equal(history.bank.frame[:, 0], get("bank_frames")[block])
         noise = jnp.concatenate([start_noise[block][None], latent(get("noise")[block])])[None]
-        row = routing.deployment_row(window, first)
-        rows = jnp.broadcast_to(row, (1, 1, noise.shape[1], window.slots))
-        record, kv = step(text, history, None, rows, noise, first)
+        default = routing.deployment_frames(window, first)
+        context = jnp.broadcast_to(default, (1, 1, noise.shape[1], window.slots))
+        record, kv = step(text, history, None, context, noise, first)
         history = kv_cache.append(history, kv, first)
-        history = history.replace(bank=memory_bank.record(history.bank, kv, first, interval))
         np.testing.assert_allclose(record.z[0, 0], latent(get("noisy")[block, :-1]), **TOLERANCE)
         np.testing.assert_allclose(record.u[0, 0], latent(get("flow")[block, :-1]), **TOLERANCE)
         np.testing.assert_allclose(record.x_clean[0, 0], latent(get("x0")[block, -2]), **TOLERANCE)
@@ -388,81 +517,116 @@ def test_memflow_block(golden_dir, sizes, cfg, schedule, case):
         np.testing.assert_allclose(getattr(history.bank, name), getattr(theirs, name), **TOLERANCE)
 
 
-MEMFLOW_CHR = {"A": "A_m3_cap33_fork15", "B": "B_m4_cap33_fork33_bankfull", "C": "C_m3_cap18_fork27_rolled"}
+MEMFLOW_CHR = {
+    "A": "A_m3_cap33_fork15",
+    "B": "B_m4_cap33_fork33_bankfull",
+    "C": "C_m3_cap18_fork27_rolled",
+}
 
 
 @pytest.mark.parametrize("case", MEMFLOW_CHR)
 def test_memflow_chr(golden_dir, sizes, cfg, schedule, case):
     """Anchor and branches of a perturbed window under the memory bank.
 
-    The release draws cache *slots* and drops the sink; which frame a slot holds moves once the cache has rolled. The
-    rows here name the frames that it really read.
+    The release draws cache *slots* and drops the sink; which frame a slot holds moves once the
+    cache has rolled. The rows here name the frames that it really read.
     """
     data = np.load(golden_dir / f"memflow_chr_{MEMFLOW_CHR[case]}.npz")
     fork, capacity, nearest = int(data["fork_frame"]), int(data["capacity"]), int(data["m_nearest"])
-    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+    frames, sink, tokens = (
+        sizes["num_frame_per_block"],
+        sizes["sink_size"],
+        sizes["tokens_per_frame"],
+    )
     window = dataclasses.replace(release_window(sizes, nearest, capacity), keep_sink=False)
-    selected = data["selected"]
-    branches, slots = len(selected), data["branch0.bank_frames"].shape[-1]
-    assert selected.shape[1] == window.routed
+    routed_frames = data["selected"]
+    branches, slots = len(routed_frames), data["branch0.bank_frames"].shape[-1]
+    assert routed_frames.shape[1] == window.routed
     variables = {"params": load_params(golden_dir / "memflow_weights.npz", cfg)}
     network = partial(Wan(cfg).apply, variables)
     text = Wan(cfg).apply(variables, jnp.asarray(data["prompt_embeds"]), method="encode_text")
-    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    step = jax.jit(partial(block_lib.denoise_block, network, schedule))
     history = history_of(data, "fork_kv", fork, capacity, cfg, sink)
     newest = (fork // frames - 1) // 3 * 3 * frames
     recorded = newest // (3 * frames) + 1
     # The frames in the saved bank do not matter to the network; any that are there will do.
     saved = np.where(np.arange(slots) < recorded, 0, -1)[None].repeat(cfg.num_layers, 0)
     bank = bank_of(data, "fork_bank", recorded, newest, saved, fork - frames == newest, cfg)
-    page = kv_cache.empty(
-        cfg.num_layers, (1, 1 + branches), capacity, tokens, cfg.num_heads, cfg.head_dim, sink, jnp.float32
-    )
+    page = empty_cache(cfg, (1, 1 + branches), capacity, tokens, sink)
     page = page.replace(bank=memory_bank.repeat(bank, 1 + branches))
     start_noise = blocks_of(data["init_noise_window"], frames)
     for block, noise in enumerate(data["shared.noise"]):
         first = fork + block * frames
-        page = page.replace(bank=memory_bank.admit(page.bank, text, reinsert=True))
+        page = kv_cache.admit(page, text)
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
-        default = routing.deployment_row(window, first)
+        default = routing.deployment_frames(window, first)
         evicted = max(0, first + frames - capacity)
-        held = np.where(selected < sink, selected, selected + evicted)
-        routed = routing.routed_rows(window, jnp.asarray(held), first)
-        routed = routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
-        rows = jnp.concatenate([default[None], routed])
-        rows = jnp.broadcast_to(rows[None, :, None], (1, 1 + branches, noise.shape[1], window.slots))
-        record, kv = step(text, history, page, rows, noise, first)
+        held = np.where(routed_frames < sink, routed_frames, routed_frames + evicted)
+        routed = routing.routed_context(window, jnp.asarray(held), first)
+        routed = (
+            routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
+        )
+        context = jnp.concatenate([default[None], routed])
+        context = jnp.broadcast_to(
+            context[None, :, None], (1, 1 + branches, noise.shape[1], window.slots)
+        )
+        record, kv = step(text, history, page, context, noise, first)
         page = kv_cache.append(page, kv, first)
-        page = page.replace(bank=memory_bank.record(page.bank, kv, first, 3))
         for trajectory, name in enumerate(["anchor", *(f"branch{g}" for g in range(branches))]):
-            np.testing.assert_allclose(record.z[0, trajectory], latent(data[f"{name}.noisy"][block, :-1]), **TOLERANCE)
+            np.testing.assert_allclose(
+                record.z[0, trajectory], latent(data[f"{name}.noisy"][block, :-1]), **TOLERANCE
+            )
             clean = latent(data[f"{name}.output"][0])[block * frames : (block + 1) * frames]
             np.testing.assert_allclose(record.x_clean[0, trajectory], clean, **TOLERANCE)
 
 
 def stub_scorer(pixels, sentences):
-    """The reward of rollout_train.json: VQ from the first two channels and the sentence's length, MQ from motion."""
+    """The reward of rollout_train.json: VQ from the first two channels and the sentence's length,
+    MQ from motion.
+    """
     length = jnp.asarray([len(s) for s in sentences], jnp.float32)
-    channel = lambda c: pixels[..., c]
-    vq = 20 * channel(0).mean((1, 2, 3)) + 10 * jnp.std(channel(1), axis=(1, 2, 3), ddof=1) + 0.01 * length
+
+    def channel(c):
+        return pixels[..., c]
+
+    vq = (
+        20 * channel(0).mean((1, 2, 3))
+        + 10 * jnp.std(channel(1), axis=(1, 2, 3), ddof=1)
+        + 0.01 * length
+    )
     return {"vq": vq, "mq": 30 * jnp.abs(jnp.diff(channel(2), axis=1)).mean((1, 2, 3))}
 
 
 def stub_decode(latents):
     """Latents [..., frames, Y, X, C] -> pixels: the first frame once, every other four times."""
     pixels = 0.5 + 0.1 * latents[..., :3]
-    return jnp.concatenate([pixels[..., :1, :, :, :], jnp.repeat(pixels[..., 1:, :, :, :], 4, axis=-4)], axis=-4)
+    return jnp.concatenate(
+        [pixels[..., :1, :, :, :], jnp.repeat(pixels[..., 1:, :, :, :], 4, axis=-4)], axis=-4
+    )
 
 
 def test_rollout_train(golden_dir, sizes, cfg, schedule):
-    """One whole iteration of the release: rollout with a prompt switch, rewards, replays, two PPO epochs, EMA.
+    """One whole iteration of the release: rollout with a prompt switch, rewards, replays, two PPO
+    epochs, EMA.
 
-    The release trains every parameter here, not LoRA, and draws new context noise for each replay; otherwise these
-    are the functions of an iteration of ours.
+    The release trains every parameter here, not LoRA, and draws new context noise for each replay;
+    otherwise these are the functions of an iteration of ours.
     """
-    data, facts = np.load(golden_dir / "rollout_train.npz"), json.loads((golden_dir / "rollout_train.json").read_text())
-    hyper, fork, switch, perturb_end = facts["hyper"], facts["fork"], facts["switch"][0], facts["perturb_end"]
-    frames, sink, tokens = sizes["num_frame_per_block"], sizes["sink_size"], sizes["tokens_per_frame"]
+    data, facts = (
+        np.load(golden_dir / "rollout_train.npz"),
+        json.loads((golden_dir / "rollout_train.json").read_text()),
+    )
+    hyper, fork, switch, perturb_end = (
+        facts["hyper"],
+        facts["fork"],
+        facts["switch"][0],
+        facts["perturb_end"],
+    )
+    frames, sink, tokens = (
+        sizes["num_frame_per_block"],
+        sizes["sink_size"],
+        sizes["tokens_per_frame"],
+    )
     capacity = 33
     window = release_window(sizes, facts["m_nearest"], capacity)
     old = load_params(golden_dir / "longlive_weights.npz", cfg)
@@ -471,17 +635,15 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
     model = Wan(cfg)
     network = partial(model.apply, {"params": old})
     texts = [
-        model.apply({"params": old}, jnp.asarray(data[f"prompt_embeds.{m}"]), method="encode_text") for m in range(2)
+        model.apply({"params": old}, jnp.asarray(data[f"prompt_embeds.{m}"]), method="encode_text")
+        for m in range(2)
     ]
-    selected = jnp.asarray(data["selected"])
-    branches = len(selected)
-    cache = partial(
-        kv_cache.empty, cfg.num_layers, slots=capacity, tokens=tokens, heads=cfg.num_heads, head_dim=cfg.head_dim,
-        sink=sink, dtype=jnp.float32,
-    )  # fmt: skip
+    routed_frames = jnp.asarray(data["selected"])
+    branches = len(routed_frames)
+    cache = partial(empty_cache, cfg, slots=capacity, tokens=tokens, sink=sink)
 
     # The rollout.
-    step = jax.jit(partial(rollout.denoise_block, network, schedule))
+    step = jax.jit(partial(block_lib.denoise_block, network, schedule))
     history, page, at_fork = cache((1,)), None, None
     start_noise, videos, records = blocks_of(data["init_noise"], frames), [], []
     for block, noise in enumerate(data["step_noise"]):
@@ -492,17 +654,21 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             videos = [jnp.repeat(v, trajectories, axis=1) for v in videos]
         if first == switch:
             recent = jnp.concatenate(videos[-4:], axis=2)
-            kv = rollout.recache(network, texts[1], history, page, recent, first - recent.shape[2])
+            kv = block_lib.recache(
+                network, texts[1], history, page, recent, first - recent.shape[2]
+            )
             page = kv_cache.append(page, kv, first - recent.shape[2])
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
-        default = routing.deployment_row(window, first)
-        rows = default[None]
+        default = routing.deployment_frames(window, first)
+        context = default[None]
         if first >= fork:
-            routed = routing.routed_rows(window, selected, first)
+            routed = routing.routed_context(window, routed_frames, first)
             routed = routed if first < perturb_end else jnp.broadcast_to(default, routed.shape)
-            rows = jnp.concatenate([default[None], routed])
-        rows = jnp.broadcast_to(rows[None, :, None], (1, trajectories, noise.shape[1], window.slots))
-        record, kv = step(texts[int(first >= switch)], history, page, rows, noise, first)
+            context = jnp.concatenate([default[None], routed])
+        context = jnp.broadcast_to(
+            context[None, :, None], (1, trajectories, noise.shape[1], window.slots)
+        )
+        record, kv = step(texts[int(first >= switch)], history, page, context, noise, first)
         if page is None:
             history = kv_cache.append(history, kv, first)
         else:
@@ -512,7 +678,9 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             records.append(record)
     video = jnp.concatenate(videos, axis=2)[0]
     theirs = latent(data["latents_branch0to3_then_anchor"])
-    np.testing.assert_allclose(video, jnp.concatenate([theirs[branches:], theirs[:branches]]), **TOLERANCE)
+    np.testing.assert_allclose(
+        video, jnp.concatenate([theirs[branches:], theirs[:branches]]), **TOLERANCE
+    )
     z = jnp.stack([r.z[0, 1:] for r in records], axis=1)  # [G, W, S, ...]
     u = jnp.stack([r.u[0, 1:] for r in records], axis=1)
     np.testing.assert_allclose(z, latent(data["traj.noisy"]), **TOLERANCE)
@@ -520,15 +688,24 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
     # Rewards of the whole video and of the fork's chunk, and their advantages.
     pixels = stub_decode(video)
     weights = {"vq": 1.0, "mq": 0.1}
-    chunk = next((c["start_frame"], c["start_frame"] + c["new_frames"]) for c in facts["chunks"] if c["chunk_idx"] == 1)
-    group = (pixels[None, 1:], pixels[None, 0])
-    scores = composite.score_rollout(
-        stub_scorer, *group, [facts["prompts"]], weights, [switch], 36, composite.latent_to_pixel
+    chunk = next(
+        (c["start_frame"], c["start_frame"] + c["new_frames"])
+        for c in facts["chunks"]
+        if c["chunk_idx"] == 1
     )
-    # The release decodes the chunk by itself, so that its first latent frame is one pixel frame again.
+    group = (pixels[None, 1:], pixels[None, 0])
+    clipping = composite.Clipping([switch], 36, composite.latent_to_pixel)
+    scores = composite.score_rollout(stub_scorer, *group, [facts["prompts"]], weights, clipping)
+    # The release decodes the chunk by itself, so that its first latent frame is one pixel frame
+    # again.
     alone = stub_decode(video[:, slice(*chunk)])
     local = composite.score_window(
-        stub_scorer, alone[None, 1:], alone[None, 0], facts["prompts"][:1], weights, (0, alone.shape[1])
+        stub_scorer,
+        alone[None, 1:],
+        alone[None, 0],
+        facts["prompts"][:1],
+        weights,
+        (0, alone.shape[1]),
     )
     for ours, name in ((scores, "global"), (local, "local")):
         np.testing.assert_allclose(ours.branches[0], facts[f"rewards_{name}"], rtol=1e-6)
@@ -537,39 +714,58 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             np.testing.assert_allclose(ours.components[component][0][0], value, rtol=2e-6)
     settings = ConfigDict(
         {
-            "advantage": "anchor", "advantage_clip": hyper["adv_clip_max"], "fusion_normalize": hyper["fusion"],
-            "local_weight": hyper["w_local"], "global_weight": hyper["w_global"], "tau": 1.0, "tau_unit": "absolute",
-            "beta": hyper["kl_coef"], "clip_low": hyper["clip_low"], "clip_high": hyper["clip_high"],
+            "advantage": "anchor",
+            "advantage_clip": hyper["adv_clip_max"],
+            "fusion_normalize": hyper["fusion"],
+            "local_weight": hyper["w_local"],
+            "global_weight": hyper["w_global"],
+            "tau": 1.0,
+            "tau_unit": "absolute",
+            "beta": hyper["kl_coef"],
+            "clip_low": hyper["clip_low"],
+            "clip_high": hyper["clip_high"],
             "gate": hyper["mechanism"],
         }
-    )  # fmt: skip
-    advantages = objective.advantages(settings, weights, scores, local)[0]
-    # Differences of rewards that agree in six digits: a reward's rounding, over the spread of .001, is .002.
+    )
+    advantages = objective.compute_advantages(settings, weights, scores, local)[0]
+    # Differences of rewards that agree in six digits: a reward's rounding, over the spread of .001,
+    # is .002.
     np.testing.assert_allclose(advantages, facts["metrics"]["advantage_fused"], atol=5e-3)
-    safe = objective.safe(scores, local)[0]
-    assert bool(safe) == facts["epoch_logs"][0]["policy"]["is_safe_rank"]
+    gate_open = objective.open_gates(scores, local)[0]
+    assert bool(gate_open) == facts["epoch_logs"][0]["policy"]["is_safe_rank"]
 
     # Replays: each branch is a prompt with one branch, because its context noise is its own.
     starts = fork + frames * np.arange(z.shape[1])
-    repeated = lambda x, axis: jnp.repeat(x, branches, axis=axis)
+
+    def repeated(x, axis):
+        return jnp.repeat(x, branches, axis=axis)
+
     noises = latent(data["replay_ctx_noise.old_initial_epoch0_epoch1"])
     text = jax.tree.map(lambda x: repeated(x, 1)[:, :, None], texts[0])
-    replay_settings = ConfigDict({"energy": "clean", "sigma_floor": 1.0, "grad_steps": hyper["grad_steps"], "chunk": 0})
+    replay_settings = ConfigDict(
+        {"energy": "clean", "sigma_floor": 1.0, "grad_steps": hyper["grad_steps"], "chunk": 0}
+    )
 
     def energies(params, noise):
         tuples = ReplayTuples(
-            z=z[:, None], u=u[:, None],
+            z=z[:, None],
+            u=u[:, None],
             history=at_fork.replace(
                 k=repeated(at_fork.k, 1), v=repeated(at_fork.v, 1), frame=repeated(at_fork.frame, 0)
             ),
             page=cache((branches,)),
-            rows=jnp.stack([routing.deployment_row(window, start) for start in starts]),
+            frames=jnp.stack([routing.deployment_frames(window, start) for start in starts]),
             start_frame=jnp.asarray(starts, jnp.int32),
             segment=jnp.zeros(len(starts), jnp.int32),
             noise=jnp.concatenate([noise, jnp.zeros_like(noise[:, :1])], axis=1),
-        )  # fmt: skip
-        policy = lambda text, params: (partial(model.apply, {"params": params}), text)
-        return replay.self_rolled_energies(policy, replay_settings, schedule, params, text, tuples)[:, 0]
+        )
+
+        def policy(text, params):
+            return (partial(model.apply, {"params": params}), text)
+
+        return replay.self_rolled_energies(policy, replay_settings, schedule, params, text, tuples)[
+            :, 0
+        ]
 
     evaluated = jax.jit(energies)
     e_old, e_initial = evaluated(old, noises[0]), evaluated(initial, noises[1])
@@ -577,33 +773,51 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
     def loss(params, noise):
         e = energies(params, noise)
         value, diagnostics = objective.loss(
-            settings, e, e_old, e_initial, jnp.asarray(facts["metrics"]["advantage_fused"]), safe
+            settings,
+            e,
+            e_old,
+            e_initial,
+            jnp.asarray(facts["metrics"]["advantage_fused"]),
+            gate_open,
         )
         return value, (e, diagnostics)
 
     trained = ConfigDict(
         {
-            "learning_rate": hyper["lr"], "warmup": 0, "weight_decay": hyper["weight_decay"],
+            "learning_rate": hyper["lr"],
+            "warmup": 0,
+            "weight_decay": hyper["weight_decay"],
             "grad_clip": hyper["max_grad_norm"],
         }
-    )  # fmt: skip
-    optimiser = train.make_optimiser(trained)
+    )
+    optimiser = state_lib.make_optimiser(trained)
     params, ema, state = theta, theta, optimiser.init(theta)
     table = wan_table(cfg.num_layers)
-    pick = lambda tree, name: (lambda path, layer: tree[path] if layer is None else tree[path][layer])(*table[name])
-    named = lambda tree: flax.traverse_util.flatten_dict(tree, sep="/")
+
+    def pick(tree, name):
+        return (lambda path, layer: tree[path] if layer is None else tree[path][layer])(
+            *table[name]
+        )
+
+    def named(tree):
+        return flax.traverse_util.flatten_dict(tree, sep="/")
+
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     for epoch, log in enumerate(facts["epoch_logs"]):
         (value, (e, diagnostics)), grads = gradient(params, noises[2 + epoch])
         np.testing.assert_allclose(-e, log["policy"]["log_pi_theta"], **TOLERANCE)
         np.testing.assert_allclose(-e_old, log["policy"]["log_pi_old"], **TOLERANCE)
         np.testing.assert_allclose(value, log["loss_total"], **TOLERANCE)
-        np.testing.assert_allclose(settings.beta * diagnostics.kl, log["policy"]["loss_kl"], **TOLERANCE)
+        np.testing.assert_allclose(
+            settings.beta * diagnostics.kl, log["policy"]["loss_kl"], **TOLERANCE
+        )
         np.testing.assert_allclose(optax.global_norm(grads), log["grad_norm"], rtol=1e-4)
         for name in (n for n in data.files if n.startswith(f"grad_epoch{epoch}.")):
             parameter = name.removeprefix(f"grad_epoch{epoch}.")
             theirs = to_ours(table[parameter][0], data[name])
-            np.testing.assert_allclose(pick(named(grads), parameter), theirs, atol=1e-4 * np.abs(theirs).max())
+            np.testing.assert_allclose(
+                pick(named(grads), parameter), theirs, atol=1e-4 * np.abs(theirs).max()
+            )
         updates, state = optimiser.update(grads, state, params)
         params = optax.apply_updates(params, updates)
         ema = optax.incremental_update(params, ema, 1 - hyper["ema_decay"])

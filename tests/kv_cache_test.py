@@ -1,34 +1,43 @@
-"""The cache by hand: every key and value holds the number of its frame, so that a look-up can be read off."""
+"""The cache by hand: every key and value holds the number of its frame, so that a look-up can be
+read off.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax import kv_cache
+from kvpo_jax.algorithm import kv_cache
 from kvpo_jax.types import BlockKV
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 2, 1, 2
 SLOTS, SINK = 7, 2  # a ring of 5
+SHAPE = kv_cache.KVShape(LAYERS, TOKENS, HEADS, HEAD_DIM)
 
 append, read = jax.jit(kv_cache.append), jax.jit(kv_cache.read)
 
 
 def value(frame, mark=0.0):
-    """What the key of a frame holds in these tests; `mark` tells writers apart. The value is its negative."""
+    """What the key of a frame holds in these tests; `mark` tells writers apart. The value is its
+    negative.
+    """
     return 100.0 * frame + mark
 
 
 def frames_kv(frames, batch: int, mark=0.0) -> BlockKV:
-    """BlockKV of absolute frames for `batch` trajectories; i / 10 tells trajectories apart, l / 100 layers."""
+    """BlockKV of absolute frames for `batch` trajectories; i / 10 tells trajectories apart, l / 100
+    layers.
+    """
     base = value(np.asarray(frames, np.float32), mark)[None, None, :]
     base = base + 0.1 * np.arange(batch)[None, :, None] + 0.01 * np.arange(LAYERS)[:, None, None]
-    k = np.broadcast_to(base[..., None, None, None], (*base.shape, TOKENS, HEADS, HEAD_DIM)).astype(np.float32)
+    k = np.broadcast_to(base[..., None, None, None], (*base.shape, TOKENS, HEADS, HEAD_DIM)).astype(
+        np.float32
+    )
     return BlockKV(k=k, v=-k)
 
 
 def blank(*batch: int, slots=SLOTS):
-    return kv_cache.empty(LAYERS, batch, slots, TOKENS, HEADS, HEAD_DIM, SINK, jnp.float32)
+    return kv_cache.empty(SHAPE, batch, slots, SINK, jnp.float32)
 
 
 def filled(stop: int, *batch: int, block=2, mark=0.0):
@@ -54,7 +63,9 @@ def assert_equal(a, b):
 def test_slot_of_by_hand():
     # Two sink slots, then a ring of five that begins anew at frames 7 and 12.
     frames = jnp.arange(13)
-    np.testing.assert_array_equal(kv_cache.slot_of(blank(1), frames), [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6, 2])
+    np.testing.assert_array_equal(
+        kv_cache.slot_of(blank(1), frames), [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6, 2]
+    )
 
 
 def test_a_cache_without_a_ring_is_an_error():
@@ -117,7 +128,9 @@ def test_the_old_cache_is_unchanged():
 
 def test_read_by_absolute_frame():
     history = filled(8, 2)
-    asked = jnp.array([[[5, 0, 7], [1, 3, 4]], [[6, 6, 0], [7, 5, 3]]])  # [P, T, A], any order, also twice
+    asked = jnp.array(
+        [[[5, 0, 7], [1, 3, 4]], [[6, 6, 0], [7, 5, 3]]]
+    )  # [P, T, A], any order, also twice
     context = read(asked, history)
     np.testing.assert_array_equal(context.frame, asked.reshape(4, 3))
     assert context.k.shape == context.v.shape == (LAYERS, 4, 3, TOKENS, HEADS, HEAD_DIM)
@@ -130,7 +143,8 @@ def test_read_by_absolute_frame():
 
 def test_what_is_not_resident_is_empty():
     history = filled(8, 1)  # frames 0 1 | 7 3 4 5 6
-    # -1 is empty; 2 was evicted by 7, which has its slot; 8 and 12 are not there yet, though their slots are taken.
+    # -1 is empty; 2 was evicted by 7, which has its slot; 8 and 12 are not there yet, though their
+    # slots are taken.
     context = read(jnp.array([[[0, -1, 2, 7, 8, 12]]]), history)
     np.testing.assert_array_equal(context.frame, [[0, -1, -1, 7, -1, -1]])
 
@@ -147,9 +161,15 @@ def test_the_page_comes_before_the_history():
     context = read(asked, history, page)
     np.testing.assert_array_equal(context.frame, [[0, 5, 6, 7, 8, -1], [8, 7, 6, 5, 1, -1]])
     # Frames 6 and 7 are in both; each trajectory (0 and 0.1) reads its own.
-    np.testing.assert_allclose(context.k[0, 0, :5, 0, 0, 0], [0, 500, 600.5, 700.5, 800.5], rtol=1e-6)
-    np.testing.assert_allclose(context.k[0, 1, :5, 0, 0, 0], [800.6, 700.6, 600.6, 500, 100], rtol=1e-6)
-    np.testing.assert_allclose(context.v[1, 0, :5, 0, 0, 0], [-0.01, -500.01, -600.51, -700.51, -800.51], rtol=1e-6)
+    np.testing.assert_allclose(
+        context.k[0, 0, :5, 0, 0, 0], [0, 500, 600.5, 700.5, 800.5], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        context.k[0, 1, :5, 0, 0, 0], [800.6, 700.6, 600.6, 500, 100], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        context.v[1, 0, :5, 0, 0, 0], [-0.01, -500.01, -600.51, -700.51, -800.51], rtol=1e-6
+    )
 
 
 def test_a_page_of_other_size_than_the_history():
@@ -157,7 +177,9 @@ def test_a_page_of_other_size_than_the_history():
     page = append(blank(1, 1, slots=5), frames_kv([12, 13], 1, mark=0.5), 12)
     context = read(jnp.array([[[1, 9, 11, 12, 13]]]), history, page)
     np.testing.assert_array_equal(context.frame, [[1, 9, 11, 12, 13]])
-    np.testing.assert_allclose(context.k[0, 0, :, 0, 0, 0], [100, 900, 1100, 1200.5, 1300.5], rtol=1e-6)
+    np.testing.assert_allclose(
+        context.k[0, 0, :, 0, 0, 0], [100, 900, 1100, 1200.5, 1300.5], rtol=1e-6
+    )
 
 
 def test_reading_changes_nothing():
@@ -180,7 +202,15 @@ def test_one_slice_per_trajectory():
 def test_repeat_gives_every_trajectory_the_cache():
     cache = filled(8, 2)
     pages = kv_cache.repeat(cache, 3)
-    assert pages.frame.shape == (2, 3, SLOTS) and pages.k.shape == (LAYERS, 2, 3, SLOTS, TOKENS, HEADS, HEAD_DIM)
+    assert pages.frame.shape == (2, 3, SLOTS) and pages.k.shape == (
+        LAYERS,
+        2,
+        3,
+        SLOTS,
+        TOKENS,
+        HEADS,
+        HEAD_DIM,
+    )
     assert pages.sink == cache.sink
     for index in range(3):
         assert_equal(kv_cache.trajectory(pages, index), cache)
@@ -201,6 +231,6 @@ def test_trajectory_is_the_inverse_of_writing_it():
 
 
 def test_the_cache_keeps_its_dtype():
-    cache = kv_cache.empty(LAYERS, (1,), SLOTS, TOKENS, HEADS, HEAD_DIM, SINK, jnp.bfloat16)
+    cache = kv_cache.empty(SHAPE, (1,), SLOTS, SINK, jnp.bfloat16)
     cache = append(cache, frames_kv([0], 1), 0)
     assert cache.k.dtype == cache.v.dtype == jnp.bfloat16 and cache.frame.dtype == jnp.int32

@@ -16,24 +16,26 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from equipment import SMALL, configure
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import checkpoint, heldout, rollout, train
-from kvpo_jax import config as config_lib
-from kvpo_jax.models.wan import init_variables, wan_config
-from kvpo_jax.types import PyTree
+from kvpo_jax import programs as programs_lib
+from kvpo_jax import run as run_lib
+from kvpo_jax import state as state_lib
+from kvpo_jax import train
+from kvpo_jax.algorithm import keys
+from kvpo_jax.evaluate import Heldout
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.runtime import checkpoint
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.types import Experience, PyTree
 
 SEED, ITERATIONS, PROMPTS, HELD_OUT = 3, 3, 2, 2
 LEARNING_RATE, WARMUP, EMA_DECAY = 0.02, 2, 0.75
 FIELDS = {
     "seed": SEED,
-    "model.dim": 16,
-    "model.ffn_dim": 32,
-    "model.num_heads": 2,
-    "model.num_layers": 2,
-    "model.freq_dim": 16,
-    "lora.rank": 2,
-    "lora.alpha": 2.0,
+    **SMALL,
     "video.blocks": 8,
     "video.switch_frames": (12,),
     "rollout.branches": 3,
@@ -100,10 +102,10 @@ class Batch:
     noise: set[tuple] = dataclasses.field(default_factory=set)
     routing: set[tuple] = dataclasses.field(default_factory=set)
     trained: str = ""
-    experience: train.Experience | None = None
+    experience: Experience | None = None
 
 
-def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[heldout.Heldout]]:
+def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[Heldout]]:
     """Lists that fill with the batches and the held-out results of the runs that follow.
 
     All that this file knows of how the loop gets at its programs is in here.
@@ -116,43 +118,42 @@ def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[heldout.Heldout]
         batches[-1].prompts.append((split, index))
         return read(split, index)
 
-    def stage(program, *arguments):
+    def program(compiled, *arguments):
         for argument in arguments:
-            if isinstance(argument, rollout.NoiseKey):
+            if isinstance(argument, keys.NoiseKey):
                 batches[-1].noise.add((numbers(argument.key), numbers(argument.prompts)))
             elif isinstance(argument, dict):
                 batches[-1].policies.add(fingerprint(argument["lora"]))
-        return program(*arguments)
+        return compiled(*arguments)
 
-    def draw(program, key, prompts, fork_frame):
+    def draw(compiled, key, prompts, fork_frame):
         batches[-1].routing.add((numbers(key), numbers(prompts), int(fork_frame)))
-        return program(key, prompts, fork_frame)
+        return compiled(key, prompts, fork_frame)
 
-    def gradient(program, lora, params, experience):
+    def gradient(compiled, lora, params, experience):
         batches[-1].trained, batches[-1].experience = fingerprint(lora), experience
-        return program(lora, params, experience)
+        return compiled(lora, params, experience)
 
     def load(original, config):
         backbone = original(config)
         return dataclasses.replace(backbone, prompts=partial(prompts, backbone.prompts))
 
     def build(original, config, mesh):
-        stages = original(config, mesh)
+        batches.clear()  # a prompt that is read before there are programs checks the files only
+        programs = original(config, mesh)
         names = ("encode_text", "shared_block", "shared_recache", "branch_block", "branch_recache")
-        watched = {name: partial(stage, getattr(stages, name)) for name in names}
-        return dataclasses.replace(stages, draw=partial(draw, stages.draw), **watched)
-
-    def make_gradient(original, config, mesh):
-        return partial(gradient, original(config, mesh))
+        watched = {name: partial(program, getattr(programs, name)) for name in names}
+        watched["draw"] = partial(draw, programs.draw)
+        watched["gradient"] = partial(gradient, programs.gradient)
+        return dataclasses.replace(programs, **watched)
 
     def evaluate(original, *arguments):
         results.append(original(*arguments))
         return results[-1]
 
     patch.setattr(backbone_lib, "load", partial(load, backbone_lib.load))
-    patch.setattr(rollout, "build", partial(build, rollout.build))
-    patch.setattr(train, "make_gradient", partial(make_gradient, train.make_gradient))
-    patch.setattr(heldout, "evaluate", partial(evaluate, heldout.evaluate))
+    patch.setattr(programs_lib, "build", partial(build, programs_lib.build))
+    patch.setattr(train, "evaluate", partial(evaluate, train.evaluate))
     return batches, results
 
 
@@ -174,7 +175,7 @@ class Run:
     config: config_lib.ConfigDict
     workdir: Path
     batches: list[Batch]
-    results: list[heldout.Heldout]
+    results: list[Heldout]
     summary: dict
     metrics: list[dict]
     initial: PyTree
@@ -228,10 +229,7 @@ def saved_states(workdir: Path) -> list[dict]:
 def run(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("loop")
     files = {"weights": folder / "generator.safetensors", "paths.lora": folder / "lora.safetensors"}
-    config = config_lib.override(
-        config_lib.load("configs/tiny.py"),
-        [f"--config.{name}={value}" for name, value in {**FIELDS, **files}.items()],
-    )
+    config = configure("configs/tiny.py", {**FIELDS, **files})
     like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
     random_weights(files["weights"], like["params"], {})
     adapter = {"kind": "wan_lora", "config": json.dumps({"rank": 2, "alpha": 2.0})}
@@ -276,15 +274,14 @@ def test_every_second_rollout_is_on_policy(run):
 @pytest.fixture(scope="module")
 def energies(run):
     """(name of a policy, Batch) -> its energies float[P, G] of what the batch replays."""
-    mesh = rollout.make_mesh(run.config)
-    params = backbone_lib.load(run.config).load(None)
-    program = jax.jit(train.make_energies(run.config, mesh))
+    equipment = run_lib.load(run.config)
 
-    def of_policy(name: str, batch: Batch) -> np.ndarray:
+    def energies_under(name: str, batch: Batch) -> np.ndarray:
         replayed = batch.experience.embeddings, batch.experience.text, batch.experience.tuples
-        return np.asarray(program(params, run.policies[name], *replayed))
+        program = equipment.programs.energies
+        return np.asarray(program(equipment.params, run.policies[name], *replayed))
 
-    return of_policy
+    return energies_under
 
 
 def test_the_reference_energies_are_those_of_the_initial_policy(run, energies):
@@ -327,8 +324,8 @@ def test_the_average_is_of_the_policies_after_each_update(run):
 
 def test_streams_have_their_numbers():
     for name in STREAMS:
-        assert numbers(rollout.stream(SEED, name, 7)) == numbers(key_of(SEED, name, 7))
-    assert len(rollout.STREAMS) == len(STREAMS)
+        assert numbers(keys.draw_key(SEED, name, 7)) == numbers(key_of(SEED, name, 7))
+    assert len(keys.STREAMS) == len(STREAMS)
 
 
 def test_every_iteration_reads_the_next_training_prompts(run):
@@ -355,8 +352,8 @@ def test_routing_is_of_the_iteration_and_of_the_number_of_the_prompt(run):
 
 def test_every_iteration_draws_its_pivot(run):
     """Every eligible block is as likely; draws, replay and metrics have the same one."""
-    keys = [key_of(SEED, "pivot", iteration) for iteration in range(ITERATIONS)]
-    expected = [PIVOTS[int(jax.random.randint(key, (), 0, len(PIVOTS)))] for key in keys]
+    drawn = [key_of(SEED, "pivot", iteration) for iteration in range(ITERATIONS)]
+    expected = [PIVOTS[int(jax.random.randint(key, (), 0, len(PIVOTS)))] for key in drawn]
     assert len(set(expected)) > 1
     for pivot, batches, row in zip(expected, run.training, run.metrics, strict=True):
         assert {fork for batch in batches for _, _, fork in batch.routing} == {3 * pivot}
@@ -407,7 +404,7 @@ def test_the_learning_rate_rises_in_equal_steps(warmup, shares):
     config = config_lib.load("configs/tiny.py")
     config.train.update(learning_rate=LEARNING_RATE, warmup=warmup)
     config.train.update(grad_clip=1e9, weight_decay=0.0)
-    optimiser = train.make_optimiser(config.train)
+    optimiser = state_lib.make_optimiser(config.train)
     gradient, lora = jnp.array([0.5, -2.0]), jnp.array([1.0, 1.0])
     state = optimiser.init(lora)
     for share in shares:

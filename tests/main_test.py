@@ -1,4 +1,6 @@
-"""The command line, as a person meets it when something is wrong: one line that names it, and no traceback."""
+"""The command line, as a person meets it when something is wrong: one line that names it, and no
+traceback.
+"""
 
 import os
 import shutil
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import kvpo_jax
-from kvpo_jax import config as config_lib
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
 
 ROOT = Path(kvpo_jax.__file__).resolve().parents[1]
 
@@ -29,15 +32,24 @@ def run(*arguments, cwd, path=ROOT):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--config.train.iteration=3"], "no field config.train.iteration; did you mean 'train.iterations'?"),
-        (["--config.train.iterations=x", "--workdir=w"], "config.train.iterations=x: expected int, as in "),
+        (
+            ["--config.train.iteration=3"],
+            "no field config.train.iteration; did you mean 'train.iterations'?",
+        ),
+        (
+            ["--config.train.iterations=x", "--workdir=w"],
+            "config.train.iterations=x: expected int, as in ",
+        ),
         (["--config.objective.gate=zer"], "config.objective.gate='zer' is not one of zero,"),
         (["--config=configs/tiny.py:releas"], "presets paper, release, not 'releas'"),
         (["--config=configs/nowhere.py"], "no configuration file 'configs/nowhere.py'"),
         (["--resume"], "--resume: there is no run under"),
         (["--workdri=w"], "no flag --workdri; did you mean 'workdir'?"),
         (["--resume=later"], "flag --resume=later"),
-        (["--config.eval.prompts=30"], "config.eval.prompts=30 is no multiple of config.eval.batch=16"),
+        (
+            ["--config.eval.prompts=30"],
+            "config.eval.batch=16 does not divide config.eval.prompts=30",
+        ),
         (["--config.reward.scorer=hpsv2"], "there is no reward 'hpsv2'"),
         (["--config.mesh.data=3"], "mesh.data=3 does not divide"),
         (["--config.mesh.data=4", "--config.eval.batch=2"], "shards of prompts"),
@@ -52,7 +64,7 @@ def test_a_wrong_command_line_is_one_line(tmp_path, arguments, message):
 
 
 def test_another_configuration_does_not_continue_a_run(tmp_path):
-    config_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path / "runs" / "a")
+    workdir_lib.start_run(config_lib.load("configs/tiny.py"), tmp_path / "runs" / "a")
     (tmp_path / "runs" / "a" / "checkpoints" / "10").mkdir(parents=True)
     done = run("--resume", "--config.seed=3", cwd=tmp_path)
     assert done.returncode == 1
@@ -64,21 +76,36 @@ def test_what_a_run_stumbles_over_is_one_line_and_may_be_corrected(tmp_path):
     done = run("--workdir=broken.safetensors", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr == "error: --workdir=broken.safetensors is a file; name a directory\n"
-    done = run("--workdir=w", "--config.seed=3", "--config.weights=broken.safetensors", cwd=tmp_path)
+    done = run(
+        "--workdir=w", "--config.seed=3", "--config.weights=broken.safetensors", cwd=tmp_path
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("error: broken.safetensors is not a whole safetensors file")
     assert done.stderr.count("\n") == 1
-    corrected = config_lib.resolve("configs/tiny.py", tmp_path / "w", ["--config.seed=4"])
+    corrected = workdir_lib.resolve("configs/tiny.py", tmp_path / "w", ["--config.seed=4"])
     assert (corrected.seed, corrected.weights) == (4, "")
 
 
 @pytest.mark.parametrize(
-    "fault", ["jnp.broadcast_to(jnp.zeros(3), (2,))", "np.stack([np.zeros(2), np.zeros(3)])", "int('three')"]
+    "fault",
+    [
+        "jnp.broadcast_to(jnp.zeros(3), (2,))",
+        "np.stack([np.zeros(2), np.zeros(3)])",
+        "int('three')",
+    ],
 )
 def test_a_fault_in_a_program_keeps_its_traceback(tmp_path, fault):
     imports = "import jax.numpy as jnp\nimport numpy as np\n"
-    (tmp_path / "mine.py").write_text(f"{imports}\ndef score(pixels, prompts):\n    return {fault}\n")
-    fields = {"reward.scorer": "mine:score", "reward.weights.a": 1, "eval.prompts": 2, "eval.batch": 2, "mesh.data": 1}
+    (tmp_path / "mine.py").write_text(
+        f"{imports}\ndef score(pixels, prompts):\n    return {fault}\n"
+    )
+    fields = {
+        "reward.scorer": "mine:score",
+        "reward.weights.a": 1,
+        "eval.prompts": 2,
+        "eval.batch": 2,
+        "mesh.data": 1,
+    }
     done = run(*(f"--config.{name}={value}" for name, value in fields.items()), cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert "mine.py" in done.stderr and "ValueError: " in done.stderr
@@ -86,22 +113,40 @@ def test_a_fault_in_a_program_keeps_its_traceback(tmp_path, fault):
 
 def test_help_names_the_flags(tmp_path):
     done = run("--help", cwd=tmp_path)
-    assert all(flag in done.stdout for flag in ("--config:", "--workdir:", "--[no]resume:", "--config.FIELD=VALUE"))
+    assert all(
+        flag in done.stdout
+        for flag in ("--config:", "--workdir:", "--[no]resume:", "--config.FIELD=VALUE")
+    )
 
 
 @pytest.mark.slow
 def test_an_installed_package_has_its_configurations_and_assets(tmp_path):
     for name in ("kvpo_jax", "configs"):
         shutil.copytree(ROOT / name, tmp_path / "source" / name)
-    shutil.copy(ROOT / "setup.py", tmp_path / "source")
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", tmp_path, tmp_path / "source"]
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / "source")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--quiet",
+        "-w",
+        tmp_path,
+        tmp_path / "source",
+    ]
     subprocess.run(build, check=True, stdin=subprocess.DEVNULL)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     configs = {f"kvpo_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
-    assets = {f"kvpo_jax/assets/{path.name}" for path in (ROOT / "kvpo_jax" / "assets").iterdir() if path.is_file()}
+    assets = {
+        f"kvpo_jax/assets/{path.name}"
+        for path in (ROOT / "kvpo_jax" / "assets").iterdir()
+        if path.is_file()
+    }
     assert configs <= names and {name for name in assets if not name.endswith(".py")} <= names
     done = run("--config.train.iteration=3", cwd=tmp_path, path=tmp_path / "site")
     assert "did you mean 'train.iterations'?" in done.stderr

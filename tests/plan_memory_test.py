@@ -1,16 +1,31 @@
-"""The memory plan, against sizes that can be worked out by hand."""
+"""The memory plan, against sizes that can be worked out by hand and against a run."""
 
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import config as config_lib
+from kvpo_jax import plan_memory, train
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.run import make_mesh
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.state import init_state
+from kvpo_jax.types import Judged, PyTree, Scores
 
 TINY = config_lib.load("configs/tiny.py")
-LORA = [(TINY.lora.rank * TINY.model.num_layers, sides) for sides in [(96, 96)] * 8 + [(96, TINY.model.ffn_dim)] * 2]
+LORA = [
+    (TINY.lora.rank * TINY.model.num_layers, sides)
+    for sides in [(96, 96)] * 8 + [(96, TINY.model.ffn_dim)] * 2
+]
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "plan_memory.py"
 
 
@@ -19,6 +34,9 @@ def plan(tmp_path, *arguments):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((tmp_path / "plan.json").read_text()), done.stdout
+
+
+# ---------------------------------------------------------------- by hand
 
 
 def test_parts_and_programs_of_the_toy(tmp_path):
@@ -34,13 +52,14 @@ def test_parts_and_programs_of_the_toy(tmp_path):
     sizes = {name: round(1e9 * size) for name, size in figures["resident_gb"].items()}
     frame = 2 * 3 * 4 * 96 * 4  # keys and values, layers, tokens, width, bytes
     index = 4  # bytes of a slot's frame number
+    half = 2  # of 4 prompts
     assert sizes["base weights"] == 541_488 * 4
-    assert sizes["history (shared by the branches)"] == 2 * 36 * (frame + index)  # half of 4 prompts
+    assert sizes["history (shared by the branches)"] == half * 36 * (frame + index)
     # Every shard has half of the branches and its anchor; a page holds the sink and twelve frames.
-    assert sizes["pages (one per trajectory)"] == 2 * 5 * 15 * (frame + index)
+    assert sizes["pages (one per trajectory)"] == half * 5 * 15 * (frame + index)
     # The same 4 branches and the anchor.
-    assert sizes["latents of all trajectories"] == 2 * 5 * 36 * 4 * 4 * 12 * 4
-    assert sizes["pixels of all trajectories"] == 2 * 5 * 36 * 8 * 8 * 3 * 4
+    assert sizes["latents of all trajectories"] == half * 5 * 36 * 4 * 4 * 12 * 4
+    assert sizes["pixels of all trajectories"] == half * 5 * 36 * 8 * 8 * 3 * 4
     lora = 4 * sum(rank * sum(sides) for rank, sides in LORA)
     assert sizes["LoRA: policy, old, reference, EMA"] == 4 * lora
     assert sizes["gradient of LoRA"] == lora
@@ -49,46 +68,77 @@ def test_parts_and_programs_of_the_toy(tmp_path):
     assert sizes["held out: text, history"] == 8 * (text + 36 * (frame + index))
     stages = figures["stage_gb"]
     assert list(stages) == [
-        "held out: a block", "held out: decoding", "rollout: a block of the prefix", "rollout: a block of all branches",
-        "decoding: a block", "replay: forward", "replay: gradient",
-    ]  # fmt: skip
-    # What lies there, and what the program needs besides.
-    there = ["base weights", "LoRA: policy, old, reference, EMA", "optimiser", "text keys and values",
-             "history (shared by the branches)", "latents of all trajectories", "replay tuples and the anchor's page",
-             "gradient of LoRA"]  # fmt: skip
-    gradient = sum(figures["resident_gb"][name] for name in there)
-    assert f"{gradient:10.2f}" in next(line for line in said.splitlines() if "replay: gradient" in line)
-    assert gradient < stages["replay: gradient"] < gradient + 1
+        "held out: a block",
+        "held out: decoding",
+        "rollout: a block of the prefix",
+        "rollout: a block of all branches",
+        "decoding: a block",
+        "replay: forward",
+        "replay: gradient",
+    ]
+    parts = [
+        "base weights",
+        "LoRA: policy, old, reference, EMA",
+        "optimiser",
+        "text keys and values",
+        "history (shared by the branches)",
+        "latents of all trajectories",
+        "replay tuples and the anchor's page",
+        "gradient of LoRA",
+    ]
+    resident = sum(figures["resident_gb"][name] for name in parts)
+    line = next(line for line in said.splitlines() if "replay: gradient" in line)
+    assert line.split()[2:5] == [
+        f"{resident:.2f}",
+        f"{stages['replay: gradient'] - resident:.2f}",
+        f"{stages['replay: gradient']:.2f}",
+    ]
+    assert resident < stages["replay: gradient"] < resident + 1
     assert "fits into 141 GB" in said
+    assert max(map(len, said.splitlines())) <= 80
 
 
 def test_full_size_needs_more_than_a_small_card(tmp_path):
     figures, said = plan(tmp_path, "--memory_gb=24", "--config.train.prompts_per_iteration=8")
-    # 33 frames of 1560 tokens, 30 layers, 1536 channels, keys and values in bf16, and their numbers.
+    # 33 frames of 1560 tokens, 30 layers, 1536 channels, keys and values in bf16, and their
+    # numbers.
     history = 33 * (2 * 30 * 1560 * 1536 * 2 + 4)
     assert round(1e9 * figures["resident_gb"]["history (shared by the branches)"]) == history
     assert figures["resident_gb"]["base weights"] == pytest.approx(2.84, abs=0.01)
-    # The published counts of parameters but HPSv3's unused language head, in bf16; norms and heads are in float32.
+    # The published counts of parameters but HPSv3's unused language head, in bf16; norms and heads
+    # are in float32.
     vision_norms = 32 * 4 * 1280 + 2 * 1280
-    norms = {"hpsv3": vision_norms + (2 * 28 + 1) * 3584, "videoalign": vision_norms + (2 * 28 + 1) * 1536}
+    norms = {
+        "hpsv3": vision_norms + (2 * 28 + 1) * 3584,
+        "videoalign": vision_norms + (2 * 28 + 1) * 1536,
+    }
     rewards = {
         "reward hpsv3": 2 * (7_744_923_136 + norms["hpsv3"]) + 4 * 3_687_474,
         "reward videoalign": 2 * (2_208_561_664 + norms["videoalign"]) + 4 * 4608,
     }
     assert {name: round(1e9 * figures["resident_gb"][name]) for name in rewards} == rewards
-    assert "does not fit into 24 GB, without what the programs need besides (--compile); what helps: rollout.b" in said
+    assert (
+        "does not fit into 24 GB, without what the programs need besides (--compile); what helps:"
+        " rollout.b" in said
+    )
     everything = figures["resident_gb"]
-    not_there = ("gradient of LoRA", "pixels of all trajectories", "decoder's memory")
-    branches = sum(size for name, size in everything.items() if name not in not_there and "held out" not in name)
+    absent = ("gradient of LoRA", "pixels of all trajectories", "decoder's memory")
+    branches = sum(
+        size for name, size in everything.items() if name not in absent and "held out" not in name
+    )
     assert figures["stage_gb"]["rollout: a block of all branches"] == pytest.approx(branches)
-    chunks, _ = plan(tmp_path, "--config.train.prompts_per_iteration=8", "--config.rollout.branch_chunk=2")
+    chunks, _ = plan(
+        tmp_path, "--config.train.prompts_per_iteration=8", "--config.rollout.branch_chunk=2"
+    )
     pages = "pages (one per trajectory)"
     assert chunks["resident_gb"][pages] == pytest.approx(figures["resident_gb"][pages] * 3 / 9)
-    # Two frames of the input of every temporal convolution, in float32: 1.89 GB in bfloat16 by the release's.
-    # The anchor's at the fork, and that of the branch whose turn it is.
+    # Two frames of the input of every temporal convolution, in float32: 1.89 GB in bfloat16 by the
+    # release's. The anchor's at the fork, and that of the branch whose turn it is.
     assert figures["resident_gb"]["decoder's memory"] == pytest.approx(2 * 2 * 1.89, rel=0.02)
-    released, said = plan(tmp_path, "--config.train.prompts_per_iteration=8", "--config.reward.resident=False")
-    assert "19.92 of rewards are there to score only" in said
+    released, said = plan(
+        tmp_path, "--config.train.prompts_per_iteration=8", "--config.reward.resident=False"
+    )
+    assert "19.92 GB of rewards are resident only to score" in said
     lower = figures["stage_gb"]["rollout: a block of all branches"] - sum(rewards.values()) / 1e9
     assert released["stage_gb"]["rollout: a block of all branches"] == pytest.approx(lower)
     same = next(name for name in released["stage_gb"] if "hpsv3" in name)
@@ -97,16 +147,103 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
 
 def test_several_batches_keep_the_sum_of_their_gradients(tmp_path):
     one, _ = plan(tmp_path, "--config=configs/tiny.py", "--devices=1")
-    two, _ = plan(tmp_path, "--config=configs/tiny.py", "--devices=1", "--config.train.micro_batch=2")
-    assert two["resident_gb"]["gradient of LoRA"] == pytest.approx(2 * one["resident_gb"]["gradient of LoRA"])
+    two, _ = plan(
+        tmp_path, "--config=configs/tiny.py", "--devices=1", "--config.train.micro_batch=2"
+    )
+    assert two["resident_gb"]["gradient of LoRA"] == pytest.approx(
+        2 * one["resident_gb"]["gradient of LoRA"]
+    )
+
+
+# ---------------------------------------------------------------- against a run
+
+SMALL_RUN = {
+    **SMALLEST,
+    "model.num_layers": 1,
+    "video.blocks": 8,
+    "video.switch_frames": (),
+    "window.bank": 2,
+    "rollout.branches": 4,
+    "rollout.branch_chunk": 2,
+    "train.prompts_per_iteration": 4,
+    "train.micro_batch": 2,
+    "eval.prompts": 4,
+    "eval.batch": 2,
+    "mesh.data": 2,
+    "mesh.branch": 2,
+}
+
+
+def assert_same_arrays(planned: PyTree, real: PyTree) -> None:
+    """The same fields, shapes and dtypes, and the same bytes of each on a device."""
+    assert jax.tree.structure(planned) == jax.tree.structure(real)
+    for (path, shape), array in zip(
+        jax.tree_util.tree_leaves_with_path(planned), jax.tree.leaves(real), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype), name
+        # Noise stays on one device until it is replayed.
+        if not name.endswith((".noise", ".on_policy")):
+            assert plan_memory.bytes_of(shape) == plan_memory.bytes_of(array), name
+
+
+def test_the_plan_has_the_arrays_of_a_run():
+    """Two chunks of two branches, with a memory bank, on 2 x 2 devices."""
+    config = configure("configs/tiny.py", SMALL_RUN)
+    mesh = make_mesh(config, jax.devices()[:4])
+    planned = plan_memory.trace_iteration(config, jax.devices()[:4])
+
+    make = jax.jit(partial(init_variables, wan_config(config)))
+    variables = sharding.place(make(jax.random.key(0)), mesh)
+    run = bare_run(config, mesh, variables["params"])
+    state = init_state(config, mesh, variables["lora"])
+    embeddings = np.zeros(planned.explored.batch.embeddings.shape, np.float32)
+    embeddings = sharding.place(embeddings, mesh, sharding.PROMPTS)
+    batch = batch_of(embeddings, np.ones((2, 1), bool))
+    rolled = train.explore(run, state.old, batch, 0, run.draw_pivot(0))
+    rewards = jnp.zeros((2, 4))
+    judged = Judged(Scores(rewards, rewards[:, 0], {}), rewards, jnp.ones(2, bool), rewards[0, 0])
+    experience = train.remember(run, state, rolled, batch, judged, on_policy=True)
+    experience = experience.replace(
+        advantages=sharding.place(judged.advantages, mesh),
+        gate_open=sharding.place(judged.gate_open, mesh),
+    )
+
+    assert_same_arrays(planned.run.params, run.params)
+    assert_same_arrays(planned.state, state)
+    assert_same_arrays(planned.rolled, rolled)
+    assert_same_arrays(planned.experience, experience)
+    history = run.programs.blank(2)
+    assert_same_arrays(planned.explored.history, history)
+    assert_same_arrays(planned.pages, run.programs.fork(history))
+
+
+# ---------------------------------------------------------------- the command
 
 
 def test_a_gpu_needs_the_packages_that_compile_for_it(tmp_path):
-    """The packages are no part of a test environment; with them, docs/memory.md shows what is printed."""
+    """They are not part of a test environment; docs/memory.md shows what is printed with them."""
     done = subprocess.run([sys.executable, TOOL, "--target=h200"], capture_output=True, text=True)
     if done.returncode:
-        assert done.stderr.splitlines()[-1] == (
-            "error: --target=h200 needs JAX's CUDA packages: pip install 'kvpo_jax[cuda12]'"
+        assert (
+            done.stderr.splitlines()[-1]
+            == "error: --target=h200 needs JAX's CUDA packages: pip install 'kvpo_jax[cuda12]'"
         )
     else:
         assert "fits into 141 GB" in done.stdout
+
+
+@pytest.mark.parametrize("command", [[str(TOOL)], ["-m", "kvpo_jax.plan_memory"]])
+def test_help_shows_usage_and_flags(command):
+    done = subprocess.run([sys.executable, *command, "--help"], capture_output=True, text=True)
+    assert done.stdout.startswith("What a run costs in memory")
+    assert "--memory_gb: memory of one device" in done.stdout
+
+
+def test_a_mistake_is_one_line():
+    arguments = ["--config=configs/tiny.py", "--config.rollout.branchs=4"]
+    done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: there is no field config.rollout.branchs; did you mean 'rollout.branches'?\n"
+    )

@@ -1,4 +1,4 @@
-"""Qwen2-VL against transformers at a tiny size; its positions, names and sizes."""
+"""Qwen2-VL against transformers at a tiny size; its names and sizes."""
 
 import dataclasses
 import json
@@ -12,10 +12,22 @@ import torch
 import transformers
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvpo_jax.models import qwen2_vl
-from kvpo_jax.models.qwen2_vl import QWEN2_VL_2B, QWEN2_VL_7B, Qwen2VL, Qwen2VLConfig, TextConfig, VisionConfig
-from kvpo_jax.models.qwen2_vl_weights import config_from_shapes, official_name, qwen2_vl_table, to_ours
-from kvpo_jax.models.wan_weights import check_names
+from kvpo_jax.convert.qwen2_vl_weights import (
+    config_from_shapes,
+    official_name,
+    qwen2_vl_table,
+    to_ours,
+)
+from kvpo_jax.convert.table import check_names
+from kvpo_jax.models import qwen2_vl, reward_model
+from kvpo_jax.models.qwen2_vl import (
+    QWEN2_VL_2B,
+    QWEN2_VL_7B,
+    Qwen2VL,
+    Qwen2VLConfig,
+    TextConfig,
+    VisionConfig,
+)
 
 TINY = Qwen2VLConfig(
     TextConfig(vocab=120, dim=64, heads=4, kv_heads=2, ffn_dim=96, layers=2),
@@ -25,26 +37,39 @@ TINY = Qwen2VLConfig(
     dtype="float32",
 )
 NETWORK = jax.jit(Qwen2VL(TINY).apply, static_argnums=4)
-IMAGE, VIDEO = (1, 4, 6), (2, 4, 6)  # one frame (repeated) and four, of 56 x 84 pixels: 6 and 12 tokens
+# One frame (repeated) and four, of 56 x 84 pixels: 6 and 12 tokens.
+IMAGE, VIDEO = (1, 4, 6), (2, 4, 6)
 
 
 def hf_config(cfg: Qwen2VLConfig) -> transformers.Qwen2VLConfig:
     text, vision = cfg.text, cfg.vision
+    eighth = text.head_dim // 8  # the sections of M-RoPE are 2, 3 and 3 eighths of the frequencies
     return transformers.Qwen2VLConfig(
         text_config={
-            "vocab_size": text.vocab, "hidden_size": text.dim, "intermediate_size": text.ffn_dim,
-            "num_hidden_layers": text.layers, "num_attention_heads": text.heads,
-            "num_key_value_heads": text.kv_heads, "rms_norm_eps": text.eps,
+            "vocab_size": text.vocab,
+            "hidden_size": text.dim,
+            "intermediate_size": text.ffn_dim,
+            "num_hidden_layers": text.layers,
+            "num_attention_heads": text.heads,
+            "num_key_value_heads": text.kv_heads,
+            "rms_norm_eps": text.eps,
             "rope_parameters": {
-                "rope_type": "default", "rope_theta": text.rope_theta, "mrope_section": list(text.mrope_section)
+                "rope_type": "default",
+                "rope_theta": text.rope_theta,
+                "mrope_section": [eighth, 3 * eighth // 2, 3 * eighth // 2],
             },
         },
         vision_config={
-            "depth": vision.layers, "embed_dim": vision.dim, "hidden_size": text.dim, "num_heads": vision.heads,
-            "mlp_ratio": vision.ffn_dim // vision.dim, "patch_size": vision.patch,
+            "depth": vision.layers,
+            "embed_dim": vision.dim,
+            "hidden_size": text.dim,
+            "num_heads": vision.heads,
+            "mlp_ratio": vision.ffn_dim // vision.dim,
+            "patch_size": vision.patch,
         },
-        image_token_id=cfg.image_token, video_token_id=cfg.video_token,
-    )  # fmt: skip
+        image_token_id=cfg.image_token,
+        video_token_id=cfg.video_token,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +78,9 @@ def hf():
     torch.manual_seed(0)
     model = transformers.Qwen2VLForConditionalGeneration(hf_config(TINY)).eval()
     for name, parameter in model.named_parameters():
-        scale = name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight", "ln_q.weight"))
+        scale = name.endswith(
+            ("norm.weight", "norm1.weight", "norm2.weight", "layernorm.weight", "ln_q.weight")
+        )
         torch.nn.init.normal_(parameter, mean=float(scale), std=0.15)
     return model.model
 
@@ -66,7 +93,10 @@ def params(hf):
     check_names("transformers' state dict", state, table)
     for name, (path, _) in table.items():  # layers in their order
         flat.setdefault(path, []).append(to_ours(path, state[name]))
-    flat = {path: np.stack(x) if "blocks/" in path or path.startswith("layers/") else x[0] for path, x in flat.items()}
+    flat = {
+        path: np.stack(x) if "blocks/" in path or path.startswith("layers/") else x[0]
+        for path, x in flat.items()
+    }
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -79,7 +109,11 @@ def batch(grid, lengths, width, seed=0):
         ids[row, 3 + row :][: TINY.vision.tokens(grid)] = token
     ids = np.where(np.arange(width) < np.asarray(lengths)[:, None], ids, 0)
     patches = random.standard_normal((len(lengths), np.prod(grid), TINY.vision.patch_dim))
-    return jnp.asarray(ids, jnp.int32), jnp.asarray(lengths, jnp.int32), jnp.asarray(patches, jnp.float32)
+    return (
+        jnp.asarray(ids, jnp.int32),
+        jnp.asarray(lengths, jnp.int32),
+        jnp.asarray(patches, jnp.float32),
+    )
 
 
 def hf_inputs(ids, lengths, patches, grid):
@@ -110,26 +144,18 @@ def assert_valid_close(ours, theirs, lengths, atol):
 
 @pytest.mark.parametrize("grid", [IMAGE, VIDEO], ids=["image", "video"])
 def test_transformers(hf, params, grid):
-    """Three rows of different lengths, 1-D and M-RoPE positions: float32 rounding apart, on a scale of 4."""
+    """Three rows of different lengths at 1-D positions: float32 rounding apart, on a scale of 4."""
     ids, lengths, patches = batch(grid, [40, 19, 31], 40)
     inputs = hf_inputs(ids, lengths, patches, grid)
-    ours_mrope = qwen2_vl.mrope_positions(TINY, ids, grid)
-    theirs_mrope = hf_mrope(hf, inputs)
-    for axis in range(3):
-        assert_valid_close(ours_mrope[axis], theirs_mrope[axis], lengths, atol=0)
-
     one_d = torch.arange(40).expand(3, 3, 40)
-    out = {}
-    for name, theirs, ours in (("1-D", one_d, None), ("M-RoPE", theirs_mrope, ours_mrope)):
-        with torch.no_grad():
-            expected = hf(**inputs, position_ids=theirs).last_hidden_state.numpy()
-        out[name] = NETWORK({"params": params}, ids, lengths, patches, grid, ours)
-        assert_valid_close(out[name], expected, lengths, atol=2e-5)
-        assert np.abs(expected).max() > 2
-    # The reward models leave M-RoPE out; with these positions they would say something else.
-    assert jnp.abs(out["1-D"] - out["M-RoPE"])[0].max() > 0.5
-    same = NETWORK({"params": params}, ids, lengths, patches, grid, jnp.broadcast_to(jnp.arange(40), (3, 40)))
-    np.testing.assert_array_equal(same, out["1-D"])
+    with torch.no_grad():
+        expected = hf(**inputs, position_ids=one_d).last_hidden_state.numpy()
+        m_rope = hf(**inputs, position_ids=hf_mrope(hf, inputs)).last_hidden_state.numpy()
+    ours = NETWORK({"params": params}, ids, lengths, patches, grid)
+    assert_valid_close(ours, expected, lengths, atol=2e-5)
+    assert np.abs(expected).max() > 2
+    # The reward models leave M-RoPE out; with its positions they would say something else.
+    assert np.abs(expected - m_rope)[0].max() > 0.5
 
 
 def test_vision_tower(hf, params):
@@ -148,7 +174,7 @@ def test_vision_tower(hf, params):
 
 
 def test_suffix_changes_nothing(params):
-    """Hidden states of a token from the whole text and from the text cut after the last token asked for."""
+    """A token's hidden state, from the whole text and from the text cut after the last of them."""
     ids, lengths, patches = batch(IMAGE, [90, 90], 90)
     texts = np.asarray(ids).copy()
     texts[0, [30, 55]], texts[1, [62, 41]] = (110, 111), (110, 111)
@@ -179,9 +205,15 @@ def test_padding_is_never_read(params):
 
 
 def test_wrong_numbers_are_seen(params):
-    """A row with a pad token too few or too many is NaN and spoils no other row; wrong shapes are errors."""
+    """A row with a pad token too few or too many is NaN and spoils no other row.
+
+    Wrong shapes are errors.
+    """
     ids, lengths, patches = batch(IMAGE, [40, 19, 31], 40)
-    run = lambda ids, patches, grid=IMAGE: NETWORK({"params": params}, ids, lengths, patches, grid)
+
+    def run(ids, patches, grid=IMAGE):
+        return NETWORK({"params": params}, ids, lengths, patches, grid)
+
     for wrong in (ids.at[0, 3].set(5), ids.at[0, 30].set(TINY.image_token)):
         out = run(wrong, patches)
         assert jnp.isnan(out[0, 39]).all() and jnp.isfinite(out[1:]).all()
@@ -191,23 +223,14 @@ def test_wrong_numbers_are_seen(params):
         run(ids, patches, (1, 3, 8))
 
 
-def test_mrope_by_hand():
-    """Two tokens, a clip of 3 x 1 x 2 (merged), two tokens: the next starts past the largest, which is t here."""
-    ids = jnp.array([[5, 6, *6 * [TINY.video_token], 7, 8]])
-    t, h, w = np.asarray(qwen2_vl.mrope_positions(TINY, ids, (3, 2, 4)))[:, 0]
-    np.testing.assert_array_equal(t, [0, 1, 2, 2, 3, 3, 4, 4, 5, 6])
-    np.testing.assert_array_equal(h, [0, 1, 2, 2, 2, 2, 2, 2, 5, 6])
-    np.testing.assert_array_equal(w, [0, 1, 2, 3, 2, 3, 2, 3, 5, 6])
-    assert TINY.text.mrope_section == (2, 3, 3)
-    assert QWEN2_VL_2B.text.mrope_section == QWEN2_VL_7B.text.mrope_section == (16, 24, 24)
-
-
 def test_bfloat16_is_close(params):
     ids, lengths, patches = batch(VIDEO, [40, 40, 40], 40)
     exact = NETWORK({"params": params}, ids, lengths, patches, VIDEO)
     cfg = dataclasses.replace(TINY, dtype="bfloat16")
-    rough_params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, qwen2_vl.abstract_params(cfg))
-    rough = jax.jit(Qwen2VL(cfg).apply, static_argnums=4)({"params": rough_params}, ids, lengths, patches, VIDEO)
+    like = qwen2_vl.abstract_params(cfg)
+    rough_params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, like)
+    network = jax.jit(Qwen2VL(cfg).apply, static_argnums=4)
+    rough = network({"params": rough_params}, ids, lengths, patches, VIDEO)
     assert rough.dtype == jnp.bfloat16
     assert jnp.linalg.norm(rough.astype(jnp.float32) - exact) < 2e-2 * jnp.linalg.norm(exact)
 
@@ -218,7 +241,8 @@ def test_sharded_over_rows(params):
     place = NamedSharding(Mesh(np.array(jax.devices()[:4]), "data"), PartitionSpec("data"))
     out = NETWORK({"params": params}, *jax.device_put((ids, lengths, patches), place), VIDEO)
     assert out.sharding.is_equivalent_to(place, 3)
-    np.testing.assert_allclose(out, NETWORK({"params": params}, ids, lengths, patches, VIDEO), atol=1e-5, rtol=0)
+    alone = NETWORK({"params": params}, ids, lengths, patches, VIDEO)
+    np.testing.assert_allclose(out, alone, atol=1e-5, rtol=0)
 
 
 # Parameters of the vision tower and of the language model without embeddings, from the sizes.
@@ -240,7 +264,10 @@ HPSV3_HEAD = 3584 * 1024 + 1024 + 1024 * 16 + 16 + 16 * 2 + 2
     ids=["2B", "7B"],
 )
 def test_full_size(cfg, rows, kv, count):
-    """Both without their memory, with the rows of the reward models: every name and shape, both ways, and the count."""
+    """Every name and shape, both ways, and the count, with the rows of the reward models.
+
+    No memory is needed for the weights.
+    """
     text = dataclasses.replace(cfg.text, vocab=rows)
     cfg = dataclasses.replace(cfg, text=text)
     abstract = qwen2_vl.abstract_params(cfg)
@@ -268,11 +295,12 @@ def test_full_size(cfg, rows, kv, count):
         jax.ShapeDtypeStruct((2,), jnp.int32),
         jax.ShapeDtypeStruct((2, 1008, 1176), jnp.float32),
     )
-    assert (out.shape, out.dtype) == ((2, 960, text.dim), jnp.bfloat16) and cfg.vision.tokens(grid) == 252
+    assert (out.shape, out.dtype) == ((2, 960, text.dim), jnp.bfloat16)
+    assert cfg.vision.tokens(grid) == 252
 
 
 def test_published_counts():
-    """8.29 B of HPSv3 with its head and language head, 7.75 B without the latter, 2.21 B of VideoAlign."""
+    """HPSv3 has 8.29 B, 7.75 B of them without its language head; VideoAlign has 2.21 B."""
     hpsv3 = 7_744_923_136 + HPSV3_HEAD
     assert HPSV3_HEAD == 3_687_474
     assert round((hpsv3 + 151658 * 3584) / 1e9, 2) == 8.29
@@ -282,19 +310,26 @@ def test_published_counts():
 
 def test_names():
     for name in (
-        "model.layers.27.mlp.up_proj.weight", "model.language_model.layers.27.mlp.up_proj.weight",
-        "language_model.layers.27.mlp.up_proj.weight", "layers.27.mlp.up_proj.weight",
-    ):  # fmt: skip
+        "model.layers.27.mlp.up_proj.weight",
+        "model.language_model.layers.27.mlp.up_proj.weight",
+        "language_model.layers.27.mlp.up_proj.weight",
+        "layers.27.mlp.up_proj.weight",
+    ):
         assert official_name(name) == "model.layers.27.mlp.up_proj.weight"
     for name in ("visual.merger.mlp.2.bias", "model.visual.merger.mlp.2.bias"):
         assert official_name(name) == "visual.merger.mlp.2.bias"
-    for name in ("lm_head.weight", "rm_head.weight", "visual.blocks.0.norm3.weight", "model.layers.0.self_attn.x"):
+    for name in (
+        "lm_head.weight",
+        "rm_head.weight",
+        "visual.blocks.0.norm3.weight",
+        "model.layers.0.self_attn.x",
+    ):
         with pytest.raises(ValueError, match=name):
             official_name(name)
 
 
 def test_config():
-    """From shapes with the heads given, since a head dim of 16 shows in none; from what a converted file notes."""
+    """From shapes, with the heads given since none shows a head dim of 16; from a file's notes."""
     with torch.device("meta"):
         state = transformers.Qwen2VLModel(hf_config(TINY)).state_dict()
     shapes = {official_name(name): tuple(x.shape) for name, x in state.items()}
@@ -305,4 +340,4 @@ def test_config():
     with pytest.raises(ValueError, match="visual.merger.mlp.0.weight is missing"):
         config_from_shapes({name: x for name, x in shapes.items() if "merger" not in name})
     noted = json.loads(json.dumps(dataclasses.asdict(TINY)))
-    assert qwen2_vl.config_from_dict(noted) == TINY
+    assert reward_model.config_from_dict(Qwen2VLConfig, noted) == TINY

@@ -8,25 +8,34 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import flow, objective, replay, rollout, sharding
-from kvpo_jax.models.wan import Wan, WanConfig, init_variables, wan_config
-from kvpo_jax.types import Context, KVCache, PyTree, ReplayTuples, TextKV
+from kvpo_jax import rollout
+from kvpo_jax.algorithm import flow, keys, objective, replay
+from kvpo_jax.algorithm.kv_cache import Context
+from kvpo_jax.errors import UsageError
+from kvpo_jax.models.wan import Wan, WanConfig, init_variables
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.types import KVCache, PyTree, ReplayTuples, TextKV
 
 PROMPTS, BRANCHES, WINDOW, STEPS, FRAMES = 2, 3, 2, 4, 3
 PIVOT, FORK = 5, 15
 FIELDS = {
-    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
-    "model.text_dim": 4, "model.text_len": 3, "model.channels": 2, "lora.rank": 2, "lora.alpha": 2.0,
-    "video.height": 4, "video.width": 2, "video.blocks": PIVOT + WINDOW, "video.switch_frames": (12,),
-    "rollout.branches": BRANCHES, "rollout.window_blocks": WINDOW, "replay.blocks": WINDOW,
-}  # fmt: skip
+    **SMALLEST,
+    "video.blocks": PIVOT + WINDOW,
+    "video.switch_frames": (12,),
+    "rollout.branches": BRANCHES,
+    "rollout.window_blocks": WINDOW,
+    "replay.blocks": WINDOW,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """A rollout with random weights: the policy that made it and another one, and the unperturbed caches.
+    """A rollout with random weights: the policy that made it and another one, and the unperturbed
+    caches.
 
     Attributes:
       config: with FIELDS.
@@ -48,8 +57,7 @@ class World:
 
     @property
     def schedule(self) -> flow.Schedule:
-        s = self.config.sampler
-        return flow.schedule(s.steps, s.shift, s.solver, s.context_step)
+        return flow.schedule(self.config.sampler)
 
     def settings(self, **fields) -> ml_collections.ConfigDict:
         """Section `replay` of the config with other fields."""
@@ -62,7 +70,9 @@ class World:
 
     def value_and_gradient(self, policy: PyTree, tuples: ReplayTuples, **fields):
         """Energies, and the gradient in LoRA of a sum in which every branch has its own weight."""
-        return value_and_gradient(Hashable(self.settings(**fields)), self.schedule, policy, self.text, tuples)
+        return value_and_gradient(
+            Hashable(self.settings(**fields)), self.schedule, policy, self.text, tuples
+        )
 
 
 class Hashable(ml_collections.FrozenConfigDict):
@@ -71,23 +81,29 @@ class Hashable(ml_collections.FrozenConfigDict):
 
 @pytest.fixture(scope="module")
 def world() -> World:
-    config = config_lib.override(
-        config_lib.load("configs/tiny.py"), [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    )
-    mesh = sharding.make_mesh(1, 1, PROMPTS, BRANCHES)
-    stages = rollout.build(config, mesh)
-    # Every parameter random: the zeros and ones of the initialisation would hide what depends on them.
+    config = configure("configs/tiny.py", FIELDS)
+    run = bare_run(config, sharding.make_mesh(1, 1, PROMPTS, BRANCHES))
+    # Every parameter random: the zeros and ones of the initialisation would hide what depends on
+    # them.
     like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype), like)
-    other = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), variables["lora"])
-    text = stages.encode_text(variables, rng.normal(size=(PROMPTS, 2, 3, 4)).astype(np.float32))
-    noise = rollout.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
-    run = (stages, config, variables, text, np.ones((PROMPTS, 2), bool), noise)
+    other = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype), variables["lora"]
+    )
+    embeddings = rng.normal(size=(PROMPTS, 2, 3, 4)).astype(np.float32)
+    text = run.programs.encode_text(variables, embeddings)
+    noise = keys.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
+    batch = batch_of(embeddings, np.ones((PROMPTS, 2), bool))
+    prompt_at = rollout.script(config, text, batch.changed)
 
-    def roll(config, selected):
-        stages, _, *rest = run
-        return rollout.rollout(stages, config, mesh, *rest, selected, PIVOT).replay
+    def roll(config, routed_frames):
+        configured = dataclasses.replace(run, config=config)
+        rolled = rollout.rollout(configured, variables, batch, noise, routed_frames, PIVOT)
+        return rolled.replay
+
+    def history(blocks):
+        return rollout.prefix(run, variables, prompt_at, noise, blocks)[1]
 
     one_block = config_lib.override(config, ["--config.rollout.window_blocks=1"])
     identity = jnp.broadcast_to(jnp.arange(6, 12, dtype=jnp.int32), (PROMPTS, BRANCHES, 6))
@@ -96,22 +112,32 @@ def world() -> World:
         variables=variables,
         policy={"params": variables["params"], "lora": other},
         text=text,
-        tuples=roll(config, stages.draw(jax.random.key(0), jnp.arange(PROMPTS), FORK)),
+        tuples=roll(config, run.programs.draw(jax.random.key(0), jnp.arange(PROMPTS), FORK)),
         same=roll(one_block, identity),
-        histories=[rollout.generate(*run, PIVOT + block)[1] for block in range(WINDOW)],
+        histories=[history(PIVOT + block) for block in range(WINDOW)],
     )
 
 
 MODEL = WanConfig(
-    dim=16, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=4, text_len=3, channels=2,
-    lora_rank=2, lora_alpha=2.0,
-)  # fmt: skip
+    dim=16,
+    ffn_dim=32,
+    num_heads=2,
+    num_layers=2,
+    freq_dim=16,
+    text_dim=4,
+    text_len=3,
+    channels=2,
+    lora_rank=2,
+    lora_alpha=2.0,
+)
 
 
 @partial(jax.jit, static_argnums=0)
 def energies(settings, schedule, policy, text, tuples):
     constants = policy["params"], text
-    return replay.energies_function(settings)(as_policy, settings, schedule, policy["lora"], constants, tuples)
+    return replay.CONTEXTS[settings.context](
+        as_policy, settings, schedule, policy["lora"], constants, tuples
+    )
 
 
 def as_policy(constants, lora, model=MODEL):
@@ -138,28 +164,36 @@ def assert_gradients_close(ours, theirs, rtol):
     """Within `rtol` of the largest entry."""
     scale = max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs))
     for (path, a), b in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            a, b, rtol=0, atol=rtol * scale, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 # ---------------------------------------------------------------- the loop
 
 
 def gather(frames, *caches) -> Context:
-    """Row 0 of a Context of the absolute `frames` (one prompt), from (cache, prompt) pairs, the first that has it."""
+    """Row 0 of a Context of the absolute `frames` (one prompt), from (cache, prompt) pairs, the
+    first that has it.
+    """
     k, v = [], []
     for frame in frames:
         cache, prompt, slot = next(
-            (c, p, int(np.flatnonzero(c.frame[p] == frame)[0])) for c, p in caches if frame in np.asarray(c.frame[p])
+            (c, p, int(np.flatnonzero(c.frame[p] == frame)[0]))
+            for c, p in caches
+            if frame in np.asarray(c.frame[p])
         )
         k.append(cache.k[:, prompt, slot])
         v.append(cache.v[:, prompt, slot])
     return Context.of(
-        k=jnp.stack(k, 1)[:, None], v=jnp.stack(v, 1)[:, None], frame=jnp.asarray(frames, jnp.int32)[None]
+        k=jnp.stack(k, 1)[:, None],
+        v=jnp.stack(v, 1)[:, None],
+        frame=jnp.asarray(frames, jnp.int32)[None],
     )
 
 
 def window_frames(block: int) -> list[int]:
-    """The deployment window of a block of the perturbed window: the sink, and the last nine frames."""
+    """The deployment window of a perturbed block: the sink, and the last nine frames."""
     start = FORK + block * FRAMES
     return [0, 1, 2, *range(start - 9, start)]
 
@@ -169,7 +203,9 @@ def text_of(world, prompt: int, segment: int) -> TextKV:
 
 
 def residuals(world, policy, tuples, segments=(1, 1)) -> np.ndarray:
-    """v - u, float[P, G, W, S, F, Y, X, C], under the caches of plain generation, one forward after the other."""
+    """v - u, float[P, G, W, S, F, Y, X, C], under the caches of plain generation, one forward after
+    the other.
+    """
     out = np.empty(tuples.z.shape)
     for p, b in np.ndindex(PROMPTS, WINDOW):
         context = gather(window_frames(b), (world.histories[b], p))
@@ -198,16 +234,25 @@ def test_step_energy_by_hand():
     velocity, u = jnp.full((3, 2, 2, 2, 1), 5.0), jnp.full((3, 2, 2, 2, 1), 3.0)
     sigma = jnp.array([1.0, 0.5, 0.1])
     # |v - u|^2 = 4 everywhere; sigma^2 4 / (2 max(sigma, floor)^2)
-    by_hand = {("velocity", 1.0): [4, 4, 4], ("clean", 1.0): [2, 0.5, 0.02], ("clean", 0.2): [2, 2, 0.5]}
+    by_hand = {
+        ("velocity", 1.0): [4, 4, 4],
+        ("clean", 1.0): [2, 0.5, 0.02],
+        ("clean", 0.2): [2, 2, 0.5],
+    }
     for (energy, floor), expected in by_hand.items():
-        np.testing.assert_allclose(replay.step_energy(energy, velocity, u, sigma, floor), expected, rtol=1e-6)
+        options = ml_collections.ConfigDict({"sigma_floor": floor})
+        np.testing.assert_allclose(
+            replay.ENERGIES[energy](velocity, u, sigma, options), expected, rtol=1e-6
+        )
 
 
 def test_unknown_names_are_errors_that_list_the_known_ones(world):
-    with pytest.raises(ValueError, match="replay.energy is 'l1'.*velocity, clean"):
-        replay.step_energy("l1", jnp.zeros((1, 1, 1, 1, 1)), jnp.zeros((1, 1, 1, 1, 1)), jnp.ones(1), 1.0)
-    with pytest.raises(ValueError, match="replay.context is 'branch'.*anchor, self_rolled"):
-        replay.energies_function(world.settings(context="branch"))
+    for fields, message in (
+        ({"energy": "l1"}, "replay.energy='l1' is not one of velocity, clean"),
+        ({"context": "branch"}, "replay.context='branch' is not one of anchor, self_rolled"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            world.energies(world.policy, world.tuples, **fields)
 
 
 # ---------------------------------------------------------------- energies
@@ -215,7 +260,9 @@ def test_unknown_names_are_errors_that_list_the_known_ones(world):
 
 @pytest.mark.parametrize("context", replay.CONTEXTS)
 def test_the_anchor_has_no_energy(world, context):
-    """Branches that were not perturbed, under the policy that made them: it predicts what they followed."""
+    """Branches that were not perturbed, under the policy that made them: it predicts what they
+    followed.
+    """
     assert float(world.energies(world.variables, world.same, context=context).max()) < 1e-10
     assert float(world.energies(world.policy, world.same, context=context).min()) > 1e-3
 
@@ -233,7 +280,9 @@ def test_each_block_reads_the_text_of_its_segment(world):
 
 
 def test_the_perturbed_steps_are_what_the_policy_of_the_rollout_does_not_predict(world):
-    """In the first block: only the routed steps have energy. Later the branches read their own frames."""
+    """In the first block: only the routed steps have energy. Later the branches read their own
+    frames.
+    """
     means = step_means(residuals(world, world.variables, world.tuples))
     perturbed = world.config.rollout.perturbed_steps
     assert means[:, :, 0, perturbed:].max() < 1e-10
@@ -268,13 +317,20 @@ def test_branches_do_not_meet(world):
 def test_the_gradient_is_that_of_the_residuals(world):
     """A directional derivative against central differences."""
     rng = np.random.default_rng(2)
-    direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), world.policy["lora"])
+    direction = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), world.policy["lora"]
+    )
     step = 1e-2
-    moved = lambda t: {
-        "params": world.policy["params"],
-        "lora": jax.tree.map(lambda x, d: x + t * d, world.policy["lora"], direction),
-    }
-    weighted = lambda e: float(jnp.sum(e * jnp.linspace(-1.0, 2.0, e.size).reshape(e.shape)))
+
+    def moved(t):
+        return {
+            "params": world.policy["params"],
+            "lora": jax.tree.map(lambda x, d: x + t * d, world.policy["lora"], direction),
+        }
+
+    def weighted(e):
+        return float(jnp.sum(e * jnp.linspace(-1.0, 2.0, e.size).reshape(e.shape)))
+
     ahead, behind = (weighted(world.energies(moved(t), world.tuples)) for t in (step, -step))
     _, gradient = world.value_and_gradient(world.policy, world.tuples)
     products = jax.tree.map(lambda g, d: float(jnp.sum(g * d)), gradient, direction)
@@ -283,17 +339,25 @@ def test_the_gradient_is_that_of_the_residuals(world):
 
 @pytest.mark.parametrize("context", replay.CONTEXTS)
 def test_chunks_change_neither_energies_nor_gradients(world, context):
-    """Two of the three learned steps' six rows of a branch at a time, and of the others so many as divide them."""
+    """Two of the three learned steps' six rows of a branch at a time, and of the others so many as
+    divide them.
+    """
     fields = {"context": context, "grad_steps": 3}
     whole, gradient = world.value_and_gradient(world.policy, world.tuples, **fields)
-    chunked, chunked_gradient = world.value_and_gradient(world.policy, world.tuples, **fields, chunk=2)
+    chunked, chunked_gradient = world.value_and_gradient(
+        world.policy, world.tuples, **fields, chunk=2
+    )
     np.testing.assert_allclose(chunked, whole, rtol=1e-6)
     assert_gradients_close(chunked_gradient, gradient, 1e-6)
-    np.testing.assert_allclose(world.energies(world.policy, world.tuples, **fields, chunk=5), whole, rtol=1e-6)
+    np.testing.assert_allclose(
+        world.energies(world.policy, world.tuples, **fields, chunk=5), whole, rtol=1e-6
+    )
 
 
 def test_no_chunk_runs_forward_twice(world):
-    """The program of the gradient has as many forward passes, each with one tanh for all layers, with chunks."""
+    """The program of the gradient has as many forward passes, each with one tanh for all layers,
+    with chunks.
+    """
 
     def forward_passes(chunk):
         settings = Hashable(world.settings(chunk=chunk))
@@ -310,7 +374,8 @@ def test_steps_without_gradient_are_constants(world, residual):
     whole, _ = world.value_and_gradient(world.policy, world.tuples)
     ours, gradient = world.value_and_gradient(world.policy, world.tuples, grad_steps=2)
     np.testing.assert_allclose(ours, whole, rtol=1e-6)
-    # With the model's own velocities as targets, the last two steps add nothing to energy or gradient.
+    # With the model's own velocities as targets, the last two steps add nothing to energy or
+    # gradient.
     u = world.tuples.u.at[:, :, :, 2:].add(residual[:, :, :, 2:])
     truncated, expected = world.value_and_gradient(world.policy, world.tuples.replace(u=u))
     np.testing.assert_allclose(truncated, step_means(residual)[..., :2].sum(axis=(2, 3)), rtol=1e-5)
@@ -320,19 +385,34 @@ def test_steps_without_gradient_are_constants(world, residual):
 
 @pytest.mark.parametrize("context", replay.CONTEXTS)
 def test_nothing_flows_back_from_steps_without_gradient(world, context):
-    """Not through the text either, which may be the policy's own: their targets are of no consequence."""
+    """Not through the text either, which may be the policy's own: their targets are of no
+    consequence.
+    """
 
     @jax.jit
     def gradient(u):
         settings = Hashable(world.settings(grad_steps=2, context=context))
         tuples = world.tuples.replace(u=u)
-        total = lambda lora, text: jnp.sum(
-            energies(settings, world.schedule, {"params": world.policy["params"], "lora": lora}, text, tuples)
-        )
+
+        def total(lora, text):
+            return jnp.sum(
+                energies(
+                    settings,
+                    world.schedule,
+                    {"params": world.policy["params"], "lora": lora},
+                    text,
+                    tuples,
+                )
+            )
+
         return jax.grad(total, argnums=(0, 1))(world.policy["lora"], world.text)
 
     u = world.tuples.u
-    ours, others, first = gradient(u), gradient(u.at[:, :, :, 2:].add(1.0)), gradient(u.at[:, :, :, :2].add(1.0))
+    ours, others, first = (
+        gradient(u),
+        gradient(u.at[:, :, :, 2:].add(1.0)),
+        gradient(u.at[:, :, :, :2].add(1.0)),
+    )
     assert_gradients_close(others, ours, 1e-6)
     for one, another in zip(ours, first, strict=True):
         with pytest.raises(AssertionError):
@@ -345,22 +425,35 @@ def test_nothing_flows_back_from_steps_without_gradient(world, context):
 def test_self_rolled_replays_begin_with_the_anchor_context(world, residual):
     t = world.tuples
     first = t.replace(
-        z=t.z[:, :, :1], u=t.u[:, :, :1], rows=t.rows[:1], start_frame=t.start_frame[:1], segment=t.segment[:1],
+        z=t.z[:, :, :1],
+        u=t.u[:, :, :1],
+        frames=t.frames[:1],
+        start_frame=t.start_frame[:1],
+        segment=t.segment[:1],
         noise=t.noise[:, :1],
-    )  # fmt: skip
+    )
     ours = world.energies(world.policy, first, context="self_rolled")
     np.testing.assert_allclose(ours, step_means(residual)[:, :, 0].sum(axis=-1), rtol=1e-5)
 
 
 def test_self_rolled_replays_go_on_with_what_the_replaying_model_wrote(world, residual):
-    """The second block reads keys of the model's own clean prediction of the first, from its last step."""
+    """The second block reads keys of the model's own clean prediction of the first, from its last
+    step.
+    """
     t, sigma = world.tuples, world.config.sampler.steps
     expected = step_means(residual)[:, :, 0].sum(axis=-1)
     for p, g in np.ndindex(PROMPTS, BRANCHES):
         text, fork = text_of(world, p, 1), (world.histories[0], p)
         velocity = t.u[p, g, 0, -1] + residual[p, g, 0, -1]
         clean = (t.z[p, g, 0, -1] - sigma[-1] * velocity)[None]
-        _, kv = apply(world.policy, clean, jnp.zeros(1), text, gather(window_frames(0), fork), jnp.array([FORK]))
+        _, kv = apply(
+            world.policy,
+            clean,
+            jnp.zeros(1),
+            text,
+            gather(window_frames(0), fork),
+            jnp.array([FORK]),
+        )
         written = KVCache(k=kv.k, v=kv.v, frame=jnp.array([[15, 16, 17]]))
         context = gather(window_frames(1), (written, 0), fork)
         for s in range(STEPS):
@@ -375,15 +468,22 @@ def test_self_rolled_replays_go_on_with_what_the_replaying_model_wrote(world, re
 def test_gradient_agrees_with_finite_differences(world):
     """Through cache, transformer, energies, Gibbs policy, clip and KL, in float64.
 
-    JAX's attention has its softmax in float32 whatever the dtype, and a rounding of 1e-7 over a step of 1e-4 is what
-    the tolerance allows; algorithm_test holds the objective alone to 1e-6.
+    JAX's attention has its softmax in float32 whatever the dtype, and a rounding of 1e-7 over a
+    step of 1e-4 is what the tolerance allows; algorithm_test holds the objective alone to 1e-6.
     """
     with jax.enable_x64(True):
-        double = lambda tree: jax.tree.map(
-            lambda x: jnp.asarray(np.asarray(x), jnp.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype),
-            tree,
+
+        def double(tree):
+            return jax.tree.map(
+                lambda x: jnp.asarray(
+                    np.asarray(x), jnp.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype
+                ),
+                tree,
+            )
+
+        tuples, text, policy, behaviour = map(
+            double, (world.tuples, world.text, world.policy, world.variables)
         )
-        tuples, text, policy, behaviour = map(double, (world.tuples, world.text, world.policy, world.variables))
         schedule, settings = double(world.schedule), Hashable(world.settings())
         in_double = partial(as_policy, model=dataclasses.replace(MODEL, dtype="float64"))
         advantages = jnp.asarray([[1.0, -0.5, -0.5], [-1.2, 0.2, 1.0]], jnp.float64)
@@ -391,7 +491,9 @@ def test_gradient_agrees_with_finite_differences(world):
         objective_config.update(beta=0.7, tau=2.0)
 
         def energies_of(lora):
-            return replay.anchor_energies(in_double, settings, schedule, lora, (policy["params"], text), tuples)
+            return replay.anchor_energies(
+                in_double, settings, schedule, lora, (policy["params"], text), tuples
+            )
 
         old = energies_of(behaviour["lora"])
         reference = old + jnp.asarray(0.1 * np.random.default_rng(1).normal(size=old.shape))
@@ -399,17 +501,34 @@ def test_gradient_agrees_with_finite_differences(world):
         @jax.jit
         def loss(lora):
             of_group = partial(objective.loss, objective_config)
-            return jax.vmap(of_group)(energies_of(lora), old, reference, advantages, jnp.ones(2, bool))[0].sum()
+            return jax.vmap(of_group)(
+                energies_of(lora), old, reference, advantages, jnp.ones(2, bool)
+            )[0].sum()
 
-        lora = jax.tree.map(lambda a, b: b + 0.05 * (a - b), policy["lora"], behaviour["lora"])  # inside the clip
+        lora = jax.tree.map(
+            lambda a, b: b + 0.05 * (a - b), policy["lora"], behaviour["lora"]
+        )  # inside the clip
         gradient = jax.grad(loss)(lora)
         assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(gradient))
         rng = np.random.default_rng(2)
-        scaled = lambda tree, step: jax.tree.map(lambda x: step * x, tree)
+
+        def scaled(tree, step):
+            return jax.tree.map(lambda x: step * x, tree)
+
         for _ in range(3):
             direction = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), lora)
-            moved = lambda step, towards=direction: loss(jax.tree.map(jnp.add, lora, scaled(towards, step)))
-            central = lambda step, moved=moved: (moved(step) - moved(-step)) / (2 * step)
-            numerical = (4 * central(1e-4) - central(2e-4)) / 3  # Richardson: leaves out the error of order step^2
-            product = sum(jnp.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
+
+            def moved(step, towards=direction):
+                return loss(jax.tree.map(jnp.add, lora, scaled(towards, step)))
+
+            def central(step, moved=moved):
+                return (moved(step) - moved(-step)) / (2 * step)
+
+            numerical = (
+                4 * central(1e-4) - central(2e-4)
+            ) / 3  # Richardson: leaves out the error of order step^2
+            product = sum(
+                jnp.vdot(g, d)
+                for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True)
+            )
             np.testing.assert_allclose(product, numerical, rtol=5e-4)

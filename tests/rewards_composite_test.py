@@ -1,4 +1,4 @@
-"""Clips, segments and the composite reward: the released code's arithmetic, and numbers that can be checked by hand."""
+"""Clips, segments and the composite reward: the released arithmetic, and numbers by hand."""
 
 import json
 
@@ -6,12 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax import backbone, rollout
-from kvpo_jax import config as config_lib
-from kvpo_jax.rewards import composite, registry
-from kvpo_jax.rewards.composite import Clip
+from kvpo_jax import backbone
+from kvpo_jax.errors import NotFiniteError
+from kvpo_jax.rewards import composite, scorers
+from kvpo_jax.rewards.composite import Clip, Clipping
+from kvpo_jax.runtime import config as config_lib
 
-same_frame = lambda frame: frame  # the toy's latent -> pixel map
+
+def clipping(*switch_frames, clip_frames=0):
+    """Clips of a video whose latent frames are its pixel frames, as in the toy."""
+    return Clipping(switch_frames, clip_frames, to_pixel=int)
 
 
 @pytest.fixture
@@ -21,13 +25,17 @@ def golden(golden_dir):
 
 def mean_and_length(pixels, prompts):
     """A scorer: the mean of red, and how long the prompt is."""
-    return {"red": jnp.mean(pixels[..., 0], axis=(1, 2, 3)), "length": jnp.asarray([len(p) for p in prompts], float)}
+    return {
+        "red": jnp.mean(pixels[..., 0], axis=(1, 2, 3)),
+        "length": jnp.asarray([len(p) for p in prompts], float),
+    }
 
 
 def counting_video(p, t, frames):
-    """float[P, T, frames, 2, 2, 3] whose frame f of trajectory (p, t) has the value 100 p + 10 t + f."""
+    """float[P, T, frames, 2, 2, 3]: frame f of trajectory (p, t) has the value 100 p + 10 t + f."""
     value = 100 * np.arange(p)[:, None, None] + 10 * np.arange(t)[None, :, None] + np.arange(frames)
-    return jnp.broadcast_to(value[..., None, None, None], (p, t, frames, 2, 2, 3)).astype(jnp.float32)
+    value = jnp.asarray(value[..., None, None, None], jnp.float32)
+    return jnp.broadcast_to(value, (p, t, frames, 2, 2, 3))
 
 
 # ---------------------------------------------------------------- golden
@@ -42,14 +50,18 @@ def test_golden_latent_to_pixel(golden):
 @pytest.mark.golden
 def test_golden_clip_window(golden):
     for case in golden["make_clip_window"]:
-        assert composite.clip_window(case["center"], case["total"], case["clip_len"]) == tuple(case["out"])
+        assert composite.clip_window(case["center"], case["total"], case["clip_len"]) == tuple(
+            case["out"]
+        )
 
 
 @pytest.mark.golden
 def test_golden_clip_specs(golden):
     for case in golden["clip_specs"]:
         clips = composite.segment_clips(
-            case["full_pixel_len"], case["num_prompts"], case["switch"], case["clip_len"], composite.latent_to_pixel
+            case["full_pixel_len"],
+            case["num_prompts"],
+            Clipping(case["switch"], case["clip_len"], composite.latent_to_pixel),
         )
         ours = [
             {
@@ -67,38 +79,41 @@ def test_golden_clip_specs(golden):
 @pytest.mark.golden
 def test_golden_segment_for_frame(golden):
     for case in golden["segment_for_frame"]:
-        assert rollout.segment_of(case["frame"], case["switch"]) == case["seg"]
+        assert config_lib.segment_of(case["frame"], case["switch"]) == case["seg"]
 
 
 @pytest.mark.golden
 def test_golden_switches_begin_chunks(golden):
-    """The released code moves a switch to the next start of a chunk; those of configs/longlive.py lie on one."""
+    """The release moves a switch to the next start of a chunk; ours are at one already."""
     (case,) = golden["switch_alignment"]
     video = config_lib.load("configs/longlive.py").video
-    assert (video.blocks * video.block_frames, list(video.switch_frames)) == (case["total"], case["switch"])
+    assert video.blocks * video.block_frames == case["total"]
+    assert list(video.switch_frames) == case["switch"]
 
 
 # ---------------------------------------------------------------- clips
 
 
 def test_whole_segments_when_clips_have_no_length():
-    clips = composite.segment_clips(48, 4, (12, 24, 36), 0, same_frame)
+    clips = composite.segment_clips(48, 4, clipping(12, 24, 36))
     assert clips == [Clip(0, 0, 12), Clip(1, 12, 24), Clip(2, 24, 36), Clip(3, 36, 48)]
-    # Latent frame 3 is pixel 9: the second segment lies behind the end.
-    assert composite.segment_clips(9, 2, (3,), 0, composite.latent_to_pixel) == [Clip(0, 0, 9)]
+    # Latent frame 3 is pixel 9: the video ends before the second segment.
+    whole = Clipping((3,), 0, composite.latent_to_pixel)
+    assert composite.segment_clips(9, 2, whole) == [Clip(0, 0, 9)]
 
 
 def test_clips_are_centred_in_their_segment():
-    assert composite.segment_clips(48, 2, (12,), 4, same_frame) == [Clip(0, 4, 8), Clip(1, 28, 32)]
+    clips = composite.segment_clips(48, 2, clipping(12, clip_frames=4))
+    assert clips == [Clip(0, 4, 8), Clip(1, 28, 32)]
 
 
 def test_segments_of_one_frame_are_not_scored():
-    assert composite.segment_clips(10, 3, (1, 9), 0, same_frame) == [Clip(1, 1, 9)]
+    assert composite.segment_clips(10, 3, clipping(1, 9)) == [Clip(1, 1, 9)]
 
 
 def test_missing_switch_frames_are_an_error():
     with pytest.raises(ValueError, match="4 prompts need 3 switch frames"):
-        composite.segment_clips(48, 4, (12, 24), 0, same_frame)
+        composite.segment_clips(48, 4, clipping(12, 24))
 
 
 # ---------------------------------------------------------------- scores
@@ -106,8 +121,10 @@ def test_missing_switch_frames_are_an_error():
 
 def test_segment_rewards_are_means_over_the_segments():
     prompts = [["a", "bbb"], ["cc", "dddd"]]
-    rewards = composite.segment_rewards(mean_and_length, counting_video(2, 3, 6), prompts, (2,), 0, same_frame)
-    # Segments of frames 0-1 (mean 0.5) and 2-5 (mean 3.5): 2 on average, although the longer one has more frames.
+    video = counting_video(2, 3, 6)
+    rewards = composite.segment_rewards(mean_and_length, video, prompts, clipping(2))
+    # Segments of frames 0-1 (mean 0.5) and 2-5 (mean 3.5): 2 on average, although the second
+    # segment has more frames.
     np.testing.assert_allclose(rewards["red"], [[2, 12, 22], [102, 112, 122]], rtol=1e-6)
     np.testing.assert_array_equal(rewards["length"], [[2, 2, 2], [3, 3, 3]])
 
@@ -120,7 +137,10 @@ def test_each_segment_is_one_call_with_its_own_sentences():
         return {"red": pixels[:, 0, 0, 0, 0]}
 
     composite.segment_rewards(
-        scorer, counting_video(2, 2, 13), [["a", "b"], ["c", "d"]], (2,), 4, composite.latent_to_pixel
+        scorer,
+        counting_video(2, 2, 13),
+        [["a", "b"], ["c", "d"]],
+        Clipping((2,), 4, composite.latent_to_pixel),
     )
     # Latent frame 2 is pixel 5; clips of four frames around pixels 2 and 9.
     assert calls == [
@@ -134,28 +154,38 @@ def test_a_score_that_is_not_finite_names_component_prompt_and_trajectory():
         values = pixels[:, 0, 0, 0, 0]
         return {"VQ": values, "MQ": jnp.where(values == 111, jnp.nan, values)}
 
-    with pytest.raises(FloatingPointError, match=r"MQ is nan for prompt 1 \('c'\), trajectory 1 of 2"):
-        composite.segment_rewards(scorer, counting_video(2, 2, 4) + 1, [["a", "b"], ["c", "d"]], (2,), 0, same_frame)
+    video, prompts = counting_video(2, 2, 4) + 1, [["a", "b"], ["c", "d"]]
+    with pytest.raises(NotFiniteError, match=r"MQ is nan for prompt 1 \('c'\), trajectory 1 of 2"):
+        composite.segment_rewards(scorer, video, prompts, clipping(2))
 
 
 def test_prompt_sequences_of_different_lengths_are_an_error():
+    video, prompts = counting_video(2, 1, 4), [["a", "b"], ["c"]]
     with pytest.raises(ValueError, match="different lengths"):
-        composite.segment_rewards(mean_and_length, counting_video(2, 1, 4), [["a", "b"], ["c"]], (2,), 0, same_frame)
+        composite.segment_rewards(mean_and_length, video, prompts, clipping(2))
 
 
 def test_video_too_short_to_score_is_an_error():
+    video = counting_video(1, 1, 2)
     with pytest.raises(ValueError, match="no prompt segment"):
-        composite.segment_rewards(mean_and_length, counting_video(1, 1, 2), [["a", "b"]], (1,), 0, same_frame)
+        composite.segment_rewards(mean_and_length, video, [["a", "b"]], clipping(1))
 
 
 def test_composite_is_the_weighted_sum():
-    components = {"VQ": jnp.array([[1.0, 2.0]]), "MQ": jnp.array([[10.0, 20.0]]), "TA": jnp.array([[5.0, 5.0]])}
-    np.testing.assert_array_equal(composite.composite(components, {"VQ": 2.0, "MQ": 0.5}), [[7.0, 14.0]])
+    components = {
+        "VQ": jnp.array([[1.0, 2.0]]),
+        "MQ": jnp.array([[10.0, 20.0]]),
+        "TA": jnp.array([[5.0, 5.0]]),
+    }
+    total = composite.composite(components, {"VQ": 2.0, "MQ": 0.5})
+    np.testing.assert_array_equal(total, [[7.0, 14.0]])
 
 
 def test_a_weight_without_a_component_is_an_error():
-    with pytest.raises(ValueError, match="weights.HPS=1: config.reward.scorer has only VQ, MQ; add .*HPS=0"):
-        composite.composite({"VQ": jnp.ones((1, 1)), "MQ": jnp.ones((1, 1))}, {"VQ": 1.0, "HPS": 1.0})
+    components = {"VQ": jnp.ones((1, 1)), "MQ": jnp.ones((1, 1))}
+    wrong = "weights.HPS=1: config.reward.scorer has only VQ, MQ; add .*HPS=0"
+    with pytest.raises(ValueError, match=wrong):
+        composite.composite(components, {"VQ": 1.0, "HPS": 1.0})
     with pytest.raises(ValueError, match="no reward counts: add .* of config.reward.scorer, VQ"):
         composite.composite({"VQ": jnp.ones((1, 1))}, {"MQ": 0.0})
 
@@ -163,13 +193,25 @@ def test_a_weight_without_a_component_is_an_error():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["reward.scorer=toy", "reward.weights.smoothness=1"], "weights.smoothness=1: .* has only VQ, MQ, TA;"),
-        ([f"reward.weights.{name}=0" for name in ("VQ", "MQ", "TA")], "no reward counts: .*, VQ or MQ or TA$"),
-        (["reward.scorer=toy,motion"], "config.eval.scorer has a component 'motion' that config.reward.scorer has too"),
+        (
+            ["reward.scorer=toy", "reward.weights.smoothness=1"],
+            "weights.smoothness=1: .* has only VQ, MQ, TA;",
+        ),
+        (
+            [f"reward.weights.{name}=0" for name in ("VQ", "MQ", "TA")],
+            "no reward counts: .*, VQ or MQ or TA$",
+        ),
+        (
+            ["reward.scorer=toy,motion"],
+            "config.eval.scorer has a component 'motion' that config.reward.scorer has too",
+        ),
     ],
 )
-def test_rewards_that_cannot_be_weighed_are_an_error_before_anything_is_generated(arguments, message):
-    config = config_lib.override(config_lib.load("configs/tiny.py"), [f"--config.{x}" for x in arguments])
+def test_rewards_that_cannot_be_weighed_are_an_error_before_anything_is_generated(
+    arguments, message
+):
+    config = config_lib.load("configs/tiny.py")
+    config = config_lib.override(config, [f"--config.{x}" for x in arguments])
     with pytest.raises(ValueError, match=message):
         backbone.load(config)
 
@@ -177,18 +219,22 @@ def test_rewards_that_cannot_be_weighed_are_an_error_before_anything_is_generate
 def test_components_are_those_that_the_scorers_give():
     """Without weights; those of hpsv3 and videoalign are in rewards_learned_test.py."""
     for name, sentence in (("motion", "a"), ("toy", "a red disk moves left")):
-        given = registry.Rewards(name, {})(jnp.ones((1, 4, 8, 8, 3)), [sentence])
-        assert given.keys() == set(registry.components_of(name))
-    assert registry.components_of("toy, motion") == ["VQ", "MQ", "TA", "motion", "smoothness"]
-    assert registry.components_of("") == [] and registry.components_of("toy,mine:score") is None
+        given = scorers.Scorers(name, {})(jnp.ones((1, 4, 8, 8, 3)), [sentence])
+        assert given.keys() == set(scorers.components_of(name))
+    assert scorers.components_of("toy, motion") == ["VQ", "MQ", "TA", "motion", "smoothness"]
+    assert scorers.components_of("") == [] and scorers.components_of("toy,mine:score") is None
 
 
 def test_score_rollout_separates_branches_and_anchor():
     pixels = counting_video(2, 4, 6)
     scores = composite.score_rollout(
-        mean_and_length, pixels[:, :3], pixels[:, 3], [["a", "b"], ["cc", "dd"]], {"red": 1.0, "length": 10.0},
-        (2,), 0, same_frame,
-    )  # fmt: skip
+        mean_and_length,
+        pixels[:, :3],
+        pixels[:, 3],
+        [["a", "b"], ["cc", "dd"]],
+        {"red": 1.0, "length": 10.0},
+        clipping(2),
+    )
     np.testing.assert_allclose(scores.branches, [[12, 22, 32], [122, 132, 142]], rtol=1e-6)
     np.testing.assert_allclose(scores.anchor, [42, 152], rtol=1e-6)
     branches, anchor = scores.components["length"]
@@ -198,9 +244,14 @@ def test_score_rollout_separates_branches_and_anchor():
 
 def test_score_window_is_the_local_signal_of_the_fork_segment():
     pixels, prompts, switches = counting_video(1, 3, 10), [["a", "bb", "ccc"]], (4, 8)
-    segment = rollout.segment_of(5, switches)
+    segment = config_lib.segment_of(5, switches)
     scores = composite.score_window(
-        mean_and_length, pixels[:, :2], pixels[:, 2], [p[segment] for p in prompts], {"red": 1.0, "length": 1.0}, (3, 6)
+        mean_and_length,
+        pixels[:, :2],
+        pixels[:, 2],
+        [p[segment] for p in prompts],
+        {"red": 1.0, "length": 1.0},
+        (3, 6),
     )
     np.testing.assert_allclose(scores.branches, [[4 + 2, 14 + 2]], rtol=1e-6)
     np.testing.assert_allclose(scores.anchor, [24 + 2], rtol=1e-6)
@@ -210,4 +261,6 @@ def test_score_window_is_the_local_signal_of_the_fork_segment():
 def test_local_window_outside_the_video_is_an_error(window):
     pixels = counting_video(1, 3, 10)
     with pytest.raises(ValueError, match="local window"):
-        composite.score_window(mean_and_length, pixels[:, :2], pixels[:, 2], ["a"], {"red": 1.0}, window)
+        composite.score_window(
+            mean_and_length, pixels[:, :2], pixels[:, 2], ["a"], {"red": 1.0}, window
+        )

@@ -31,11 +31,16 @@ def test_brightness_and_contrast_do_not_count():
 
 
 def test_constant_rate_is_smooth():
-    # After normalisation a pattern that turns by a fixed angle: second differences are 2 sin(a / 2) of the first.
+    # After normalisation a pattern that turns by a fixed angle: second differences are 2 sin(a / 2)
+    # of the first.
     angle = 0.2
-    steps = [[np.cos(angle * t + phase) for phase in (0, 2 * np.pi / 3, 4 * np.pi / 3)] for t in range(6)]
+    steps = [
+        [np.cos(angle * t + phase) for phase in (0, 2 * np.pi / 3, 4 * np.pi / 3)] for t in range(6)
+    ]
     got = score(steps)
-    np.testing.assert_allclose(got["motion"], np.sqrt(2) * 2 * np.sin(angle / 2) / np.sqrt(2), rtol=1e-4)
+    np.testing.assert_allclose(
+        got["motion"], np.sqrt(2) * 2 * np.sin(angle / 2) / np.sqrt(2), rtol=1e-4
+    )
     np.testing.assert_allclose(got["smoothness"], 1 - np.sin(angle / 2), rtol=1e-3)
 
 

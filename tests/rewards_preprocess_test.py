@@ -1,4 +1,4 @@
-"""Preprocessing of the learned rewards against Pillow, torch and transformers, on photographs; sampling by tables."""
+"""Preprocessing of the learned rewards against Pillow, torch and transformers, on photographs."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,11 @@ from kvpo_jax.models.qwen2_vl import VisionConfig
 from kvpo_jax.models.reward_model import RewardConfig, TextConfig
 from kvpo_jax.rewards import preprocess
 
-PIXELS = 256 * 28 * 28  # HPSv3's lower and upper bound, VideoAlign's upper one
+PIXELS = 256 * 28 * 28  # both of HPSv3's bounds, and VideoAlign's upper bound
 RESIZE_PIL = jax.jit(preprocess.resize_pil, static_argnums=1)
 RESIZE_TORCH = jax.jit(preprocess.resize_torch, static_argnums=1)
-SIZES = [(336, 588), (112, 644), (700, 448)]  # the photographs are 300 x 451, 400 x 600 and 427 x 640
+# The photographs are 300 x 451, 400 x 600 and 427 x 640.
+SIZES = [(336, 588), (112, 644), (700, 448)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,8 @@ def mismatches(got, want):
 
 
 @pytest.mark.parametrize(
-    ("frames", "count"), [(2, 2), (3, 2), (5, 4), (36, 4), (57, 8), (81, 10), (147, 18), (585, 74), (9000, 768)]
+    ("frames", "count"),
+    [(2, 2), (3, 2), (5, 4), (36, 4), (57, 8), (81, 10), (147, 18), (585, 74), (9000, 768)],
 )
 def test_uniform_counts(frames, count):
     got = preprocess.sample_uniform(frames)
@@ -62,23 +64,27 @@ def test_uniform_counts(frames, count):
 def test_uniform_by_hand():
     assert preprocess.sample_uniform(36) == [0, 12, 23, 35]
     assert preprocess.sample_uniform(57) == [0, 8, 16, 24, 32, 40, 48, 56]
-    assert preprocess.sample_uniform(40) == [0, 13, 26, 39]  # 5 frames are two and a half pairs, rounded to two
-    assert preprocess.sample_uniform(56) == [0, 8, 16, 24, 31, 39, 47, 55]  # 7 are three and a half, rounded to four
+    # 5 frames are two and a half pairs, rounded to two; 7 are three and a half, rounded to four.
+    assert preprocess.sample_uniform(40) == [0, 13, 26, 39]
+    assert preprocess.sample_uniform(56) == [0, 8, 16, 24, 31, 39, 47, 55]
     assert preprocess.sample_uniform(9, fps=8.0, source_fps=8.0) == [0, 1, 2, 3, 5, 6, 7, 8]
     assert preprocess.sample_uniform(9, fps=8.0, source_fps=8.0, max_frames=5) == [0, 3, 5, 8]
     assert preprocess.sample_uniform(30, min_frames=5) == [0, 6, 12, 17, 23, 29]
 
 
-def test_spread_is_torch_linspace_rounded():
-    assert preprocess.spread(54, 27)[13] == 27  # at 26.5, which float32 puts above
+def test_evenly_spaced_is_torch_linspace_rounded():
+    assert preprocess.evenly_spaced(54, 27)[13] == 27  # at 26.5, which float32 puts above
     for frames in range(2, 600):
-        for count in {2, 4, 10, 18, 24, frames // 3, frames // 2, frames - 1, frames} & set(range(2, frames + 1)):
+        counts = {2, 4, 10, 18, 24, frames // 3, frames // 2, frames - 1, frames}
+        for count in counts & set(range(2, frames + 1)):
             want = torch.linspace(0, frames - 1, count).round().long().tolist()
-            assert preprocess.spread(frames, count) == want, (frames, count)
+            assert preprocess.evenly_spaced(frames, count) == want, (frames, count)
 
 
 def test_multi_pts_by_hand():
-    six = lambda *starts: [start + i for start in starts for i in range(6)]
+    def six(*starts):
+        return [start + i for start in starts for i in range(6)]
+
     assert preprocess.sample_multi_pts(7) == six(0, 0, 0, 0)
     assert preprocess.sample_multi_pts(24) == six(0, 6, 11, 17)
     assert preprocess.sample_multi_pts(40, source_fps=8.0) == six(0, 11, 22, 33)
@@ -130,15 +136,23 @@ def test_smart_resize_refuses_stripes():
 def config(**kwargs):
     text = TextConfig(vocab=8, dim=8, heads=1, kv_heads=1, ffn_dim=8, layers=1)
     return RewardConfig(
-        text, head=(1,), head_bias=False, tokens=(), token_ids=(), template="", min_pixels=PIXELS, max_pixels=PIXELS,
+        text,
+        head=(1,),
+        head_bias=False,
+        tokens=(),
+        token_ids=(),
+        template="",
+        min_pixels=PIXELS,
+        max_pixels=PIXELS,
         **kwargs,
-    )  # fmt: skip
+    )
 
 
 def test_grid():
     assert preprocess.grid(config(), 1, 480, 832) == (1, 24, 42)
     assert preprocess.grid(config(), 5, 480, 832) == (3, 24, 42)
-    assert preprocess.grid(config(vision=VisionConfig(patch=56, temporal_patch=1)), 5, 448, 448) == (5, 8, 8)
+    other = config(vision=VisionConfig(patch=56, temporal_patch=1))
+    assert preprocess.grid(other, 5, 448, 448) == (5, 8, 8)
 
 
 # ---------------------------------------------------------------- pixels
@@ -151,9 +165,12 @@ def test_to_uint8():
 
 
 def test_grayscale():
-    colours = jnp.array([[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [100, 10, 1]], jnp.uint8)
+    colours = jnp.array(
+        [[255, 255, 255], [255, 0, 0], [0, 255, 0], [0, 0, 255], [100, 10, 1]], jnp.uint8
+    )
     # 254.97, 76.2, 149.7, 29.1 and 35.9
-    assert preprocess.grayscale(colours).tolist() == [[value] * 3 for value in (254, 76, 149, 29, 35)]
+    expected = [[value] * 3 for value in (254, 76, 149, 29, 35)]
+    assert preprocess.grayscale(colours).tolist() == expected
 
 
 def test_grayscale_is_that_of_torchvision():
@@ -196,13 +213,17 @@ def test_black_and_white_noise_is_clipped_as_by_pillow():
 
 @pytest.mark.parametrize("resize", [RESIZE_PIL, RESIZE_TORCH])
 def test_resize_takes_clips(frame, resize):
-    clips = np.stack([frame[:40, :60], frame[40:80, :60], frame[:40, 60:120]] * 2).reshape(2, 3, 40, 60, 3)
+    clips = np.stack([frame[:40, :60], frame[40:80, :60], frame[:40, 60:120]] * 2).reshape(
+        2, 3, 40, 60, 3
+    )
     got = resize(clips, (28, 56))
     assert got.shape == (2, 3, 28, 56, 3) and got.dtype == jnp.uint8
     np.testing.assert_array_equal(got[1, 2], resize(clips[1, 2], (28, 56)))
 
 
-@pytest.mark.parametrize("function", [preprocess.grayscale, preprocess.normalise, RESIZE_PIL, RESIZE_TORCH])
+@pytest.mark.parametrize(
+    "function", [preprocess.grayscale, preprocess.normalise, RESIZE_PIL, RESIZE_TORCH]
+)
 def test_pixels_are_uint8(function):
     args = ((28, 28),) if function in (RESIZE_PIL, RESIZE_TORCH) else ()
     with pytest.raises(AssertionError, match="uint8"):
@@ -211,8 +232,10 @@ def test_pixels_are_uint8(function):
 
 def test_normalise():
     got = preprocess.normalise(jnp.array([[0, 0, 0], [255, 255, 255]], jnp.uint8))
-    want = [[-0.48145466 / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711],
-            [0.51854534 / 0.26862954, 0.5421725 / 0.26130258, 0.59178927 / 0.27577711]]  # fmt: skip
+    want = [
+        [-0.48145466 / 0.26862954, -0.4578275 / 0.26130258, -0.40821073 / 0.27577711],
+        [0.51854534 / 0.26862954, 0.5421725 / 0.26130258, 0.59178927 / 0.27577711],
+    ]
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
@@ -220,9 +243,8 @@ def test_normalise():
 
 
 def test_a_frame_is_what_transformers_makes_of_it(frame):
-    want = hf.Qwen2VLImageProcessorPil(size={"shortest_edge": PIXELS, "longest_edge": PIXELS})(
-        images=Image.fromarray(frame), return_tensors="np"
-    )
+    processor = hf.Qwen2VLImageProcessorPil(size={"shortest_edge": PIXELS, "longest_edge": PIXELS})
+    want = processor(images=Image.fromarray(frame), return_tensors="np")
     t, h, w = preprocess.grid(config(), 1, *frame.shape[:2])
     resized = RESIZE_PIL(frame, (h * 14, w * 14))
     got = preprocess.patchify(preprocess.normalise(resized)[None, None])
@@ -242,7 +264,9 @@ def test_order_of_patches():
     # Each pixel says which patch it is in: 1000 t + 10 y + x.
     y, x = np.mgrid[:56, :84] // 14
     frames = np.stack([1000 * (frame // 2) + 10 * y + x for frame in range(4)])
-    patches = preprocess.patchify(jnp.asarray(np.repeat(frames[None, ..., None], 3, -1), jnp.float32))
+    patches = preprocess.patchify(
+        jnp.asarray(np.repeat(frames[None, ..., None], 3, -1), jnp.float32)
+    )
     np.testing.assert_array_equal(patches, jnp.broadcast_to(patches[:, :, :1], patches.shape))
     assert patches[0, :8, 0].tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
     assert patches[0, 12, 0] == 20 and patches[0, 24, 0] == 1000

@@ -26,12 +26,13 @@ def _clips(look, speed):
 
 
 def clips(saturation=1.0, blur=0.0, speckle=0.0, jitter=0.0, speed=1.0):
-    """float[48, 12, 8, 8, 3]: every combination once, from the same random starts and noise whatever the look."""
+    """Every combination once, float[48, 12, 8, 8, 3]; all looks have the same starts and noise."""
     return _clips(Look(saturation, blur, speckle, jitter), speed)
 
 
 def means(**look):
-    return {name: float(values.mean()) for name, values in toy.score(clips(**look), PROMPTS).items()}
+    scores = toy.score(clips(**look), PROMPTS)
+    return {name: float(values.mean()) for name, values in scores.items()}
 
 
 # ---------------------------------------------------------------- clean clips
@@ -95,20 +96,27 @@ def test_more_of_a_nuisance_scores_lower(nuisance, levels, component):
 @pytest.mark.parametrize("saturation", [0.9, 0.5, 0.25])
 def test_quality_of_a_faded_clip(saturation):
     # The error is (1 - saturation)^2 of the template's energy.
-    assert means(saturation=saturation)["VQ"] == pytest.approx(np.exp(-3 * (1 - saturation) ** 2), abs=0.01)
+    assert means(saturation=saturation)["VQ"] == pytest.approx(
+        np.exp(-3 * (1 - saturation) ** 2), abs=0.01
+    )
 
 
 def test_smoothness_of_a_zigzag():
-    # A sideways offset of +-1/2 pixel in turn: second differences of 2 pixels, smoothness 1 / (1 + 4).
+    # A sideways offset of +-1/2 pixel in turn: second differences of 2 pixels, so the smoothness is
+    # 1 / (1 + 4).
     frame = jnp.arange(FRAMES)
     track = jnp.stack([4 + 0.5 * (-1.0) ** frame, frame.astype(float)], axis=-1)
     pixels = toy_world.render(track, jnp.zeros(FRAMES, int), jnp.zeros(FRAMES, int))[None]
-    assert float(toy.score(pixels, ["a red disk moves right"])["MQ"][0]) == pytest.approx(0.2, abs=1e-3)
+    assert float(toy.score(pixels, ["a red disk moves right"])["MQ"][0]) == pytest.approx(
+        0.2, abs=1e-3
+    )
 
 
 def test_a_vanished_object_gets_nothing_for_free():
     empty = means(saturation=0.0)
-    assert empty["VQ"] == pytest.approx(np.exp(-3), abs=1e-3) and empty["MQ"] == 0 and empty["TA"] == 0
+    assert (
+        empty["VQ"] == pytest.approx(np.exp(-3), abs=1e-3) and empty["MQ"] == 0 and empty["TA"] == 0
+    )
     noise = means(saturation=0.0, speckle=0.06)
     assert noise["VQ"] < 0.06 and noise["MQ"] < 0.02 and noise["TA"] < 0.06
 
@@ -131,7 +139,9 @@ def test_the_data_leaves_room_to_improve():
     rng = np.random.default_rng(0)
     attributes = np.stack([toy_world.sample_attributes(rng, "all", 4) for _ in range(12)])
     sample = jax.jit(jax.vmap(lambda key, a: toy_world.sample_video(key, a, 16, 3, (12, 24, 36))))
-    segments = sample(jax.random.split(jax.random.key(0), 12), attributes).reshape(48, FRAMES, SIZE, SIZE, 3)
+    segments = sample(jax.random.split(jax.random.key(0), 12), attributes).reshape(
+        48, FRAMES, SIZE, SIZE, 3
+    )
     scores = toy.score(segments, [describe(a) for a in attributes.reshape(48, 3)])
     assert 0.5 < np.mean([values.mean() for values in scores.values()]) < 0.8
 
@@ -139,11 +149,16 @@ def test_the_data_leaves_room_to_improve():
 # ---------------------------------------------------------------- prompts
 
 
-@pytest.mark.parametrize("word, offset", [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    "word, offset", [(0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (2, 1), (2, 2), (2, 3)]
+)
 def test_each_wrong_word_costs_a_third_of_alignment(word, offset):
     other = COMBINATIONS.copy()
     other[:, word] = (other[:, word] + offset) % (4, 3, 4)[word]
-    right, wrong = (toy.score(clips(), [describe(a) for a in attributes]) for attributes in (COMBINATIONS, other))
+    right, wrong = (
+        toy.score(clips(), [describe(a) for a in attributes])
+        for attributes in (COMBINATIONS, other)
+    )
     # Shapes of a few pixels resemble each other, the more so between pixel positions.
     np.testing.assert_allclose(right["TA"] - wrong["TA"], 1 / 3, atol=0.1 if word == 1 else 0.05)
     np.testing.assert_array_equal(right["VQ"], wrong["VQ"])

@@ -1,4 +1,6 @@
-"""Rollouts of a generator with random weights: what is shared, what is routed, and what nothing may change."""
+"""Rollouts of a generator with random weights: what is shared, what is routed, and what nothing may
+change.
+"""
 
 import dataclasses
 from functools import partial
@@ -9,77 +11,87 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import flow, kv_cache, rollout, routing, sharding
-from kvpo_jax.models.wan import Wan, WanConfig, init_variables, wan_config
-from kvpo_jax.types import PyTree, Rollout, TextKV
+from kvpo_jax import programs, rollout
+from kvpo_jax.algorithm import block, flow, keys, kv_cache, routing
+from kvpo_jax.errors import UsageError
+from kvpo_jax.models.wan import Wan, WanConfig, init_variables
+from kvpo_jax.run import Run
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.types import PromptBatch, PyTree, Rollout, TextKV
 
 PROMPTS, BRANCHES, STEPS = 2, 4, 4
 BLOCKS, FRAMES, SWITCHES = 12, 3, (12, 24)
 PIVOTS = (5, 8, 9)  # 24 is frame 3 * 8: no window of three blocks begins at block 6 or 7
 FIELDS = {
-    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
-    "model.text_dim": 4, "model.text_len": 3, "model.channels": 2, "lora.rank": 2, "lora.alpha": 2.0,
-    "video.height": 4, "video.width": 2, "video.blocks": BLOCKS, "video.switch_frames": SWITCHES,
+    **SMALLEST,
+    "video.blocks": BLOCKS,
+    "video.switch_frames": SWITCHES,
     "rollout.branches": BRANCHES,
-}  # fmt: skip
+}
 
 
 def make_config(spec: str = "configs/tiny.py", **fields) -> ml_collections.ConfigDict:
     """The config with FIELDS and `fields` (section__name=value) over it."""
-    fields = FIELDS | {name.replace("__", "."): value for name, value in fields.items()}
-    return config_lib.override(config_lib.load(spec), [f"--config.{name}={value}" for name, value in fields.items()])
+    return configure(spec, FIELDS | {name.replace("__", "."): v for name, v in fields.items()})
 
 
-def noise_key(seed: int, prompts: int = PROMPTS) -> rollout.NoiseKey:
-    return rollout.NoiseKey(jax.random.key(seed), jnp.arange(prompts))
+def noise_key(seed: int, prompts: int = PROMPTS) -> keys.NoiseKey:
+    return keys.NoiseKey(jax.random.key(seed), jnp.arange(prompts))
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """All that a rollout takes, but the draws and the pivot. Prompt 0 changes at every switch, prompt 1 never."""
+    """All that a rollout takes, but the draws and the pivot. Prompt 0 changes at every switch,
+    prompt 1 never.
+    """
 
-    config: ml_collections.ConfigDict
-    mesh: Mesh
-    stages: rollout.Stages
+    run: Run
     variables: PyTree
-    text: TextKV
-    changed: np.ndarray
-    key: rollout.NoiseKey
+    batch: PromptBatch
+    key: keys.NoiseKey
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        return self.run.config
+
+    @property
+    def text(self) -> TextKV:
+        return self.run.programs.encode_text(self.variables, self.batch.embeddings)
 
     def with_fields(self, **fields) -> "World":
-        """Other fields that only the host's loop over blocks reads: the compiled stages serve them as well."""
-        config = config_lib.override(
-            self.config, [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
-        )
-        return dataclasses.replace(self, config=config)
+        """Other fields that only the host's loop over blocks reads: the compiled programs serve
+        them as well.
+        """
+        arguments = [f"--config.{name.replace('__', '.')}={v}" for name, v in fields.items()]
+        config = config_lib.override(self.config, arguments)
+        return dataclasses.replace(self, run=dataclasses.replace(self.run, config=config))
 
     def generate(self, blocks: int = BLOCKS):
-        return rollout.generate(self.stages, self.config, self.variables, self.text, self.changed, self.key, blocks)
+        prompt_at = rollout.script(self.config, self.text, self.batch.changed)
+        return rollout.prefix(self.run, self.variables, prompt_at, self.key, blocks)
 
-    def roll(self, pivot: int, selected: jax.Array) -> Rollout:
-        return rollout.rollout(
-            self.stages, self.config, self.mesh, self.variables, self.text, self.changed, self.key, selected, pivot
-        )
+    def roll(self, pivot: int, routed_frames: jax.Array) -> Rollout:
+        return rollout.rollout(self.run, self.variables, self.batch, self.key, routed_frames, pivot)
 
     def draw(self, pivot: int, seed: int = 0) -> jax.Array:
-        return self.stages.draw(jax.random.key(seed), jnp.arange(PROMPTS), pivot * FRAMES)
+        return self.run.programs.draw(jax.random.key(seed), jnp.arange(PROMPTS), pivot * FRAMES)
 
 
 def make_world(config: ml_collections.ConfigDict) -> World:
-    mesh = sharding.make_mesh(1, 1, PROMPTS, BRANCHES)
-    stages = rollout.build(config, mesh)
-    # Every parameter random: the zeros and ones of the initialisation would hide what depends on them.
+    run = bare_run(config, sharding.make_mesh(1, 1, PROMPTS, BRANCHES))
+    # Every parameter random: the zeros and ones of the initialisation would hide what depends on
+    # them.
     like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: jnp.asarray(0.4 * rng.normal(size=x.shape), x.dtype), like)
     embeddings = rng.normal(size=(PROMPTS, len(SWITCHES) + 1, 3, 4)).astype(np.float32)
     embeddings[1] = embeddings[1, 0]
     changed = np.array([[False, True, True], [False, False, False]])
-    text = stages.encode_text(variables, embeddings)
-    return World(config, mesh, stages, variables, text, changed, noise_key(7))
+    return World(run, variables, batch_of(embeddings, changed), noise_key(7))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +106,9 @@ def rolled(world) -> Rollout:
 
 
 def identity(pivot: int, window: routing.Window) -> jax.Array:
-    """Draws that are what the deployment window of the first perturbed block has in the routed slots."""
+    """Draws that are what the deployment window of the first perturbed block has in the routed
+    slots.
+    """
     fork = pivot * FRAMES
     frames = jnp.arange(fork - window.past, fork - window.near, dtype=jnp.int32)
     return jnp.broadcast_to(frames, (PROMPTS, BRANCHES, window.routed))
@@ -126,18 +140,27 @@ def differs(a, b) -> bool:
 def test_identity_routing_is_the_anchor_bit_for_bit(world, pivot):
     """One perturbed block, through the switches after it, to the end of the video."""
     one_block = world.with_fields(rollout__window_blocks=1)
-    out = one_block.roll(pivot, identity(pivot, routing.window(world.config)))
+    out = one_block.roll(pivot, identity(pivot, routing.window(world.config.window)))
     np.testing.assert_array_equal(out.branches, against(out.branches, out.anchor))
     # Other draws are another video.
     assert differs(one_block.roll(pivot, world.draw(pivot)).branches, out.branches)
 
 
 def test_identity_routing_of_a_longer_window(world):
-    """The draws stay while the deployment window moves on: the first block is the anchor's, the second is not."""
-    out = world.roll(5, identity(5, routing.window(world.config)))
-    block = lambda b: slice(b * FRAMES, (b + 1) * FRAMES)
-    np.testing.assert_array_equal(out.branches[:, :, block(5)], against(out.branches, out.anchor)[:, :, block(5)])
-    assert differs(out.branches[:, :, block(6)], against(out.branches, out.anchor)[:, :, block(6)])
+    """The draws stay while the deployment window moves on: the first block is the anchor's, the
+    second is not.
+    """
+    out = world.roll(5, identity(5, routing.window(world.config.window)))
+
+    def of_block(b):
+        return slice(b * FRAMES, (b + 1) * FRAMES)
+
+    np.testing.assert_array_equal(
+        out.branches[:, :, of_block(5)], against(out.branches, out.anchor)[:, :, of_block(5)]
+    )
+    assert differs(
+        out.branches[:, :, of_block(6)], against(out.branches, out.anchor)[:, :, of_block(6)]
+    )
     # Equal draws, equal branches.
     np.testing.assert_array_equal(out.branches[:, 1:], out.branches[:, :-1])
 
@@ -145,7 +168,9 @@ def test_identity_routing_of_a_longer_window(world):
 def test_branches_share_the_prefix_bit_for_bit(world, rolled):
     prefix = np.concatenate(world.generate(5)[0], axis=1)
     np.testing.assert_array_equal(rolled.anchor[:, :15], prefix)
-    np.testing.assert_array_equal(rolled.branches[:, :, :15], against(rolled.branches, rolled.anchor)[:, :, :15])
+    np.testing.assert_array_equal(
+        rolled.branches[:, :, :15], against(rolled.branches, rolled.anchor)[:, :, :15]
+    )
 
 
 def test_branches_with_other_draws_differ(rolled):
@@ -163,25 +188,29 @@ def test_the_anchor_does_not_depend_on_the_draws(world, rolled):
 
 
 def test_the_draws_of_a_branch_concern_that_branch_only(world, rolled):
-    selected = world.draw(5).at[0, 2].set(world.draw(5, seed=1)[0, 2])
-    other = world.roll(5, selected)
+    routed_frames = world.draw(5).at[0, 2].set(world.draw(5, seed=1)[0, 2])
+    other = world.roll(5, routed_frames)
     changed = np.any(np.asarray(other.branches != rolled.branches), axis=(2, 3, 4, 5))
     np.testing.assert_array_equal(changed, [[False, False, True, False], [False] * 4])
 
 
 @pytest.mark.parametrize("pivot", PIVOTS)
 def test_the_anchor_is_what_the_generator_makes(world, pivot):
-    """The same video as without a rollout around it, with prompt switches before, at and after the fork."""
+    """The same video as without a rollout around it, with prompt switches before, at and after the
+    fork.
+    """
     video = np.concatenate(world.generate()[0], axis=1)
-    np.testing.assert_allclose(world.roll(pivot, world.draw(pivot)).anchor, video, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        world.roll(pivot, world.draw(pivot)).anchor, video, atol=1e-5, rtol=0
+    )
 
 
 def test_pages_hold_a_window_that_is_longer_than_what_is_replayed():
     """15 past frames beside a recache of 12 and three replayed blocks of 3."""
     world = make_world(make_config(window__past=15, video__switch_frames="(15,)"))
     video = np.concatenate(world.generate()[0], axis=1)
-    selected = world.draw(6)
-    np.testing.assert_allclose(world.roll(6, selected).anchor, video, atol=1e-5, rtol=0)
+    routed_frames = world.draw(6)
+    np.testing.assert_allclose(world.roll(6, routed_frames).anchor, video, atol=1e-5, rtol=0)
 
 
 def test_a_rollout_is_a_function_of_its_arguments(world, rolled):
@@ -197,11 +226,13 @@ def test_future_blocks_do_not_change_the_past(world):
 
 
 def test_future_noise_does_not_change_the_past(world):
-    """One block more with this noise and with that: other latents, and every key and value before it as it was."""
+    """One block more with this noise and with that: other latents, and every key and value before
+    it as it was.
+    """
 
     def one_more(key):
         _, history = world.generate(5)
-        return world.stages.shared_block(world.variables, world.text, 1, history, key, 15)
+        return world.run.programs.shared_block(world.variables, world.text, 1, history, key, 15)
 
     before = world.generate(5)[1]
     asked = jnp.broadcast_to(jnp.arange(15), (PROMPTS, 1, 15))
@@ -218,26 +249,40 @@ def test_future_noise_does_not_change_the_past(world):
 
 
 def read_velocity(world: World, x, level, rows, frame: int, history, page=None):
-    """Velocities and keys of blocks float[P, G, F, Y, X, C] from the network itself, under rows int32[P, G, A]."""
+    """Velocities and keys of blocks float[P, G, F, Y, X, C] from the network itself, under rows
+    int32[P, G, A].
+    """
     context = read(rows, history, page)
-    segment = rollout.segment_of(frame, world.config.video.switch_frames)
-    text = rollout.per_trajectory(jax.tree.map(lambda t: t[:, :, segment], world.text), x.shape[1])
+    segment = config_lib.segment_of(frame, world.config.video.switch_frames)
+    text = block.per_trajectory(jax.tree.map(lambda t: t[:, :, segment], world.text), x.shape[1])
     batch = context.frame.shape[0]
-    arguments = (x.reshape(batch, *x.shape[2:]), jnp.full(batch, level), text, context, jnp.full(batch, frame))
+    arguments = (
+        x.reshape(batch, *x.shape[2:]),
+        jnp.full(batch, level),
+        text,
+        context,
+        jnp.full(batch, frame),
+    )
     velocity, kv = network(wan_config(world.config), world.variables, *arguments)
     return velocity.reshape(x.shape), kv
 
 
 def test_only_the_first_steps_are_routed(world, rolled):
-    window, replay = routing.window(world.config), rolled.replay
+    window, replay = routing.window(world.config.window), rolled.replay
     sigma = world.config.sampler.steps
     # All start from one noise and part at the first step.
     np.testing.assert_array_equal(replay.z[:, 1:, 0, 0], replay.z[:, :-1, 0, 0])
-    assert all(differs(replay.z[:, g, 0, 1], replay.z[:, h, 0, 1]) for g in range(BRANCHES) for h in range(g))
-    routed = routing.routed_rows(window, world.draw(5), 15)
-    default = jnp.broadcast_to(routing.deployment_row(window, 15), routed.shape)
+    assert all(
+        differs(replay.z[:, g, 0, 1], replay.z[:, h, 0, 1])
+        for g in range(BRANCHES)
+        for h in range(g)
+    )
+    routed = routing.routed_context(window, world.draw(5), 15)
+    default = jnp.broadcast_to(routing.deployment_frames(window, 15), routed.shape)
     for step in range(STEPS):
-        own, other = (routed, default) if step < world.config.rollout.perturbed_steps else (default, routed)
+        own, other = (
+            (routed, default) if step < world.config.rollout.perturbed_steps else (default, routed)
+        )
         z, u = replay.z[:, :, 0, step], replay.u[:, :, 0, step]
         velocity, _ = read_velocity(world, z, sigma[step], own, 15, replay.history)
         np.testing.assert_allclose(velocity, u, atol=1e-5, rtol=0)
@@ -246,26 +291,35 @@ def test_only_the_first_steps_are_routed(world, rolled):
 
 
 def test_after_the_window_branches_read_their_own_frames_under_the_default_window(world):
-    """The block after a window of one, from the keys of the branch's own clean latents, written unrouted."""
+    """The block after a window of one, from the keys of the branch's own clean latents, written
+    unrouted.
+    """
     out = world.with_fields(rollout__window_blocks=1, replay__blocks=2).roll(5, world.draw(5))
-    window, replay = routing.window(world.config), out.replay
+    window, replay = routing.window(world.config.window), out.replay
     assert replay.z.shape[:4] == (PROMPTS, BRANCHES, 2, STEPS)
-    rows = lambda frame: jnp.broadcast_to(routing.deployment_row(window, frame), (PROMPTS, BRANCHES, window.slots))
+
+    def rows(frame):
+        return jnp.broadcast_to(
+            routing.deployment_frames(window, frame), (PROMPTS, BRANCHES, window.slots)
+        )
+
     _, kv = read_velocity(world, out.branches[:, :, 15:18], 0.0, rows(15), 15, replay.history)
     blank = replay.page.replace(frame=jnp.full_like(replay.page.frame, -1))
     page = kv_cache.append(kv_cache.repeat(blank, BRANCHES), kv, 15)
     for step, sigma in enumerate(world.config.sampler.steps):
-        velocity, _ = read_velocity(world, replay.z[:, :, 1, step], sigma, rows(18), 18, replay.history, page)
+        velocity, _ = read_velocity(
+            world, replay.z[:, :, 1, step], sigma, rows(18), 18, replay.history, page
+        )
         np.testing.assert_allclose(velocity, replay.u[:, :, 1, step], atol=1e-5, rtol=0)
 
 
 def test_draws_differ_by_prompt_and_branch(world):
-    selected = np.asarray(world.draw(9))
-    assert selected.shape == (PROMPTS, BRANCHES, 6)
-    assert len({tuple(draw) for draw in selected.reshape(-1, 6)}) == PROMPTS * BRANCHES
+    routed_frames = np.asarray(world.draw(9))
+    assert routed_frames.shape == (PROMPTS, BRANCHES, 6)
+    assert len({tuple(draw) for draw in routed_frames.reshape(-1, 6)}) == PROMPTS * BRANCHES
     # A prompt's draws are of its number, not of its place in the batch.
-    swapped = world.stages.draw(jax.random.key(0), jnp.array([1, 0]), 27)
-    np.testing.assert_array_equal(swapped, selected[::-1])
+    swapped = world.run.programs.draw(jax.random.key(0), jnp.array([1, 0]), 27)
+    np.testing.assert_array_equal(swapped, routed_frames[::-1])
 
 
 # ---------------------------------------------------------------- what is recorded
@@ -278,44 +332,64 @@ def test_what_is_left_for_the_replay(world, rolled):
     assert replay.z.shape == replay.u.shape == (PROMPTS, BRANCHES, 3, STEPS, FRAMES, 4, 2, 2)
     np.testing.assert_array_equal(replay.start_frame, [15, 18, 21])
     np.testing.assert_array_equal(replay.segment, [1, 1, 1])
-    np.testing.assert_array_equal(replay.rows[1], [0, 1, 2, *range(9, 18)])
+    np.testing.assert_array_equal(replay.frames[1], [0, 1, 2, *range(9, 18)])
     # The history as at the fork, and what the anchor wrote before the last block of the window.
-    np.testing.assert_array_equal(np.sort(replay.history.frame, axis=1), [[-1] * 21 + list(range(15))] * PROMPTS)
-    np.testing.assert_array_equal(np.sort(replay.page.frame, axis=1), [[-1] * 9 + list(range(15, 21))] * PROMPTS)
+    np.testing.assert_array_equal(
+        np.sort(replay.history.frame, axis=1), [[-1] * 21 + list(range(15))] * PROMPTS
+    )
+    np.testing.assert_array_equal(
+        np.sort(replay.page.frame, axis=1), [[-1] * 9 + list(range(15, 21))] * PROMPTS
+    )
 
 
 def test_states_follow_the_solver_and_end_in_the_video(world, rolled):
     z, u = rolled.replay.z, rolled.replay.u
     clean = rolled.branches[:, :, 15:24].reshape(PROMPTS, BRANCHES, 3, 1, FRAMES, 4, 2, 2)
     drop = np.diff([*world.config.sampler.steps, 0.0]).reshape(STEPS, 1, 1, 1, 1).astype(np.float32)
-    np.testing.assert_allclose(z + drop * u, np.concatenate([z[:, :, :, 1:], clean], axis=3), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(
+        z + drop * u, np.concatenate([z[:, :, :, 1:], clean], axis=3), atol=1e-6, rtol=0
+    )
 
 
 def test_noise_is_of_seed_prompt_and_frame(world, rolled):
     shape = (STEPS + 1, FRAMES, 4, 2, 2)
-    noise = rollout.block_noise(world.key, 18, shape)
-    np.testing.assert_array_equal(rolled.replay.z[:, :, 1, 0], against(rolled.replay.z[:, :, 1, 0], noise[:, 0]))
+    noise = keys.block_noise(world.key, 18, shape)
+    np.testing.assert_array_equal(
+        rolled.replay.z[:, :, 1, 0], against(rolled.replay.z[:, :, 1, 0], noise[:, 0])
+    )
     np.testing.assert_array_equal(rolled.replay.noise[:, 1], noise[:, -1])
-    np.testing.assert_array_equal(rollout.block_noise(noise_key(7, 1), 18, shape)[0], noise[0])
+    np.testing.assert_array_equal(keys.block_noise(noise_key(7, 1), 18, shape)[0], noise[0])
     # Another prompt, frame and seed.
     for other in (
         noise[1],
-        *(rollout.block_noise(*of, shape)[0] for of in ((world.key, 21), (noise_key(8), 18))),
+        *(keys.block_noise(*of, shape)[0] for of in ((world.key, 21), (noise_key(8), 18))),
     ):
         assert abs(np.corrcoef(np.ravel(noise[0]), np.ravel(other))[0, 1]) < 0.2
 
 
 def test_streams_do_not_meet():
-    keys = [rollout.stream(s, name, step) for s in (0, 1) for name in rollout.STREAMS for step in range(3)]
-    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in keys}) == 2 * len(rollout.STREAMS) * 3
-    assert rollout.stream(0, "noise", 2) == rollout.stream(0, "noise", 2)
+    drawn = [
+        keys.draw_key(seed, name, step)
+        for seed in (0, 1)
+        for name in keys.STREAMS
+        for step in range(3)
+    ]
+    assert len({tuple(np.asarray(jax.random.key_data(key))) for key in drawn}) == len(drawn) == 36
+    assert keys.draw_key(0, "noise", 2) == keys.draw_key(0, "noise", 2)
 
 
 # ---------------------------------------------------------------- prompt switches
 
 
 def test_segment_of_by_hand():
-    assert [rollout.segment_of(frame, (12, 24)) for frame in (0, 11, 12, 23, 24, 35)] == [0, 0, 1, 1, 2, 2]
+    assert [config_lib.segment_of(frame, (12, 24)) for frame in (0, 11, 12, 23, 24, 35)] == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+    ]
 
 
 def test_a_switch_concerns_the_prompts_that_change(world):
@@ -329,10 +403,11 @@ def test_a_switch_concerns_the_prompts_that_change(world):
 
 @pytest.mark.parametrize("blocks, sink", [(4, False), (8, True)])
 def test_recache_at_a_switch(world, blocks, sink):
-    """Keys and values of the last 12 frames under the new prompt; of the prompt that does not change, as they were.
+    """Keys and values of the last 12 frames under the new prompt; of the prompt that does not
+    change, as they were.
 
-    At frame 12 the sink lies within the recached frames and is made anew, and all of them are keys. Later they read
-    the old sink, and of themselves the last nine.
+    At frame 12 the sink lies within the recached frames and is made anew, and all of them are keys.
+    Later they read the old sink, and of themselves the last nine.
     """
     stop, segment = blocks * FRAMES, blocks // 4
     frames = np.arange(stop - 12, stop)
@@ -345,15 +420,17 @@ def test_recache_at_a_switch(world, blocks, sink):
     clean = jnp.concatenate(latents[-4:], axis=1)
     row = jnp.array([[0, 1, 2]] if sink else [[-1, -1, -1]])
     context = read(jnp.broadcast_to(row, (PROMPTS, 1, 3)), old)
-    keys = jnp.arange(12) >= (3 if sink else 0)
+    own_keys = jnp.arange(12) >= (3 if sink else 0)
     text = jax.tree.map(lambda t: t[:, :, segment], world.text)
     arguments = (clean, jnp.zeros(PROMPTS), text, context, jnp.full(PROMPTS, stop - 12))
-    _, expected = network(wan_config(world.config), world.variables, *arguments, own_keys=keys)
+    _, expected = network(wan_config(world.config), world.variables, *arguments, own_keys=own_keys)
     asked = jnp.broadcast_to(jnp.arange(stop), (PROMPTS, 1, stop))
     ours, kept = read(asked, new), read(asked, old)
     np.testing.assert_array_equal(ours.frame, kept.frame)
     for name in ("k", "v"):
-        ours_, kept_, expected_ = (np.asarray(getattr(tree, name)) for tree in (ours, kept, expected))
+        ours_, kept_, expected_ = (
+            np.asarray(getattr(tree, name)) for tree in (ours, kept, expected)
+        )
         np.testing.assert_array_equal(ours_[:, 1], kept_[:, 1])
         np.testing.assert_array_equal(ours_[:, 0, : stop - 12], kept_[:, 0, : stop - 12])
         np.testing.assert_allclose(ours_[:, 0, frames], expected_[:, 0], atol=1e-5, rtol=0)
@@ -362,8 +439,10 @@ def test_recache_at_a_switch(world, blocks, sink):
 
 def test_the_branches_switch_as_well(world, rolled):
     """A new prompt at frame 24 changes every branch of its prompt from there on, and no other."""
-    same = jax.tree.map(lambda x: x.at[:, 0, 2].set(x[:, 0, 1]), world.text)
-    other = dataclasses.replace(world, text=same).roll(5, world.draw(5))
+    embeddings = world.batch.embeddings.copy()
+    embeddings[0, 2] = embeddings[0, 1]
+    batch = world.batch.replace(embeddings=embeddings)
+    other = dataclasses.replace(world, batch=batch).roll(5, world.draw(5))
     np.testing.assert_array_equal(other.branches[:, :, :24], rolled.branches[:, :, :24])
     np.testing.assert_array_equal(other.branches[1], rolled.branches[1])
     for g in range(BRANCHES):
@@ -371,12 +450,14 @@ def test_the_branches_switch_as_well(world, rolled):
 
 
 def test_a_prompt_that_does_not_change_keeps_its_cache(world):
-    """`changed` alone decides: with the text of another prompt, but not marked as changed, nothing is made anew."""
+    """`changed` alone decides: with the text of another prompt, but not marked as changed, nothing
+    is made anew.
+    """
     blocks, history = world.generate(4)
     before, latents = jax.tree.map(np.array, history), jnp.concatenate(blocks, axis=1)
-    after = world.stages.shared_recache(
+    after = world.run.programs.shared_recache(
         world.variables, world.text, 2, np.array([False, True]), history, latents, 0
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(after.frame, before.frame)
     for ours, theirs in ((after.k, before.k), (after.v, before.v)):
         np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])
@@ -388,37 +469,49 @@ def test_a_prompt_that_does_not_change_keeps_its_cache(world):
 
 def test_nothing_compiles_twice(world):
     """Over all pivots, window lengths and draws."""
-    for pivot in routing.eligible_pivots(routing.window(world.config), BLOCKS, FRAMES, 1, SWITCHES):
+    for pivot in routing.eligible_pivots(
+        routing.window(world.config.window), BLOCKS, FRAMES, 1, SWITCHES
+    ):
         for window_blocks in (1, 3):
             if pivot + window_blocks <= BLOCKS:
-                world.with_fields(rollout__window_blocks=window_blocks).roll(pivot, world.draw(pivot, seed=pivot))
-    assert world.stages.compilations() == {field.name: 1 for field in dataclasses.fields(rollout.Stages)}
+                world.with_fields(rollout__window_blocks=window_blocks).roll(
+                    pivot, world.draw(pivot, seed=pivot)
+                )
+    replayed = ("energies", "gradient", "accumulate", "apply", "ratio_check", "pixel_std")
+    expected = {f.name: int(f.name not in replayed) for f in dataclasses.fields(programs.Programs)}
+    assert world.run.programs.compilations() == expected
 
 
 # ---------------------------------------------------------------- the release
 
 
 def test_the_release_preset(world):
-    """Renoise, routing in every pass, the cache-writing one included, dispersed draws, four recorded blocks."""
+    """Renoise, routing in every pass, the cache-writing one included, dispersed draws, four
+    recorded blocks.
+    """
     release = make_world(make_config("configs/tiny.py:release", video__switch_frames=()))
-    window = routing.window(release.config)
-    pivots = routing.eligible_pivots(window, BLOCKS, FRAMES, rollout.recorded_blocks(release.config), ())
+    window = routing.window(release.config.window)
+    pivots = routing.eligible_pivots(
+        window, BLOCKS, FRAMES, config_lib.recorded_blocks(release.config), ()
+    )
     assert pivots == [5, 6, 7, 8]
-    selected = release.draw(8)
-    assert selected.shape == (PROMPTS, BRANCHES, 5)
-    out = release.roll(8, selected)
+    routed_frames = release.draw(8)
+    assert routed_frames.shape == (PROMPTS, BRANCHES, 5)
+    out = release.roll(8, routed_frames)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(out))
     assert out.replay.z.shape == (PROMPTS, BRANCHES, 4, STEPS, FRAMES, 4, 2, 2)
-    np.testing.assert_array_equal(out.replay.rows[0], [0, 1, 2, *range(18, 24)])
+    np.testing.assert_array_equal(out.replay.frames[0], [0, 1, 2, *range(18, 24)])
     video = np.concatenate(release.generate()[0], axis=1)
     np.testing.assert_allclose(out.anchor, video, atol=1e-5, rtol=0)
-    np.testing.assert_array_equal(out.branches[:, :, :24], against(out.branches, out.anchor)[:, :, :24])
+    np.testing.assert_array_equal(
+        out.branches[:, :, :24], against(out.branches, out.anchor)[:, :, :24]
+    )
     assert all(differs(out.branches[:, g, 24:27], out.anchor[:, 24:27]) for g in range(BRANCHES))
 
     # All steps are routed, and each adds the noise that the branches share.
-    schedule = flow.schedule(release.config.sampler.steps, 5.0, "renoise", 0.001)
-    rows = routing.routed_rows(window, selected, 24)
-    noise = rollout.block_noise(release.key, 24, (STEPS + 1, FRAMES, 4, 2, 2))
+    schedule = flow.schedule(release.config.sampler)
+    rows = routing.routed_context(window, routed_frames, 24)
+    noise = keys.block_noise(release.key, 24, (STEPS + 1, FRAMES, 4, 2, 2))
     for step in range(STEPS):
         z, u = out.replay.z[:, :, 0, step], out.replay.u[:, :, 0, step]
         velocity, _ = read_velocity(release, z, schedule.sigma[step], rows, 24, out.replay.history)
@@ -431,11 +524,12 @@ def test_the_release_preset(world):
         else:
             np.testing.assert_allclose(clean, out.branches[:, :, 24:27], atol=2e-6, rtol=0)
 
-    # The keys of the noised latent, told that it is clean, written while it is routed: the next block reads them.
+    # The keys of the noised latent, told that it is clean, written while it is routed: the next
+    # block reads them.
     _, kv = read_velocity(release, mixed, 0.0, rows, 24, out.replay.history)
     blank = out.replay.page.replace(frame=jnp.full_like(out.replay.page.frame, -1))
     page = kv_cache.append(kv_cache.repeat(blank, BRANCHES), kv, 24)
-    rows = routing.routed_rows(window, selected, 27)
+    rows = routing.routed_context(window, routed_frames, 27)
     velocity, _ = read_velocity(
         release, out.replay.z[:, :, 1, 0], schedule.sigma[0], rows, 27, out.replay.history, page
     )
@@ -451,19 +545,22 @@ def test_the_release_preset(world):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"window": {"recache_frames": 10}}, "window.recache_frames=10 is no multiple of 3"),
-        ({"video": {"switch_frames": (13,)}}, "video.switch_frames has 13"),
-        ({"video": {"switch_frames": (9,)}}, "video.switch_frames has 9.*from window.recache_frames=12 on"),
-        ({"video": {"switch_frames": (12, 36)}}, "video.switch_frames has 36.*inside the video"),
-        ({"rollout": {"draw": "shifted"}}, "rollout.draw is 'shifted'.*independent, dispersed"),
-        ({"sampler": {"solver": "heun"}}, "sampler.solver is 'heun'"),
+        ({"window": {"recache_frames": 10}}, "window.recache_frames=10 is not a multiple of 3"),
+        ({"video": {"switch_frames": (13,)}}, r"video.switch_frames=\(13,\)"),
+        (
+            {"video": {"switch_frames": (9,)}},
+            r"video.switch_frames=\(9,\).*window.recache_frames=12",
+        ),
+        ({"video": {"switch_frames": (12, 36)}}, r"\(12, 36\): expected .* between 0 and 36"),
+        ({"rollout": {"draw": "shifted"}}, "rollout.draw='shifted' is .*independent, dispersed"),
+        ({"sampler": {"solver": "heun"}}, "sampler.solver='heun' is not one of euler, renoise"),
         ({"window": {"near": 9}}, "config.window: near=9"),
     ],
 )
-def test_a_layout_that_cannot_be_rolled_out_is_an_error_that_names_the_field(world, fields, message):
+def test_a_layout_that_cannot_be_rolled_out_is_an_error_that_names_the_field(fields, message):
     config = make_config()
     with config.unlocked():
         for section, values in fields.items():
             config[section].update(values)
-    with pytest.raises(ValueError, match=message):
-        rollout.build(config, world.mesh)
+    with pytest.raises(UsageError, match=message):
+        config_lib.check(config)

@@ -1,4 +1,6 @@
-"""One device and eight: the mesh, the order of trajectories, and rollouts and energies that do not depend on either."""
+"""One device and eight: the mesh, the order of trajectories, and rollouts and energies that do not
+depend on either.
+"""
 
 import dataclasses
 from functools import partial
@@ -7,32 +9,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import rollout, sharding, train
-from kvpo_jax.models.wan import init_variables, wan_config
+from kvpo_jax import rollout
+from kvpo_jax.algorithm import keys
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import ReplayTuples, Rollout
 
 PROMPTS, BRANCHES, FRAMES = 4, 8, 3
 PIVOT = 5
 FIELDS = {
-    "model.dim": 16, "model.ffn_dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.freq_dim": 16,
-    "model.text_dim": 4, "model.text_len": 3, "model.channels": 2, "lora.rank": 2, "lora.alpha": 2.0,
-    "video.height": 4, "video.width": 2, "video.blocks": 7, "video.switch_frames": (12, 18),
-    "rollout.branches": BRANCHES, "rollout.window_blocks": 1,
-}  # fmt: skip
+    **SMALLEST,
+    "video.blocks": 7,
+    "video.switch_frames": (12, 18),
+    "rollout.branches": BRANCHES,
+    "rollout.window_blocks": 1,
+}
+# Programs that a rollout and a replay use.
+USED = (
+    "encode_text",
+    "blank",
+    "draw",
+    "shared_block",
+    "shared_recache",
+    "fork",
+    "branch_block",
+    "branch_recache",
+    "energies",
+)
 MESHES = ((2, 4, 0), (4, 2, 4), (1, 8, 0))  # data, branch, branches at a time (0: all)
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one mesh made of the same seed and weights; the arrays are NumPy's, for any mesh to read.
+    """What one mesh made of the same seed and weights; the arrays are NumPy's, for any mesh to
+    read.
 
     Attributes:
       rollout: from pivot 5; the prompts switch before the fork and after it.
       identity: the same with the draws that are the deployment window.
       energies: float[P, G] of another policy, on the tuples of the run on one device.
-      compilations: of each stage.
+      compilations: of each program in USED.
     """
 
     rollout: Rollout
@@ -42,33 +61,39 @@ class Run:
 
 
 def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) -> Run:
-    fields = {**FIELDS, "rollout.branch_chunk": chunk}
-    config = config_lib.override(
-        config_lib.load("configs/tiny.py"), [f"--config.{name}={value}" for name, value in fields.items()]
-    )
+    config = configure("configs/tiny.py", {**FIELDS, "rollout.branch_chunk": chunk})
     mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
-    stages = rollout.build(config, mesh)
-    # Every parameter random: the zeros and ones of the initialisation would hide what depends on them.
+    equipment = bare_run(config, mesh)
+    # Every parameter random: the zeros and ones of the initialisation would hide what depends on
+    # them.
     like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
     rng = np.random.default_rng(0)
-    normal = lambda x: (0.25 * rng.normal(size=x.shape)).astype(x.dtype)
+
+    def normal(x):
+        return (0.25 * rng.normal(size=x.shape)).astype(x.dtype)
+
     variables, other = jax.tree.map(normal, like), jax.tree.map(normal, like["lora"])
     variables = sharding.place(variables, mesh)
     embeddings = rng.normal(size=(PROMPTS, 3, 3, 4)).astype(np.float32)
-    text = stages.encode_text(variables, sharding.place(embeddings, mesh, sharding.PROMPTS))
-    changed = np.array([[False, True, True], [False, True, False], [False, False, True], [False, False, False]])
+    changed = np.array(
+        [[False, True, True], [False, True, False], [False, False, True], [False, False, False]]
+    )
+    batch = batch_of(sharding.place(embeddings, mesh, sharding.PROMPTS), changed)
 
-    def roll(selected):
-        noise = rollout.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
-        out = rollout.rollout(stages, config, mesh, variables, text, changed, noise, selected, PIVOT)
+    def roll(routed_frames):
+        noise = keys.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
+        out = rollout.rollout(equipment, variables, batch, noise, routed_frames, PIVOT)
         return jax.tree.map(np.asarray, out)
 
-    selected = stages.draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)
-    perturbed, identity = roll(selected), roll(selected.at[:].set(jnp.arange(6, 12)))
-    energies = jax.jit(train.make_energies(config, mesh))(
-        variables["params"], other, embeddings, jax.tree.map(np.asarray, text), tuples or perturbed.replay
+    draw = equipment.programs.draw
+    routed_frames = draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)
+    perturbed = roll(routed_frames)
+    identity = roll(routed_frames.at[:].set(jnp.arange(6, 12)))
+    energies = equipment.programs.energies(
+        variables["params"], other, embeddings, perturbed.text, tuples or perturbed.replay
     )
-    return Run(perturbed, identity, np.asarray(energies), stages.compilations())
+    compilations = {n: c for n, c in equipment.programs.compilations().items() if n in USED}
+    return Run(perturbed, identity, np.asarray(energies), compilations)
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +111,20 @@ def eight_devices(request, one_device) -> Run:
 
 def test_rollouts_do_not_depend_on_the_mesh(one_device, eight_devices):
     for (path, ours), theirs in zip(
-        jax.tree.leaves_with_path(eight_devices.rollout), jax.tree.leaves(one_device.rollout), strict=True
+        jax.tree.leaves_with_path(eight_devices.rollout),
+        jax.tree.leaves(one_device.rollout),
+        strict=True,
     ):
         name = jax.tree_util.keystr(path)
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
         np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0, err_msg=name)
     # Were all branches the same, their order would not show.
     branches = one_device.rollout.branches
-    assert all(np.abs(branches[:, g] - branches[:, h]).max() > 1e-3 for g in range(BRANCHES) for h in range(g))
+    assert all(
+        np.abs(branches[:, g] - branches[:, h]).max() > 1e-3
+        for g in range(BRANCHES)
+        for h in range(g)
+    )
 
 
 def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
@@ -103,13 +134,17 @@ def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
 
 
 def test_every_shard_carries_the_same_anchor(eight_devices):
-    """Branches that are not perturbed are the anchor bit for bit, also those that another device holds."""
+    """Branches that are not perturbed are the anchor bit for bit, also those that another device
+    holds.
+    """
     out = eight_devices.identity
-    np.testing.assert_array_equal(out.branches, np.broadcast_to(out.anchor[:, None], out.branches.shape))
+    np.testing.assert_array_equal(
+        out.branches, np.broadcast_to(out.anchor[:, None], out.branches.shape)
+    )
 
 
 def test_nothing_compiles_twice_on_a_mesh(eight_devices):
-    assert set(eight_devices.compilations.values()) == {1}, eight_devices.compilations
+    assert eight_devices.compilations == dict.fromkeys(USED, 1)
 
 
 # ---------------------------------------------------------------- the mesh
@@ -141,7 +176,9 @@ def test_make_mesh(data, branch, prompts, branches, expected):
 def test_what_a_mesh_is_for_is_said():
     said = [sharding.describe(sharding.make_mesh(0, 0, p, g), p, g) for p, g in ((4, 8), (5, 7))]
     assert said[0] == "8 devices: 4 prompts over 4, 8 branches over 2"
-    assert said[1].startswith("7 devices: 5 prompts over 1, 7 branches over 7; 1 idle, for no larger sizes")
+    assert said[1].startswith(
+        "7 devices: 5 prompts over 1, 7 branches over 7; 1 idle, for no larger sizes"
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +212,9 @@ def test_every_shard_begins_with_an_anchor(branch, order):
     mesh = sharding.make_mesh(1, branch, PROMPTS, BRANCHES)
     np.testing.assert_array_equal(sharding.trajectories(mesh, BRANCHES), order)
     x = jnp.broadcast_to(jnp.asarray(order), (2, len(order)))[..., None] + jnp.array([0.0, 0.5])
-    np.testing.assert_array_equal(sharding.branches_of(x, mesh, BRANCHES)[1], np.arange(8)[:, None] + [0.0, 0.5])
+    np.testing.assert_array_equal(
+        sharding.branches_of(x, mesh, BRANCHES)[1], np.arange(8)[:, None] + [0.0, 0.5]
+    )
 
 
 def test_placed_and_constrained_arrays_lie_where_they_should():
@@ -185,6 +224,12 @@ def test_placed_and_constrained_arrays_lie_where_they_should():
         sharding.place(tree, mesh, sharding.TRAJECTORIES),
         jax.jit(lambda t: sharding.constrain(t, mesh, sharding.TRAJECTORIES))(tree),
     ):
-        assert {name: x.addressable_shards[0].data.shape for name, x in placed.items()} == {"a": (1, 4), "b": (1, 1, 3)}
+        assert {name: x.addressable_shards[0].data.shape for name, x in placed.items()} == {
+            "a": (1, 4),
+            "b": (1, 1, 3),
+        }
     everywhere = sharding.place(tree, mesh)
-    assert all(x.sharding.is_fully_replicated and len(x.addressable_shards) == 8 for x in everywhere.values())
+    assert all(
+        x.sharding.is_fully_replicated and len(x.addressable_shards) == 8
+        for x in everywhere.values()
+    )

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from kvpo_jax.data import toy_world
-from kvpo_jax.data.toy_world import COLOURS, COMBINATIONS, DIRECTIONS, SHAPES, SIZE, SPLITS, VOCABULARY, Look
+from kvpo_jax.data.toy_world import (
+    COLOURS,
+    COMBINATIONS,
+    DIRECTIONS,
+    SHAPES,
+    SIZE,
+    SPLITS,
+    VOCABULARY,
+    Look,
+)
 
 SWITCHES = (12, 24, 36)
 RED_DISK_RIGHT, BLUE_SQUARE_DOWN = (0, 0, 0), (2, 1, 3)
@@ -44,7 +53,9 @@ def test_a_malformed_prompt_is_an_error_that_quotes_it(prompt, message):
 def test_embedding_is_one_token_per_word():
     prompts = [toy_world.describe(a) for a in COMBINATIONS]
     tokens = toy_world.embed(prompts)
-    assert tokens.shape == (48, toy_world.TEXT_LEN, toy_world.TEXT_DIM) and tokens.dtype == np.float32
+    assert (
+        tokens.shape == (48, toy_world.TEXT_LEN, toy_world.TEXT_DIM) and tokens.dtype == np.float32
+    )
     np.testing.assert_array_equal(tokens.sum(axis=-1), np.tile([1, 1, 1, 1, 1, 1, 0, 0], (48, 1)))
     for prompt, row in zip(prompts, tokens, strict=True):
         words = [VOCABULARY[i] for i in row[:6].argmax(axis=-1)]
@@ -100,8 +111,12 @@ def test_the_middle_has_the_colour_and_the_corner_the_background():
 
 def test_shapes_differ_where_they_should():
     center = jnp.array([4.0, 4.0])
-    disk, square, cross = (toy_world.render(center, jnp.array(0), jnp.array(s))[..., 0] - 0.5 for s in range(3))
-    assert square[2, 2] > 0.24 and disk[2, 2] < 1e-5 and cross[2, 2] < 1e-5  # two pixels off the middle, diagonally
+    disk, square, cross = (
+        toy_world.render(center, jnp.array(0), jnp.array(s))[..., 0] - 0.5 for s in range(3)
+    )
+    assert (
+        square[2, 2] > 0.24 and disk[2, 2] < 1e-5 and cross[2, 2] < 1e-5
+    )  # two pixels off the middle, diagonally
     assert square[3, 3] > 0.49 and disk[3, 3] > 0.49 and cross[3, 3] < 0.11  # one pixel
     assert cross[4, 6] > 0.49 and square[4, 6] < 0.26  # the arm of the cross is the longest
 
@@ -109,18 +124,25 @@ def test_shapes_differ_where_they_should():
 @pytest.mark.parametrize("shape", range(3))
 def test_render_is_equivariant_to_translation_on_the_torus(shape):
     look = Look(*(jnp.float32(x) for x in (0.7, 0.8, 0.0, 0.0)))
-    draw = lambda y, x: toy_world.render(jnp.array([y, x]), jnp.array(1), jnp.array(shape), look)
+
+    def draw(y, x):
+        return toy_world.render(jnp.array([y, x]), jnp.array(1), jnp.array(shape), look)
+
     pixels = draw(2.3, 4.6)
     for dy, dx in [(1, 0), (0, 1), (9, 10), (-4, -5)]:
         np.testing.assert_allclose(
-            draw((2.3 + dy) % SIZE, (4.6 + dx) % SIZE), jnp.roll(pixels, (dy, dx), (0, 1)), atol=1e-5
+            draw((2.3 + dy) % SIZE, (4.6 + dx) % SIZE),
+            jnp.roll(pixels, (dy, dx), (0, 1)),
+            atol=1e-5,
         )
 
 
 def test_looks_fade_and_blur():
-    at = lambda **look: toy_world.render(
-        jnp.array([6.0, 6.0]), jnp.array(0), jnp.array(1), toy_world.CLEAN.replace(**look)
-    )
+    def at(**look):
+        return toy_world.render(
+            jnp.array([6.0, 6.0]), jnp.array(0), jnp.array(1), toy_world.CLEAN.replace(**look)
+        )
+
     clean = at() - toy_world.BACKGROUND
     np.testing.assert_allclose(at(saturation=0.25) - toy_world.BACKGROUND, 0.25 * clean, atol=1e-6)
     blurred = at(blur=jnp.float32(1.0)) - toy_world.BACKGROUND
@@ -137,9 +159,12 @@ sample_looks = jax.jit(jax.vmap(lambda key: toy_world.sample_looks(key, 16)))
 def test_a_block_takes_over_a_look_of_its_recent_past():
     looks = sample_looks(jax.random.split(jax.random.key(0), 400))
     looks = np.stack(jax.tree.leaves(looks), axis=-1)  # [videos, blocks, 4]
-    recent = np.array([[(v[max(0, b - 6) : b] == v[b]).all(axis=1).any() for b in range(16)] for v in looks])
+    recent = np.array(
+        [[(v[max(0, b - 6) : b] == v[b]).all(axis=1).any() for b in range(16)] for v in looks]
+    )
     clean = (looks == (1.0, 0.0, 0.0, 0.0)).all(axis=-1)
-    # Looks that are not clean are unique, so what equals a recent one was taken over. 0.85 +- 4 standard errors.
+    # Looks that are not clean are unique, so what equals a recent one was taken over. 0.85 +- 4
+    # standard errors.
     assert not recent[:, 0].any()
     assert recent[:, 1:][~clean[:, 1:]].mean() == pytest.approx(0.85, abs=0.03)
     assert clean[:, 0].mean() == pytest.approx(0.4, abs=0.1)
@@ -184,11 +209,15 @@ def test_prompts_switch_at_their_frames_and_the_past_does_not_change():
 def test_the_position_does_not_jump_at_a_switch():
     directions = [RED_DISK_RIGHT, (0, 0, 3), (0, 0, 1), (0, 0, 2)]  # right, down, left, up
     steps = np.repeat([(0, 1), (1, 0), (0, -1), (-1, 0)], 12, axis=0)
-    # In a video of one clean look every frame is the one before, moved by a pixel; some of 50 videos are such.
+    # In a video of one clean look every frame is the one before, moved by a pixel; some of 50
+    # videos are such.
     errors = []
     for seed in range(50):
         pixels = np.asarray(video(seed, directions))
-        moved = [np.roll(previous, step, (0, 1)) for previous, step in zip(pixels[:-1], steps[1:], strict=True)]
+        moved = [
+            np.roll(previous, step, (0, 1))
+            for previous, step in zip(pixels[:-1], steps[1:], strict=True)
+        ]
         errors.append(np.abs(pixels[1:] - moved).max())
     assert min(errors) < 1e-4
 
@@ -208,11 +237,15 @@ def test_latent_channels_are_a_pixel_square():
     pixels = jnp.arange(SIZE * SIZE * 3, dtype=jnp.float32).reshape(SIZE, SIZE, 3) / 1000
     latent = toy_world.encode(pixels)[2, 3]  # the square of rows 4-5 and columns 6-7
     expected = jnp.concatenate([pixels[4, 6], pixels[4, 7], pixels[5, 6], pixels[5, 7]])
-    np.testing.assert_allclose(latent * toy_world.LATENT_SCALE + toy_world.BACKGROUND, expected, atol=1e-6)
+    np.testing.assert_allclose(
+        latent * toy_world.LATENT_SCALE + toy_world.BACKGROUND, expected, atol=1e-6
+    )
 
 
 def test_latents_have_about_unit_variance_and_decode_to_pixels():
-    latents = toy_world.encode(video(0, [RED_DISK_RIGHT, BLUE_SQUARE_DOWN, RED_DISK_RIGHT, BLUE_SQUARE_DOWN]))
+    latents = toy_world.encode(
+        video(0, [RED_DISK_RIGHT, BLUE_SQUARE_DOWN, RED_DISK_RIGHT, BLUE_SQUARE_DOWN])
+    )
     assert 0.5 < latents.std() < 1.5
     decoded = toy_world.decode(10 * latents)
     assert decoded.min() == 0.0 and decoded.max() == 1.0

@@ -1,4 +1,4 @@
-"""The UMT5 encoder against the official arrays and transformers; its weight names and sizes at full size."""
+"""The UMT5 encoder against the official arrays and transformers; its names and sizes."""
 
 import dataclasses
 
@@ -10,16 +10,18 @@ import pytest
 import torch
 import transformers
 
+from kvpo_jax.convert.umt5_weights import config_from_shapes, official_name, to_ours, umt5_table
 from kvpo_jax.models import umt5
 from kvpo_jax.models.umt5 import UMT5Config, UMT5Encoder
-from kvpo_jax.models.umt5_weights import config_from_shapes, official_name, to_ours, umt5_table
 
 TINY = UMT5Config(vocab=50, dim=32, heads=4, head_dim=6, ffn_dim=40, layers=3, dtype="float32")
 
 
 def from_official(state):
     """A state dict with official names as (config in float32, `params`)."""
-    cfg = dataclasses.replace(config_from_shapes({name: x.shape for name, x in state.items()}), dtype="float32")
+    cfg = dataclasses.replace(
+        config_from_shapes({name: x.shape for name, x in state.items()}), dtype="float32"
+    )
     table, flat = umt5_table(cfg.layers), {}
     assert state.keys() == table.keys()
     for name, (path, _) in table.items():  # layers in their order
@@ -30,9 +32,14 @@ def from_official(state):
 
 def hf_config(cfg: UMT5Config) -> transformers.UMT5Config:
     return transformers.UMT5Config(
-        vocab_size=cfg.vocab, d_model=cfg.dim, d_kv=cfg.head_dim, d_ff=cfg.ffn_dim, num_layers=cfg.layers,
-        num_heads=cfg.heads, feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+        vocab_size=cfg.vocab,
+        d_model=cfg.dim,
+        d_kv=cfg.head_dim,
+        d_ff=cfg.ffn_dim,
+        num_layers=cfg.layers,
+        num_heads=cfg.heads,
+        feed_forward_proj="gated-gelu",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,9 @@ def hf():
 
 @pytest.fixture(scope="module")
 def params(hf):
-    cfg, params = from_official({official_name(name): x.numpy() for name, x in hf.state_dict().items()})
+    cfg, params = from_official(
+        {official_name(name): x.numpy() for name, x in hf.state_dict().items()}
+    )
     assert cfg == TINY
     return params
 
@@ -62,15 +71,24 @@ def prompts(lengths, width):
 @pytest.mark.golden
 def test_golden(golden_dir):
     data = np.load(golden_dir / "t5.npz")
-    cfg, params = from_official({name[2:]: data[name] for name in data.files if name.startswith("w.")})
+    cfg, params = from_official(
+        {name[2:]: data[name] for name in data.files if name.startswith("w.")}
+    )
     for case in ("", "_long"):
-        ids, mask = jnp.asarray(data[f"ids{case}"], jnp.int32), jnp.asarray(data[f"mask{case}"], bool)
+        ids, mask = (
+            jnp.asarray(data[f"ids{case}"], jnp.int32),
+            jnp.asarray(data[f"mask{case}"], bool),
+        )
         out = UMT5Encoder(cfg).apply({"params": params}, ids, mask)
         np.testing.assert_allclose(out, data[f"out{case}"], atol=2e-5, rtol=0)
         if not case:
-            np.testing.assert_allclose(umt5.embed(cfg, params, ids, mask), data["prompt_embeds"], atol=2e-5, rtol=0)
+            np.testing.assert_allclose(
+                umt5.embed(cfg, params, ids, mask), data["prompt_embeds"], atol=2e-5, rtol=0
+            )
     table = data["rel_bucket_200"]
-    np.testing.assert_array_equal(umt5.relative_buckets(len(table), cfg.buckets, cfg.max_distance), table)
+    np.testing.assert_array_equal(
+        umt5.relative_buckets(len(table), cfg.buckets, cfg.max_distance), table
+    )
 
 
 def test_buckets_at_full_length(hf):
@@ -78,9 +96,11 @@ def test_buckets_at_full_length(hf):
     offset = torch.arange(512)[None, :] - torch.arange(512)[:, None]
     ours = umt5.relative_buckets(512, TINY.buckets, TINY.max_distance)
     np.testing.assert_array_equal(ours, theirs(offset).numpy())
-    # key - query: itself, before, after; then the first that shares a bucket; 16 is two of eight half-octaves.
-    offsets = {0: 0, -1: 1, -7: 7, 1: 17, 7: 23, -8: 8, -11: 8, -12: 9, -16: 10, 64: 30, -127: 15, -511: 15, 500: 31}
-    for offset, bucket in offsets.items():
+    # key - query -> bucket: itself, before, after; then -8 and -11 share one. 16 is two of eight
+    # half-octaves away from 8.
+    near = {0: 0, -1: 1, -7: 7, 1: 17, 7: 23}
+    far = {-8: 8, -11: 8, -12: 9, -16: 10, 64: 30, -127: 15, -511: 15, 500: 31}
+    for offset, bucket in (near | far).items():
         assert ours[max(0, -offset), max(0, offset)] == bucket, offset
 
 
@@ -88,15 +108,21 @@ def test_transformers(hf, params):
     """300 tokens: positions beyond max_distance; the second prompt is padded."""
     ids, mask = prompts([300, 170], 300)
     with torch.no_grad():
-        theirs = hf(torch.tensor(np.asarray(ids)), torch.tensor(np.asarray(mask))).last_hidden_state.numpy()
+        theirs = hf(
+            torch.tensor(np.asarray(ids)), torch.tensor(np.asarray(mask))
+        ).last_hidden_state.numpy()
     ours = UMT5Encoder(TINY).apply({"params": params}, ids, mask)
-    np.testing.assert_allclose(np.where(mask[..., None], ours, 0), np.where(mask[..., None], theirs, 0), atol=1e-5)
+    np.testing.assert_allclose(
+        np.where(mask[..., None], ours, 0), np.where(mask[..., None], theirs, 0), atol=1e-5
+    )
 
 
 def test_padding_changes_nothing_and_is_zero(params):
     ids, mask = prompts([120, 40], 300)
     padded = umt5.embed(TINY, params, ids, mask)
-    np.testing.assert_allclose(padded[:, :120], umt5.embed(TINY, params, ids[:, :120], mask[:, :120]), atol=5e-6)
+    np.testing.assert_allclose(
+        padded[:, :120], umt5.embed(TINY, params, ids[:, :120], mask[:, :120]), atol=5e-6
+    )
     assert not padded[0, 120:].any() and not padded[1, 40:].any() and padded[1, 39].any()
     # What stands in the padding is never read.
     other = umt5.embed(TINY, params, jnp.where(mask, ids, 7), mask)
@@ -133,7 +159,9 @@ def test_full_size():
     cfg = UMT5Config()
     ours = flax.traverse_util.flatten_dict(umt5.abstract_params(cfg), sep="/")
     per_layer = 4 * 4096 * 4096 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64
-    assert sum(x.size for x in ours.values()) == 256384 * 4096 + 24 * per_layer + 4096 == 5_680_910_336
+    assert (
+        sum(x.size for x in ours.values()) == 256384 * 4096 + 24 * per_layer + 4096 == 5_680_910_336
+    )
     with torch.device("meta"):
         theirs = transformers.UMT5EncoderModel(hf_config(cfg)).state_dict()
     state = {official_name(name): x for name, x in theirs.items()}
@@ -153,13 +181,28 @@ def test_full_size():
 
 
 def test_names():
-    assert official_name("shared.weight") == official_name("encoder.embed_tokens.weight") == "token_embedding.weight"
-    assert official_name("encoder.block.23.layer.1.DenseReluDense.wi_0.weight") == "blocks.23.ffn.gate.0.weight"
-    for name in ("decoder.block.0.layer.0.SelfAttention.q.weight", "lm_head.weight", "encoder.block.0.layer.0.x"):
+    assert (
+        official_name("shared.weight")
+        == official_name("encoder.embed_tokens.weight")
+        == "token_embedding.weight"
+    )
+    assert (
+        official_name("encoder.block.23.layer.1.DenseReluDense.wi_0.weight")
+        == "blocks.23.ffn.gate.0.weight"
+    )
+    for name in (
+        "decoder.block.0.layer.0.SelfAttention.q.weight",
+        "lm_head.weight",
+        "encoder.block.0.layer.0.x",
+    ):
         with pytest.raises(ValueError, match=name):
             official_name(name)
     shapes = {"token_embedding.weight": (8, 4), "blocks.0.pos_embedding.embedding.weight": (32, 2)}
     with pytest.raises(ValueError, match="blocks.0.attn.q.weight is missing"):
         config_from_shapes(shapes)
-    with pytest.raises(ValueError, match=r"blocks.0.attn.q.weight has the shape \[4\], expected 2 axes"):
-        config_from_shapes({**shapes, "blocks.0.attn.q.weight": (4,), "blocks.0.ffn.fc1.weight": (4, 4)})
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn.q.weight has the shape \[4\], expected 2 axes"
+    ):
+        config_from_shapes(
+            {**shapes, "blocks.0.attn.q.weight": (4,), "blocks.0.ffn.fc1.weight": (4, 4)}
+        )

@@ -11,14 +11,22 @@ import numpy as np
 import pytest
 from flax import struct
 
+from kvpo_jax.algorithm.kv_cache import Context
 from kvpo_jax.models import layers
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
-from kvpo_jax.types import Context
 
 CFG = WanConfig(
-    dim=24, ffn_dim=32, num_heads=2, num_layers=2, freq_dim=16, text_dim=5, text_len=4, channels=3,
-    lora_rank=2, lora_alpha=3.0,
-)  # fmt: skip
+    dim=24,
+    ffn_dim=32,
+    num_heads=2,
+    num_layers=2,
+    freq_dim=16,
+    text_dim=5,
+    text_len=4,
+    channels=3,
+    lora_rank=2,
+    lora_alpha=3.0,
+)
 BATCH, FRAMES, HEIGHT, WIDTH, SLOTS = 2, 3, 4, 6, 5
 TOKENS = CFG.tokens_per_frame(HEIGHT, WIDTH)
 START = 7  # first frame of the block, after the frames of its context
@@ -26,7 +34,7 @@ PROMPT = 2  # tokens of the prompts; the others are padding
 
 
 def random_variables(cfg: WanConfig, seed: int):
-    """Every parameter random: the zeros and ones of the initialisation would hide what depends on them."""
+    """Every parameter random: the initialisation's zeros and ones would hide what they affect."""
     like = jax.eval_shape(partial(init_variables, cfg), jax.random.key(0))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype), like)
@@ -51,7 +59,10 @@ def variables():
 @pytest.fixture(scope="module")
 def inputs() -> Inputs:
     rng = np.random.default_rng(1)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     kv = (CFG.num_layers, BATCH, SLOTS, TOKENS, CFG.num_heads, CFG.head_dim)
     # Slot 1 of row 0 and slots 3 and 4 of row 1 are empty, but hold numbers.
     frame = jnp.array([[0, -1, 2, 5, 6], [0, 1, 4, -1, -1]])
@@ -71,7 +82,13 @@ def network(cfg: WanConfig):
     def apply(variables, inputs, own_keys=None):
         text = model.apply(variables, inputs.text, method=Wan.encode_text)
         return model.apply(
-            variables, inputs.x, inputs.sigma, text, inputs.context, inputs.start_frame, own_keys=own_keys
+            variables,
+            inputs.x,
+            inputs.sigma,
+            text,
+            inputs.context,
+            inputs.start_frame,
+            own_keys=own_keys,
         )
 
     return apply
@@ -95,7 +112,11 @@ def test_shapes(variables, inputs):
     expected = (CFG.num_layers, BATCH, FRAMES, TOKENS, CFG.num_heads, CFG.head_dim)
     assert kv.k.shape == kv.v.shape == expected
     text = Wan(CFG).apply(variables, inputs.text, method=Wan.encode_text)
-    assert text.k.shape == text.v.shape == (CFG.num_layers, BATCH, CFG.text_len, CFG.num_heads, CFG.head_dim)
+    assert (
+        text.k.shape
+        == text.v.shape
+        == (CFG.num_layers, BATCH, CFG.text_len, CFG.num_heads, CFG.head_dim)
+    )
 
 
 def test_other_lengths_need_other_shapes_only(variables, inputs):
@@ -113,7 +134,7 @@ def test_a_context_of_another_shape_is_an_error(variables, inputs):
 
 
 def test_an_unknown_remat_is_an_error(variables, inputs):
-    with pytest.raises(ValueError, match="model.remat is 'all'"):
+    with pytest.raises(ValueError, match="model.remat='all' is not one of none, products, block"):
         network(dataclasses.replace(CFG, remat="all"))(variables, inputs)
 
 
@@ -123,9 +144,13 @@ def test_an_unknown_remat_is_an_error(variables, inputs):
 def test_masked_frames_have_no_influence(variables, inputs):
     context = inputs.context
     empty = (context.frame < 0)[None, :, :, None, None, None]
-    other = Context.of(jnp.where(empty, 50.0, context.k), jnp.where(empty, -70.0, context.v), context.frame)
+    other = Context.of(
+        jnp.where(empty, 50.0, context.k), jnp.where(empty, -70.0, context.v), context.frame
+    )
     assert not np.array_equal(other.k, context.k)
-    chex.assert_trees_all_equal(forward(variables, inputs.replace(context=other)), forward(variables, inputs))
+    chex.assert_trees_all_equal(
+        forward(variables, inputs.replace(context=other)), forward(variables, inputs)
+    )
 
 
 def test_every_frame_that_is_not_masked_is_read(variables, inputs):
@@ -141,7 +166,9 @@ def test_every_frame_that_is_not_masked_is_read(variables, inputs):
 def test_the_order_of_the_context_does_not_matter(variables, inputs):
     order = jnp.array([3, 0, 4, 2, 1])
     context = inputs.context
-    permuted = Context.of(k=context.k[:, :, order], v=context.v[:, :, order], frame=context.frame[:, order])
+    permuted = Context.of(
+        k=context.k[:, :, order], v=context.v[:, :, order], frame=context.frame[:, order]
+    )
     ours, theirs = forward(variables, inputs.replace(context=permuted)), forward(variables, inputs)
     chex.assert_trees_all_close(ours, theirs, atol=1e-5, rtol=0)
 
@@ -155,13 +182,20 @@ def test_the_frame_numbers_of_the_context_only_say_what_is_empty(variables, inpu
 
 def test_rows_of_a_batch_do_not_meet(variables, inputs):
     """Changing everything of row 1 leaves row 0 bit for bit as it was."""
-    kv = lambda x: x.at[:, 1].add(1.0)
-    row = lambda x: x.at[1].add(1)
+
+    def kv(x):
+        return x.at[:, 1].add(1.0)
+
+    def row(x):
+        return x.at[1].add(1)
+
     changed = Inputs(
         x=row(inputs.x),
         sigma=row(inputs.sigma),
         text=row(inputs.text),
-        context=Context.of(k=kv(inputs.context.k), v=kv(inputs.context.v), frame=row(inputs.context.frame)),
+        context=Context.of(
+            k=kv(inputs.context.k), v=kv(inputs.context.v), frame=row(inputs.context.frame)
+        ),
         start_frame=row(inputs.start_frame),
     )
     (velocity, new), (plain, old) = forward(variables, changed), forward(variables, inputs)
@@ -191,15 +225,23 @@ def test_own_frames_that_are_queries_only(variables, inputs):
 
 
 def test_only_relative_time_matters(variables, inputs):
-    """A block and its context, both moved by 11 frames: the same velocity, for the keys carry the positions."""
+    """A block and its context, both moved by 11 frames, have the same velocity.
+
+    The keys carry the positions.
+    """
     written = inputs.replace(x=inputs.x[:, ::-1], context=empty_context(CFG, BATCH, SLOTS, TOKENS))
 
     def continued(start):
         _, kv = forward(variables, written.replace(start_frame=jnp.full(BATCH, start)))
-        pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - FRAMES), (0, 0), (0, 0), (0, 0)))
+
+        def pad(x):
+            return jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - FRAMES), (0, 0), (0, 0), (0, 0)))
+
         frame = jnp.broadcast_to(jnp.array([start, start + 1, start + 2, -1, -1]), (BATCH, SLOTS))
         context = Context.of(k=pad(kv.k), v=pad(kv.v), frame=frame)
-        return forward(variables, inputs.replace(context=context, start_frame=jnp.full(BATCH, start + 4)))[0]
+        return forward(
+            variables, inputs.replace(context=context, start_frame=jnp.full(BATCH, start + 4))
+        )[0]
 
     np.testing.assert_allclose(continued(11), continued(0), atol=1e-5)
     apart = forward(variables, inputs.replace(start_frame=inputs.start_frame + 1))[0]
@@ -212,27 +254,44 @@ def test_padding_of_the_text_is_attended_to(variables, inputs):
     # Padding is zeros going in, and the same non-zero constant in every prompt coming out.
     for kv in (text.k, text.v):
         padding = kv[:, :, PROMPT:]
-        np.testing.assert_allclose(padding, jnp.broadcast_to(padding[:, :1, :1], padding.shape), atol=1e-6)
+        np.testing.assert_allclose(
+            padding, jnp.broadcast_to(padding[:, :1, :1], padding.shape), atol=1e-6
+        )
         assert float(jnp.abs(padding).max()) > 0.01
-    apply = lambda text: model.apply(variables, inputs.x, inputs.sigma, text, inputs.context, inputs.start_frame)[0]
+
+    def apply(text):
+        return model.apply(
+            variables, inputs.x, inputs.sigma, text, inputs.context, inputs.start_frame
+        )[0]
+
     cut = jax.tree.map(lambda x: x[:, :, :PROMPT], text)
     assert relative_l2(jax.jit(apply)(cut), jax.jit(apply)(text)) > 1e-3
 
 
 def test_noise_level_and_text_are_read(variables, inputs):
     plain, _ = forward(variables, inputs)
-    assert relative_l2(forward(variables, inputs.replace(sigma=inputs.sigma + 0.01))[0], plain) > 1e-3
-    assert relative_l2(forward(variables, inputs.replace(text=inputs.text[::-1]))[0], plain) > 1e-3
+    for other in (
+        inputs.replace(sigma=inputs.sigma + 0.01),
+        inputs.replace(text=inputs.text[::-1]),
+    ):
+        assert relative_l2(forward(variables, other)[0], plain) > 1e-3
 
 
 # ---------------------------------------------------------------- LoRA
 
 
 LINEARS = {
-    "blocks/self_q": (24, 24), "blocks/self_k": (24, 24), "blocks/self_v": (24, 24), "blocks/self_o": (24, 24),
-    "blocks/cross_q": (24, 24), "text_kv/k": (24, 24), "text_kv/v": (24, 24), "blocks/cross_o": (24, 24),
-    "blocks/ffn_0": (24, 32), "blocks/ffn_2": (32, 24),
-}  # fmt: skip
+    "blocks/self_q": (24, 24),
+    "blocks/self_k": (24, 24),
+    "blocks/self_v": (24, 24),
+    "blocks/self_o": (24, 24),
+    "blocks/cross_q": (24, 24),
+    "text_kv/k": (24, 24),
+    "text_kv/v": (24, 24),
+    "blocks/cross_o": (24, 24),
+    "blocks/ffn_0": (24, 32),
+    "blocks/ffn_2": (32, 24),
+}
 
 
 def flat(tree) -> dict[str, jax.Array]:
@@ -246,13 +305,25 @@ def test_the_ten_linears_of_a_block_have_lora_and_nothing_else_has(variables):
         expected |= {f"{name}/a": (2, fan_in, 2), f"{name}/b": (2, 2, features)}
     assert shapes == expected
     # Their kernels, and those of the Linears outside the blocks.
-    kernels = {name.removesuffix("/kernel") for name in flat(variables["params"]) if name.endswith("/kernel")}
-    outside = {"patch_embedding", "text_embedding_0", "text_embedding_2", "time_embedding_0", "time_embedding_2"}
+    kernels = {
+        name.removesuffix("/kernel")
+        for name in flat(variables["params"])
+        if name.endswith("/kernel")
+    }
+    outside = {
+        "patch_embedding",
+        "text_embedding_0",
+        "text_embedding_2",
+        "time_embedding_0",
+        "time_embedding_2",
+    }
     assert kernels == set(LINEARS) | outside | {"time_projection_1", "head"}
 
 
 def test_no_rank_no_collection():
-    like = jax.eval_shape(partial(init_variables, dataclasses.replace(CFG, lora_rank=0)), jax.random.key(0))
+    like = jax.eval_shape(
+        partial(init_variables, dataclasses.replace(CFG, lora_rank=0)), jax.random.key(0)
+    )
     assert set(like) == {"params"}
 
 
@@ -285,10 +356,16 @@ def test_lora_is_an_update_of_the_kernel(variables, inputs):
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_gradients_of_a_lora_linear(dtype, rtol, rows):
-    """Of everything that goes in, against the closed form in float64; few rows do not go through the summed kernel."""
+    """With respect to all inputs, against the closed form in float64.
+
+    Only many rows go through the summed kernel.
+    """
     rng = np.random.default_rng(4)
     layer = layers.LoRADense(7, rank=3, alpha=6.0, dtype=jnp.dtype(dtype))
-    draw = lambda *shape, dtype=dtype: jnp.asarray(rng.normal(size=shape), dtype)
+
+    def draw(*shape, dtype=dtype):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
     x, d_y = draw(2, rows, 4), draw(2, rows, 7)
     params = {"kernel": draw(4, 7), "bias": draw(7)}
     lora = {"a": draw(4, 3, dtype="float32"), "b": draw(3, 7, dtype="float32")}
@@ -296,7 +373,9 @@ def test_gradients_of_a_lora_linear(dtype, rtol, rows):
     y, pullback = jax.vjp(apply, x, params, lora)
     d_x, d_params, d_lora = jax.jit(pullback)(d_y)
 
-    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    def wide(tree):
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
     x, d_y, params, lora = wide((x.reshape(-1, 4), d_y.reshape(-1, 7), params, lora))
     kernel = params["kernel"] + 2.0 * lora["a"] @ lora["b"]
     expected = {
@@ -309,7 +388,9 @@ def test_gradients_of_a_lora_linear(dtype, rtol, rows):
     }
     for name, (ours, theirs) in expected.items():
         ours = wide(ours).reshape(theirs.shape)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * np.abs(theirs).max(), err_msg=name)
+        np.testing.assert_allclose(
+            ours, theirs, rtol=0, atol=rtol * np.abs(theirs).max(), err_msg=name
+        )
 
 
 # ---------------------------------------------------------------- memory and precision
@@ -329,7 +410,9 @@ def test_remat_changes_neither_value_nor_gradient(variables, inputs):
         for name, ours in flat(gradient[remat]).items():
             theirs = flat(gradient["none"])[name]
             assert np.any(theirs), name
-            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max(), err_msg=name)
+            np.testing.assert_allclose(
+                ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max(), err_msg=name
+            )
 
 
 def test_bfloat16_is_near_float32(variables, inputs):
@@ -356,7 +439,12 @@ def test_rope_is_a_complex_product(head_dim):
     """Against Wan's table of complex128, 1024 positions long, one part of the channels per axis."""
     frames, height, width, start = 2, 3, 4, (0, 1000)
     part = head_dim // 6 * 2  # channels of y and of x; time has the rest
-    table = lambda channels: np.exp(1j * np.outer(np.arange(1024), 10000.0 ** (-np.arange(0, channels, 2) / channels)))
+
+    def table(channels):
+        return np.exp(
+            1j * np.outer(np.arange(1024), 10000.0 ** (-np.arange(0, channels, 2) / channels))
+        )
+
     time, space = table(head_dim - 2 * part), table(part)
     expected = np.empty((2, frames, height, width, head_dim // 2), np.complex128)
     for b, f, y, x in np.ndindex(expected.shape[:-1]):
@@ -367,9 +455,15 @@ def test_rope_is_a_complex_product(head_dim):
     np.testing.assert_allclose(cos, expected.real, atol=1e-6)
     np.testing.assert_allclose(sin, expected.imag, atol=1e-6)
 
-    x = np.random.default_rng(0).normal(size=(2, frames * height * width, 2, head_dim)).astype(np.float32)
+    x = (
+        np.random.default_rng(0)
+        .normal(size=(2, frames * height * width, 2, head_dim))
+        .astype(np.float32)
+    )
     rotated = x.astype(np.float64).view(np.complex128) * expected[:, :, None]
-    np.testing.assert_allclose(layers.apply_rope(jnp.asarray(x), cos, sin), rotated.view(np.float64), atol=1e-6)
+    np.testing.assert_allclose(
+        layers.apply_rope(jnp.asarray(x), cos, sin), rotated.view(np.float64), atol=1e-6
+    )
 
 
 def test_sinusoid_against_float64():
@@ -384,5 +478,7 @@ def test_norms_by_hand():
     # mean 2, variance 1; mean square of (1, -1, 5, 3) is 9
     np.testing.assert_allclose(layers.layer_norm(jnp.array([1.0, 3.0]), 0.0), [-1, 1], atol=1e-6)
     norm = layers.RMSNorm(eps=0.0)
-    scaled = norm.apply({"params": {"scale": jnp.array([1.0, 2.0, 3.0, 6.0])}}, jnp.array([1.0, -1.0, 5.0, 3.0]))
+    scaled = norm.apply(
+        {"params": {"scale": jnp.array([1.0, 2.0, 3.0, 6.0])}}, jnp.array([1.0, -1.0, 5.0, 3.0])
+    )
     np.testing.assert_allclose(scaled, [1 / 3, -2 / 3, 5, 6], atol=1e-6)

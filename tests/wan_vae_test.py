@@ -4,6 +4,7 @@ import dataclasses
 import json
 from functools import partial
 
+import chex
 import diffusers
 import flax
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvpo_jax.models import wan_vae, wan_vae_weights
+from kvpo_jax.convert import wan_vae_weights
+from kvpo_jax.models import wan_vae
 
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
 
@@ -21,9 +23,15 @@ def from_official(state):
     cfg = wan_vae_weights.config_from_shapes({name: tensor.shape for name, tensor in state.items()})
     table = wan_vae_weights.vae_table(cfg)
     assert table.keys() == state.keys()
-    flat = {path: jnp.asarray(wan_vae_weights.to_ours(path, state[name])) for name, path in table.items()}
+    flat = {
+        path: jnp.asarray(wan_vae_weights.to_ours(path, state[name]))
+        for name, path in table.items()
+    }
     params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    shape = lambda x: (x.shape, x.dtype)
+
+    def shape(x):
+        return (x.shape, x.dtype)
+
     assert jax.tree.map(shape, params) == jax.tree.map(shape, wan_vae.abstract_params(cfg))
     return cfg, params
 
@@ -31,7 +39,9 @@ def from_official(state):
 @pytest.fixture(scope="module")
 def golden(golden_dir):
     data = np.load(golden_dir / "vae.npz")
-    cfg, params = from_official({name.removeprefix("w."): data[name] for name in data.files if name.startswith("w.")})
+    cfg, params = from_official(
+        {name.removeprefix("w."): data[name] for name in data.files if name.startswith("w.")}
+    )
     return data, cfg, params
 
 
@@ -49,7 +59,9 @@ def test_golden_decode(golden):
     ours, _ = jax.jit(partial(wan_vae.decode, cfg))(params, z)
     np.testing.assert_allclose(ours, np.moveaxis(data["decode_to_pixel_btchw"], 2, -1), **TOLERANCE)
     np.testing.assert_allclose(ours, np.clip(video(data["decode_bcthw"]), -1, 1), **TOLERANCE)
-    np.testing.assert_allclose(ours[:, :1], np.clip(video(data["decode_first_frame_only"]), -1, 1), **TOLERANCE)
+    np.testing.assert_allclose(
+        ours[:, :1], np.clip(video(data["decode_first_frame_only"]), -1, 1), **TOLERANCE
+    )
     unit = dataclasses.replace(cfg, latent_mean=(0.0,) * cfg.z_dim, latent_std=(1.0,) * cfg.z_dim)
     ours, _ = wan_vae.decode(unit, params, z)
     np.testing.assert_allclose(ours, np.clip(video(data["decode_unit_scale"]), -1, 1), **TOLERANCE)
@@ -75,27 +87,35 @@ def test_golden_encode(golden):
     pixels = video(data["pixels_bcthw"])
     ours = wan_vae.encode(cfg, params, pixels)
     np.testing.assert_allclose(ours, video(data["encode_bcthw"]), **TOLERANCE)
-    np.testing.assert_allclose(ours, np.moveaxis(data["encode_to_latent_btchw"], 2, -1), **TOLERANCE)
+    np.testing.assert_allclose(
+        ours, np.moveaxis(data["encode_to_latent_btchw"], 2, -1), **TOLERANCE
+    )
     unit = dataclasses.replace(cfg, latent_mean=(0.0,) * cfg.z_dim, latent_std=(1.0,) * cfg.z_dim)
-    np.testing.assert_allclose(wan_vae.encode(unit, params, pixels), video(data["encode_unit_scale"]), **TOLERANCE)
+    np.testing.assert_allclose(
+        wan_vae.encode(unit, params, pixels), video(data["encode_unit_scale"]), **TOLERANCE
+    )
 
 
 @pytest.fixture(scope="module")
 def theirs():
     """A small AutoencoderKLWan with every parameter drawn anew."""
     torch.manual_seed(0)
-    model = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    model = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(0.12 * torch.randn(p.shape) + (1.0 if p.ndim in (3, 4) and p.shape[1:].numel() == 1 else 0.0))
+            is_gamma = p.ndim in (3, 4) and p.shape[1:].numel() == 1
+            p.copy_(0.12 * torch.randn(p.shape) + float(is_gamma))
     return model
 
 
 @pytest.fixture(scope="module")
 def ours(theirs):
-    names = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
-    known = wan_vae.VAEConfig(num_res_blocks=2)
-    return from_official({wan_vae_weights.official_name(name, known): x for name, x in names.items()})
+    state, cfg = theirs.state_dict(), wan_vae.VAEConfig(num_res_blocks=2)
+    return from_official(
+        {wan_vae_weights.official_name(name, cfg): x.numpy() for name, x in state.items()}
+    )
 
 
 def test_diffusers(theirs, ours):
@@ -103,13 +123,18 @@ def test_diffusers(theirs, ours):
     rng = np.random.default_rng(0)
     pixels = rng.uniform(-1, 1, size=(2, 9, 32, 48, 3)).astype(np.float32)
     z = rng.normal(size=(2, 5, 4, 6, 4)).astype(np.float32)
-    channels_first = lambda x: torch.tensor(np.moveaxis(x, -1, 1).copy())
+
+    def channels_first(x):
+        return torch.tensor(np.moveaxis(x, -1, 1).copy())
+
     with torch.no_grad():
         encoded = theirs.encode(channels_first(pixels)).latent_dist.mean.numpy()
         decoded = theirs.decode(channels_first(z)).sample.numpy()
     assert np.abs(encoded).max() > 0.1 and np.abs(decoded).std() > 0.05
     np.testing.assert_allclose(wan_vae.encode(cfg, params, pixels), video(encoded), atol=1e-5)
-    np.testing.assert_allclose(wan_vae.decode(cfg, params, z)[0], np.clip(video(decoded), -1, 1), atol=1e-5)
+    np.testing.assert_allclose(
+        wan_vae.decode(cfg, params, z)[0], np.clip(video(decoded), -1, 1), atol=1e-5
+    )
 
 
 def test_streamed_is_full_whatever_the_chunks(ours):
@@ -133,21 +158,26 @@ def test_branches_share_the_decoded_prefix(ours):
     _, cache = wan_vae.decode(cfg, params, prefix, None)
     forked = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), cache)
     pixels, _ = wan_vae.decode(cfg, params, rest, forked)
-    whole, _ = wan_vae.decode(cfg, params, jnp.concatenate([jnp.repeat(prefix, 3, axis=0), rest], axis=1))
+    whole, _ = wan_vae.decode(
+        cfg, params, jnp.concatenate([jnp.repeat(prefix, 3, axis=0), rest], axis=1)
+    )
     np.testing.assert_allclose(pixels, whole[:, 9:], **TOLERANCE)
 
 
 def test_the_past_does_not_see_the_future(ours):
     cfg, params = ours
     z = jax.random.normal(jax.random.key(3), (1, 4, 2, 2, cfg.z_dim))
-    changed = wan_vae.decode(cfg, params, z.at[:, 3].add(1.0))[0] != wan_vae.decode(cfg, params, z)[0]
-    per_frame = changed.any(axis=(0, 2, 3, 4))
+    plain, _ = wan_vae.decode(cfg, params, z)
+    changed, _ = wan_vae.decode(cfg, params, z.at[:, 3].add(1.0))
+    per_frame = (changed != plain).any(axis=(0, 2, 3, 4))
     np.testing.assert_array_equal(per_frame, [False] * 9 + [True] * 4)
 
 
 def test_full_size_has_the_published_tensors(golden_dir):
     cfg = wan_vae.VAEConfig()
-    shapes = jax.tree.map(lambda x: x.shape, wan_vae.abstract_params(cfg), is_leaf=lambda x: hasattr(x, "shape"))
+    shapes = jax.tree.map(
+        lambda x: x.shape, wan_vae.abstract_params(cfg), is_leaf=lambda x: hasattr(x, "shape")
+    )
     flat = flax.traverse_util.flatten_dict(shapes, sep="/")
     assert sum(int(np.prod(shape)) for shape in flat.values()) == 126_892_531
     assert len(flat) == 194
@@ -156,13 +186,30 @@ def test_full_size_has_the_published_tensors(golden_dir):
     table = wan_vae_weights.vae_table(cfg)
     assert table.keys() == listed.keys()
     for name, shape in listed.items():
-        assert wan_vae_weights.to_ours(table[name], np.empty(shape, np.bool_)).shape == flat[table[name]], name
+        ours = wan_vae_weights.to_ours(table[name], np.empty(shape, np.bool_))
+        assert ours.shape == flat[table[name]], name
     assert wan_vae_weights.config_from_shapes(listed) == cfg
+
+
+def test_the_decoder_needs_no_parameter_of_the_encoder(ours):
+    """Only the parameters that a run loads; they are all that the decoder has."""
+    cfg, params = ours
+    decoder = {name: params[name] for name in wan_vae.abstract_decoder_params(cfg)}
+    assert params.keys() - decoder.keys() == set(wan_vae.ENCODER)
+    z = jax.random.normal(jax.random.key(4), (1, 2, 2, 2, cfg.z_dim))
+    pixels, _ = wan_vae.decode(cfg, decoder, z)
+    np.testing.assert_array_equal(pixels, wan_vae.decode(cfg, params, z)[0])
+    init = partial(wan_vae.WanVAE(cfg).init, first=True, method="decode")
+    like = jax.eval_shape(init, jax.random.key(0), z)["params"]
+    chex.assert_trees_all_equal(like, wan_vae.abstract_decoder_params(cfg))
+    full_size = jax.tree.leaves(wan_vae.abstract_decoder_params(wan_vae.VAEConfig()))
+    assert sum(x.size for x in full_size) == 73_295_603
 
 
 def test_wrong_videos_and_checkpoints_are_refused(ours):
     cfg, params = ours
-    with pytest.raises(ValueError, match=r"8 frames, 16x20: expected 1 \+ 4 k frames and multiples of 8"):
+    wrong = r"8 frames, 16x20: expected 1 \+ 4 k frames and multiples of 8"
+    with pytest.raises(ValueError, match=wrong):
         wan_vae.encode(cfg, params, jnp.zeros((1, 8, 16, 20, 3)))
     with pytest.raises(ValueError, match="not a Wan VAE: there is no encoder.conv1.weight"):
         wan_vae_weights.config_from_shapes({"decoder.conv1.weight": (1,)})

@@ -1,24 +1,29 @@
-"""How fast the stages of an iteration are, how far from the machine's peak, and what memory they take.
+"""Measures how fast the stages of an iteration are, next to the machine's peak, and their memory.
 
     python tools/benchmark.py --preset=golden_perf --threads=1 --json=benchmark.json
-    python tools/benchmark.py --preset=longlive --rows=denoise_forward,window_rollout_G --config.rollout.branches=4
+    python tools/benchmark.py --preset=longlive --rows=denoise_forward,window_rollout_G \\
+        --config.rollout.branches=4
 
-Runs on one device, with random weights and for one prompt; what the numbers are does not matter to the speed. Every
-row is the package's own code on a state that its own rollout left behind:
+It runs on one device, with random weights and for one prompt: speed does not depend on the numbers.
+Every row is the package's own code, on a state that its own rollout has made:
 
-    denoise_forward          one solver step of one block of one trajectory at the pivot
-    window_rollout_1         the perturbed window of one branch: fork, then W blocks of S solver steps and a cache write
+    denoise_forward          one solver step of one block of one trajectory, at the pivot
+    window_rollout_1         the perturbed window of one branch: an empty page, then W blocks of S
+                             solver steps and a cache write
     window_rollout_G         the same for G branches at once, without the anchor
-    replay_forward           the energies of G branches (train.make_energies)
-    replay_forward_backward  the same and the gradient of a Gibbs policy's loss with respect to LoRA
-    iteration                text, prefix, anchor and branches to the end of the video, reference energies and update;
-                             without decoder and reward, which are not the generator's
+    replay_forward           the energies of G branches (programs.energies)
+    replay_forward_backward  the same and the gradient of the loss in LoRA (programs.gradient)
+    iteration                text, prefix, anchor and branches to the end of the video, reference
+                             energies and update (train.explore, remember and learn), but neither
+                             decoder nor reward, which are not the generator's
 
-The preset golden_perf is the work that tests/golden/perf.json describes, with the release's semantics: there each
-branch replays under what it wrote itself, 24 passes. `--config.replay.context=anchor` is the paper's replay of 20.
-`flops` are the matrix products that a row needs, counted by formula; what is recomputed or masked does not count.
-On CPU, `cpu_s` (processor time) tells a busy machine from slow code: seconds are those of an idle one where
-cpu_s / threads is not much less.
+The preset golden_perf is the work that tests/golden/perf.json describes, with the release's
+semantics: there each branch replays what it wrote itself, in 24 passes. With
+--config.replay.context=anchor it is the paper's replay of 20 passes.
+
+FLOPs are those of the matrix products that a row needs, counted by formula; products that are
+recomputed or masked do not count. On a CPU, `cpu s` (processor time) shows whether the machine was
+busy: it was not if `cpu s` over the threads is close to `median s`.
 """
 
 from __future__ import annotations
@@ -28,7 +33,6 @@ import datetime
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -40,15 +44,30 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import flow, kv_cache, memory_bank, objective, rollout, routing, sharding, train
-from kvpo_jax.models.wan import Wan, WanConfig, init_variables, wan_config
+from kvpo_jax import programs, rollout, train
+from kvpo_jax.algorithm import block as block_lib
+from kvpo_jax.algorithm import flow, keys, kv_cache, routing
+from kvpo_jax.decoder import VideoDecoder
+from kvpo_jax.errors import UsageError, nearest
+from kvpo_jax.models.wan import Wan, WanConfig, init_variables
+from kvpo_jax.plan_memory import fileless_backbone
+from kvpo_jax.run import Run, make_mesh
+from kvpo_jax.runtime import command, progress, sharding, workdir
+from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
+from kvpo_jax.state import init_state
+from kvpo_jax.types import Array, Experience, Judged, KVCache, PromptBatch, PyTree, Rollout, Scores
 
 ROWS = (
-    "denoise_forward", "window_rollout_1", "window_rollout_G", "replay_forward", "replay_forward_backward", "iteration",
-)  # fmt: skip
+    "denoise_forward",
+    "window_rollout_1",
+    "window_rollout_G",
+    "replay_forward",
+    "replay_forward_backward",
+    "iteration",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,65 +83,74 @@ PRESETS = {
     "golden_perf": Preset(
         "configs/tiny.py:release",
         {
-            "model.dim": 256, "model.ffn_dim": 1024, "model.num_heads": 4, "model.num_layers": 6,
-            "model.freq_dim": 256, "model.text_dim": 256, "model.text_len": 64, "model.channels": 16,
+            "model.dim": 256,
+            "model.ffn_dim": 1024,
+            "model.num_heads": 4,
+            "model.num_layers": 6,
+            "model.freq_dim": 256,
+            "model.text_dim": 256,
+            "model.text_len": 64,
+            "model.channels": 16,
             "model.remat": "products",
-            "lora.rank": 32, "lora.alpha": 32.0,  # an eighth of the width; LongLive's adapter is a sixth of its
-            "video.height": 16, "video.width": 16, "video.blocks": 13, "video.switch_frames": (),
-            "rollout.branches": 8, "rollout.window_blocks": 5, "replay.blocks": 5, "replay.chunk": 5,
+            "lora.rank": 32,
+            "lora.alpha": 32.0,  # an eighth of the width; LongLive's adapter is a sixth of its
+            "video.height": 16,
+            "video.width": 16,
+            "video.blocks": 13,
+            "video.switch_frames": (),
+            "rollout.branches": 8,
+            "rollout.window_blocks": 5,
+            "replay.blocks": 5,
+            "replay.chunk": 5,
         },
         pivot=8,
     ),
     "tiny": Preset("configs/tiny.py", {}, pivot=5),
     "longlive": Preset("configs/longlive.py", {}, pivot=25),
-}  # fmt: skip
+}
 ONE_PROMPT = {"train.prompts_per_iteration": 1, "train.micro_batch": 0}
 
 # Dense bfloat16 products per second on the data sheet, by a part of jax's device_kind.
 DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
-_PRESET = flags.DEFINE_enum("preset", "golden_perf", sorted(PRESETS), "sizes; --config.FIELD=VALUE changes a field")
-_JSON = flags.DEFINE_string("json", "", "file to write the figures to")
-_THREADS = flags.DEFINE_integer("threads", 0, "CPU threads that compute; 0 is one for each core", lower_bound=0)
-_REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each row, after one that warms up", lower_bound=1)
-_NAMES = flags.DEFINE_list("rows", list(ROWS), "which rows")
 
 
 # ---------------------------------------------------------------- counted work
 
 
 def forward_flops(cfg: WanConfig, tokens: int, frames: int, past: int) -> int:
-    """Multiplications and additions of the matrix products of one pass: `frames` frames attend to `past` others too.
+    """FLOPs of the matrix products of one pass: `frames` frames attend also to `past` others.
 
-    A product [m, k] x [k, n] is 2 m k n. `tokens` is N. Norms, softmax, rotations and gelu are left out: a percent.
-    So is LoRA in float32, where batches go through kernels that it was added to.
+    A product [m, k] x [k, n] counts as 2 m k n. `tokens` is N. Norms, softmax, rotations and gelu
+    are left out: they are a percent. So is LoRA in float32, where it is added to the kernels.
     """
-    q, keys, d = frames * tokens, (frames + past) * tokens, cfg.dim
+    q, k, d = frames * tokens, (frames + past) * tokens, cfg.dim
     patch = cfg.channels * cfg.patch[0] * cfg.patch[1] * cfg.patch[2]
     linears = 6 * d * d + 2 * d * cfg.ffn_dim  # self q, k, v, o; cross q, o; MLP
     lora = cfg.lora_rank * (6 * (d + d) + 2 * (d + cfg.ffn_dim)) if cfg.dtype != "float32" else 0
-    attention = 2 * d * (keys + cfg.text_len)  # logits, and what they weight
+    attention = 2 * d * (k + cfg.text_len)  # logits, and the sum that they weight
     time_mlp = cfg.freq_dim * d + d * d + 6 * d * d
     return 2 * (cfg.num_layers * q * (linears + lora + attention) + 2 * q * d * patch + time_mlp)
 
 
 def backward_flops(cfg: WanConfig, tokens: int, frames: int, past: int, text_gradient: bool) -> int:
-    """Of the backward pass that follows `forward_flops`, with gradients of LoRA alone.
+    """FLOPs of the backward pass that follows `forward_flops`, with gradients of LoRA alone.
 
-    Linears carry the gradient to their input and none to their weights; LoRA does both. The past has no gradient; the
-    text's keys and values have one where `text_gradient` (what comes before them is a thousandth and left out).
+    Linears carry the gradient to their input and none to their weights; LoRA does both. The past
+    has no gradient. The keys and values of the text have one if `text_gradient`; the layers before
+    them are a thousandth and left out.
     """
-    q, keys, d = frames * tokens, (frames + past) * tokens, cfg.dim
+    q, k, d = frames * tokens, (frames + past) * tokens, cfg.dim
     patch = cfg.channels * cfg.patch[0] * cfg.patch[1] * cfg.patch[2]
     linears = 6 * d * d + 2 * d * cfg.ffn_dim
     lora = 2 * cfg.lora_rank * (6 * (d + d) + 2 * (d + cfg.ffn_dim))
-    # Of probabilities and queries over all keys, of keys and values over those that have a gradient.
-    attention = 2 * d * (keys + q + cfg.text_len * (2 if text_gradient else 1))
+    # Of probabilities and queries over all keys, of keys and values over those that have a
+    # gradient.
+    attention = 2 * d * (k + q + cfg.text_len * (2 if text_gradient else 1))
     return 2 * (cfg.num_layers * q * (linears + lora + attention) + q * d * patch)
 
 
 def text_flops(cfg: WanConfig) -> int:
-    """The text keys and values of one prompt."""
+    """FLOPs of the text keys and values of one sentence."""
     linears = cfg.text_dim * cfg.dim + cfg.dim * cfg.dim
     per_layer = 2 * (cfg.dim * cfg.dim + cfg.lora_rank * 2 * cfg.dim)
     return 2 * cfg.text_len * (linears + cfg.num_layers * per_layer)
@@ -148,42 +176,50 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
     tokens, segments = cfg.tokens_per_frame(video.height, video.width), len(video.switch_frames) + 1
     branches, steps = config.rollout.branches, len(config.sampler.steps)
     own_text = replay.text == "policy"
-
-    # A routed row has as many frames as the deployment window.
-    past = lambda block: min(block * video.block_frames, window.sink + window.past)
-    passed = lambda frames, past: Work(forward_flops(cfg, tokens, frames, past), frames * tokens)
-    forward = lambda block: passed(video.block_frames, past(block))
     text = Work(text_flops(cfg)) * segments
 
-    recache = passed(window.recache_frames, window.sink)
-    switches = lambda block: block * video.block_frames in video.switch_frames
+    def past(block: int) -> int:
+        """Frames that a block attends to; a routed context has as many as a deployment window."""
+        return min(block * video.block_frames, window.sink + window.past)
+
+    def one_pass(frames: int, past: int) -> Work:
+        return Work(forward_flops(cfg, tokens, frames, past), frames * tokens)
+
+    def forward(block: int) -> Work:
+        return one_pass(video.block_frames, past(block))
+
+    recache = one_pass(window.recache_frames, window.sink)
+
+    def switches(block: int) -> bool:
+        return block * video.block_frames in video.switch_frames
 
     def blocks(first: int, last: int) -> Work:
-        """Blocks first ... last - 1 of one trajectory, and the recaches at the prompt switches between."""
+        """Blocks first ... last - 1 of one trajectory, and the recaches between them."""
         out = Work()
         for block in range(first, last):
             out += forward(block) * (steps + 1) + recache * (block > first and switches(block))
         return out
 
     def replayed(backward: bool) -> Work:
-        out, recorded = Work(), range(pivot, pivot + rollout.recorded_blocks(config))
+        out, recorded = Work(), range(pivot, pivot + recorded_blocks(config))
         for block in recorded:
             out += forward(block) * steps
             if backward:
                 flops = backward_flops(cfg, tokens, video.block_frames, past(block), own_text)
                 out += Work(flops) * min(replay.grad_steps, steps)
             if replay.context == "self_rolled" and block != recorded[-1]:
-                # What it writes, and the last step without its gradient where it has one.
+                # The cache write, and the last step without its gradient where it has one.
                 out += forward(block) * (2 if replay.grad_steps >= steps else 1)
         return out * branches + text * own_text
 
-    # A switch at the pivot is made once, before the fork.
-    whole = text + blocks(0, pivot) + recache * switches(pivot) + blocks(pivot, video.blocks) * (1 + branches)
-    of_window = blocks(pivot, pivot + config.rollout.window_blocks)
+    # The recache of a switch at the pivot is made once, before the fork.
+    trajectories = blocks(pivot, video.blocks) * (1 + branches)
+    whole = text + blocks(0, pivot) + recache * switches(pivot) + trajectories
+    perturbed = blocks(pivot, pivot + config.rollout.window_blocks)
     return {
         "denoise_forward": forward(pivot),
-        "window_rollout_1": of_window,
-        "window_rollout_G": of_window * branches,
+        "window_rollout_1": perturbed,
+        "window_rollout_G": perturbed * branches,
         "replay_forward": replayed(backward=False),
         "replay_forward_backward": replayed(backward=True),
         "iteration": whole + replayed(backward=False) + replayed(backward=True),
@@ -194,193 +230,217 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
 
 
 class Bench:
-    """The functions to time, each made when it is asked for, on one device and for one prompt."""
+    """The functions to time, each made when it is asked for, on one device and for one prompt.
+
+    The docstring of the module describes the rows.
+
+    Args:
+      config: of one prompt per iteration.
+      pivot: the first perturbed block.
+    """
 
     def __init__(self, config: ml_collections.ConfigDict, pivot: int):
-        self.config, self.pivot, self.cfg = config, pivot, wan_config(config)
-        self.model, self.window = Wan(self.cfg), routing.window(config)
-        self.mesh = sharding.make_mesh(1, 1, 1, config.rollout.branches)
-        self.stages = rollout.build(config, self.mesh)
-        self.fork_frame = pivot * config.video.block_frames
-        self.block = (config.video.block_frames, config.video.height, config.video.width, config.model.channels)
+        self.pivot, self.fork_frame = pivot, pivot * config.video.block_frames
+        self.window_blocks = (pivot, pivot + config.rollout.window_blocks)
         self.key = jax.random.key(0)
-        self.noise = rollout.NoiseKey(self.key, jnp.arange(1))
+        mesh, backbone = make_mesh(config, jax.devices()[:1]), fileless_backbone(config)
+        variables = jax.jit(partial(init_variables, wan_config(config)))(self.key)
+        variables = sharding.place(variables, mesh)
+        self.lora = variables["lora"]
+        self.run = Run(
+            config=config,
+            mesh=mesh,
+            backbone=backbone,
+            params=variables["params"],
+            programs=programs.build(config, mesh),
+            decoder=VideoDecoder(backbone, mesh, config.video.block_frames),
+        )
+        self.variables = self.run.variables(self.lora)
+        self.noise = keys.NoiseKey(self.key, jnp.arange(1))
+
+    @cached_property
+    def batch(self) -> PromptBatch:
+        """One prompt with random embeddings, whose sentence changes at every switch."""
+        config = self.run.config
         segments = len(config.video.switch_frames) + 1
-        self.changed = np.ones((1, segments), bool)
         shape = (1, segments, config.model.text_len, config.model.text_dim)
-        self.embeddings = sharding.place(jax.random.normal(self.key, shape), self.mesh)
-
-    @cached_property
-    def variables(self):
-        return sharding.place(jax.jit(partial(init_variables, self.cfg))(self.key), self.mesh)
-
-    @cached_property
-    def text(self):
-        return self.stages.encode_text(self.variables, self.embeddings)
-
-    @cached_property
-    def prompt(self):
-        """Text keys and values of the segment that the pivot is in."""
-        segment = rollout.segment_of(self.fork_frame, self.config.video.switch_frames)
-        return jax.tree.map(lambda x: x[:, :, segment], self.text)
-
-    @cached_property
-    def history(self):
-        """The cache at the fork."""
-        return rollout.generate(
-            self.stages, self.config, self.variables, self.text, self.changed, self.noise, self.pivot
-        )[1]
-
-    @cached_property
-    def selected(self):
-        return self.stages.draw(self.key, jnp.arange(1), self.fork_frame)
-
-    def _rollout(self, blocks: int):
-        short = self.config.copy_and_resolve_references()
-        short.video.blocks = blocks
-        return rollout.rollout(
-            self.stages,
-            short,
-            self.mesh,
-            self.variables,
-            self.text,
-            self.changed,
-            self.noise,
-            self.selected,
-            self.pivot,
+        return PromptBatch(
+            embeddings=sharding.place(jax.random.normal(self.key, shape), self.run.mesh),
+            changed=np.ones((1, segments), bool),
+            numbers=np.arange(1, dtype=np.int32),
+            sentences=(("",) * segments,),
         )
 
     @cached_property
-    def tuples(self):
-        return self._rollout(self.pivot + rollout.recorded_blocks(self.config)).replay
+    def block_shape(self) -> tuple[int, int, int, int]:
+        """[F, Y, X, C]."""
+        video = self.run.config.video
+        return video.block_frames, video.height, video.width, self.run.config.model.channels
+
+    @cached_property
+    def text(self) -> PyTree:
+        """TextKV of the segment that the pivot is in."""
+        text = self.run.programs.encode_text(self.variables, self.batch.embeddings)
+        segment = segment_of(self.fork_frame, self.run.config.video.switch_frames)
+        return jax.tree.map(lambda x: x[:, :, segment], text)
+
+    @cached_property
+    def history(self) -> KVCache:
+        """The cache at the fork."""
+        text = self.run.programs.encode_text(self.variables, self.batch.embeddings)
+        prompt_at = rollout.script(self.run.config, text, self.batch.changed)
+        return rollout.prefix(self.run, self.variables, prompt_at, self.noise, self.pivot)[1]
+
+    @cached_property
+    def routed_frames(self) -> Array:
+        """int32[1, G, routed]."""
+        return self.run.programs.draw(self.key, self.noise.prompts, self.fork_frame)
+
+    @cached_property
+    def judged(self) -> Judged:
+        """Random advantages under an open gate."""
+        advantages = jax.random.normal(self.key, (1, self.run.config.rollout.branches))
+        scores = Scores(advantages, advantages[:, 0], {})
+        return Judged(scores, advantages, jnp.ones(1, bool), jnp.ones(()))
+
+    @cached_property
+    def experience(self) -> Experience:
+        """What a replay of the window reads."""
+        config = self.run.config.copy_and_resolve_references()
+        config.video.blocks = self.pivot + recorded_blocks(config)  # what is later is not replayed
+        short = dataclasses.replace(self.run, config=config)
+        rolled: Rollout = rollout.rollout(
+            short, self.variables, self.batch, self.noise, self.routed_frames, self.pivot
+        )
+        state = init_state(config, self.run.mesh, self.lora)
+        return train.remember(self.run, state, rolled, self.batch, self.judged, on_policy=True)
 
     def denoise_forward(self) -> Callable[[], Any]:
+        window, model = routing.window(self.run.config.window), Wan(wan_config(self.run.config))
+
         @jax.jit
         def forward(variables, text, history, x, start):
-            row = routing.deployment_row(self.window, start)
-            context = memory_bank.attend(kv_cache.read(row[None, None], history), history.bank)
-            return self.model.apply(variables, x, jnp.ones(1), text, context, start[None])[0]
+            frames = routing.deployment_frames(window, start)
+            context = kv_cache.read(frames[None, None], history)
+            return model.apply(variables, x, jnp.ones(1), text, context, start[None])[0]
 
-        x, start = jax.random.normal(self.key, (1, *self.block)), jnp.asarray(self.fork_frame, jnp.int32)
-        return lambda: forward(self.variables, self.prompt, self.history, x, start)
+        x = jax.random.normal(self.key, (1, *self.block_shape))
+        start = jnp.asarray(self.fork_frame, jnp.int32)
+        return lambda: forward(self.variables, self.text, self.history, x, start)
 
     def window_rollout(self, branches: int) -> Callable[[], Any]:
-        sampler, perturb = self.config.sampler, self.config.rollout
-        schedule = flow.schedule(sampler.steps, sampler.shift, sampler.solver, sampler.context_step)
-        passes = len(sampler.steps) + 1
-        routed = np.append(np.arange(passes - 1) < perturb.perturbed_steps, perturb.perturb_write)
-        slots = self.window.sink + max(
-            self.config.window.recache_frames, rollout.recorded_blocks(self.config) * self.block[0]
-        )
+        config = self.run.config
+        window, schedule = routing.window(config.window), flow.schedule(config.sampler)
+        model, steps = Wan(wan_config(config)), len(config.sampler.steps)
 
         @jax.jit
         def fork(history):
-            kv = history.k.shape
-            return kv_cache.empty(kv[0], (1, branches), slots, *kv[3:], self.window.sink, history.k.dtype)
+            page = kv_cache.trajectory(self.run.programs.fork(history), 0)
+            return kv_cache.repeat(page, branches)
 
         @partial(jax.jit, donate_argnums=3)
-        def block(variables, text, history, page, selected, key, start):
-            rows = jnp.where(
-                routed[:, None],
-                routing.routed_rows(self.window, selected, start)[:, :, None],
-                routing.deployment_row(self.window, start),
+        def block(variables, text, history, page, routed_frames, noise, start):
+            number, every = start // config.video.block_frames, np.ones(branches, bool)
+            perturbed = routing.perturbed_passes(
+                config.rollout, steps, every, number, self.window_blocks
             )
-            noise = rollout.block_noise(key, start, (passes, *self.block))
-            network = partial(self.model.apply, variables)
-            record, kv = rollout.denoise_block(network, schedule, text, history, page, rows, noise, start)
-            return record, kv_cache.append(page, kv, start)
+            frames = routing.context_frames(window, routed_frames, start, perturbed)
+            noise = keys.block_noise(noise, start, (steps + 1, *self.block_shape))
+            network = partial(model.apply, variables)
+            return block_lib.generate_block(
+                network, schedule, text, history, page, frames, noise, start
+            )
 
         def run():
             page, records = fork(self.history), []
-            for b in range(perturb.window_blocks):
-                start = self.fork_frame + b * self.block[0]
+            for number in range(*self.window_blocks):
                 record, page = block(
-                    self.variables, self.prompt, self.history, page, self.selected[:, :branches], self.noise, start
+                    self.variables,
+                    self.text,
+                    self.history,
+                    page,
+                    self.routed_frames[:, :branches],
+                    self.noise,
+                    number * config.video.block_frames,
                 )
                 records.append(record)
             return records, page
 
         return run
 
-    def replay(self, backward: bool) -> Callable[[], Any]:
-        energies = train.make_energies(self.config, self.mesh)
+    def replay_forward(self) -> Callable[[], Any]:
+        e, params = self.experience, self.run.params
+        energies = self.run.programs.energies
+        return lambda: energies(params, self.lora, e.embeddings, e.text, e.tuples)
 
-        def loss(lora, params, *replayed):
-            """Minus the log-probability of the first branch."""
-            return -jax.vmap(partial(objective.log_policy, tau=1.0))(energies(params, lora, *replayed))[:, 0].mean()
-
-        gradient = jax.jit(jax.value_and_grad(loss))
-        forward = jax.jit(energies)
-        replayed = (self.embeddings, self.text, self.tuples)
-        if backward:
-            return lambda: gradient(self.variables["lora"], self.variables["params"], *replayed)
-        return lambda: forward(self.variables["params"], self.variables["lora"], *replayed)
+    def replay_forward_backward(self) -> Callable[[], Any]:
+        experience, params = self.experience, self.run.params
+        return lambda: self.run.programs.gradient(self.lora, params, experience)
 
     def iteration(self) -> Callable[[], Any]:
-        """As the loop in train.py, on policy, with advantages from nowhere."""
-        config, params = self.config, self.variables["params"]
-        optimiser = train.make_optimiser(config.train)
-        energies = jax.jit(train.make_energies(config, self.mesh))
-        gradient, apply = train.make_gradient(config, self.mesh), train.make_apply(config, self.mesh, optimiser)
-        state = train.init_state(config, optimiser, self.mesh, self.variables["lora"])
-        advantages = jax.random.normal(self.key, (1, config.rollout.branches))
+        """On policy, as `train.improve`."""
+        state = init_state(self.run.config, self.run.mesh, self.lora)
 
         def run():
-            behaviour = {"params": params, "lora": state.old}
-            text = self.stages.encode_text(behaviour, self.embeddings)
-            selected = self.stages.draw(self.key, jnp.arange(1), self.fork_frame)
-            videos = rollout.rollout(
-                self.stages, config, self.mesh, behaviour, text, self.changed, self.noise, selected, self.pivot
+            rolled = train.explore(self.run, state.old, self.batch, 0, self.pivot)
+            experience = train.remember(
+                self.run, state, rolled, self.batch, self.judged, on_policy=True
             )
-            reference = energies(params, state.reference, self.embeddings, text, videos.replay)
-            experience = train.Experience(
-                tuples=videos.replay, embeddings=self.embeddings, text=text, advantages=advantages,
-                safe=jnp.ones(1, bool), energies_old=reference, energies_ref=reference, on_policy=jnp.asarray(True),
-            )  # fmt: skip
-            return apply(state, gradient(state.lora, params, experience)[0])
+            total, _ = train.learn(self.run, state.lora, experience, self.batch.sentences, None)
+            return self.run.programs.apply(state, total)
 
         return run
 
     def row(self, name: str) -> Callable[[], Any]:
         """The function of a row."""
-        return {
+        makers: dict[str, Callable[[], Callable[[], Any]]] = {
             "denoise_forward": self.denoise_forward,
             "window_rollout_1": partial(self.window_rollout, 1),
-            "window_rollout_G": partial(self.window_rollout, self.config.rollout.branches),
-            "replay_forward": partial(self.replay, backward=False),
-            "replay_forward_backward": partial(self.replay, backward=True),
+            "window_rollout_G": partial(self.window_rollout, self.run.config.rollout.branches),
+            "replay_forward": self.replay_forward,
+            "replay_forward_backward": self.replay_forward_backward,
             "iteration": self.iteration,
-        }[name]()
+        }
+        return makers[name]()
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def limit_threads(threads: int) -> None:
-    """Keeps this process on so many cores. Before jax meets a device: XLA's pool gets a thread for each of them."""
+    """Keeps this process on so many cores.
+
+    It must be called before jax looks for devices: XLA's pool gets a thread for each core.
+    """
     if threads:
         cores = sorted(os.sched_getaffinity(0))
         if threads > len(cores):
-            raise ValueError(f"--threads={threads}, but this process may use {len(cores)} cores only")
+            raise UsageError(
+                f"--threads={threads}, but this process may use {len(cores)} cores only"
+            )
         os.sched_setaffinity(0, cores[-threads:])
 
 
 def reset_peak() -> None:
-    """Linux forgets the process's highest resident size; elsewhere the peak is that of the process's whole life."""
+    """Makes Linux forget the process's highest resident size.
+
+    Elsewhere the peak is that of the process's whole life.
+    """
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """Of an accelerator, its allocator's peak in the process's life; on CPU, the process's highest resident size."""
+    """The highest resident size of the process, or on an accelerator its allocator's peak."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    high = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(high[1]) * 1024 if high else 0
 
 
 def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], float, int]:
-    """Seconds of each repeat after one that is not counted, mean processor seconds, and peak memory."""
+    """Seconds of each repeat, mean processor seconds, peak memory; a first run is not counted."""
     jax.block_until_ready(run())
     reset_peak()
     seconds, begin = [], time.process_time()
@@ -396,7 +456,7 @@ def matrix_peak(dtype: str) -> float:
     best = 0.0
     for n in (512, 1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
         a = jax.random.normal(jax.random.key(0), (n, n), dtype)
-        product = jax.jit(lambda a, b: a @ b)
+        product = jax.jit(jnp.matmul)
         best = max(best, 2 * n**3 / min(measure(partial(product, a, a), 10)[0]))
     return best
 
@@ -423,62 +483,97 @@ def hardware(dtype: str) -> dict[str, Any]:
     }
 
 
+def measure_row(name: str, run: Callable[[], Any], work: Work, repeats: int) -> dict[str, Any]:
+    """A row as it goes into the JSON file, but for the share of the machine's peak."""
+    seconds, processor, memory = measure(run, repeats)
+    median = float(np.median(seconds))
+    return {
+        "name": name,
+        "median_s": median,
+        "min_s": min(seconds),
+        "n": repeats,
+        "flops": work.flops,
+        "peak_memory_bytes": memory,
+        "max_s": max(seconds),
+        "cpu_s": processor,
+        "tokens_per_s": work.tokens / median,
+        "flops_per_s": work.flops / median,
+    }
+
+
 def benchmark(
     config: ml_collections.ConfigDict, pivot: int, names: Sequence[str], repeats: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(hardware, rows), the rows as they go into the JSON."""
+    """Measures and prints (hardware, rows), the rows as they go into the JSON file."""
     machine = hardware(config.model.dtype)
+    known = [(name, value) for name, value in machine.items() if value is not None]
+    progress.table("", ("hardware", "value"), known)
+    print(flush=True)
     peak = machine["data_sheet_flops_per_s"] or machine["matrix_peak_flops_per_s"]
-    print(", ".join(f"{name} {value}" for name, value in machine.items() if value is not None))
-    print(
-        f"\n{'row':24s} {'median s':>10s} {'min s':>10s} {'spread':>7s} {'cpu s':>10s} {'tokens/s':>10s} "
-        f"{'GFLOP':>10s} {'GFLOP/s':>10s} {'of peak':>8s} {'peak MB':>8s}"
-    )
     bench, work, rows = Bench(config, pivot), counted(config, pivot), []
-    for name in names:
-        seconds, processor, memory = measure(bench.row(name), repeats)
-        median, best, flops = float(np.median(seconds)), min(seconds), work[name].flops
-        rows.append(
-            {
-                "name": name,
-                "median_s": median,
-                "min_s": best,
-                "n": repeats,
-                "flops": flops,
-                "peak_memory_bytes": memory,
-                "max_s": max(seconds),
-                "cpu_s": processor,
-                "tokens_per_s": work[name].tokens / median,
-                "flops_per_s": flops / median,
-                "share_of_peak": flops / median / peak,
-            }
-        )
-        print(
-            f"{name:24s} {median:10.4f} {best:10.4f} {(max(seconds) - best) / median:7.0%} {processor:10.4f} "
-            f"{work[name].tokens / median:10.0f} {flops / 1e9:10.3f} {flops / median / 1e9:10.1f} "
-            f"{flops / median / peak:8.1%} {memory / 1e6:8.0f}",
-            flush=True,
-        )
+    with progress.bar("benchmark", len(names)) as advance:
+        for name in names:
+            row = measure_row(name, bench.row(name), work[name], repeats)
+            rows.append({**row, "share_of_peak": row["flops_per_s"] / peak})
+            advance(1, f"benchmark: {name}")
+    cells = [_cells(row) for row in rows]
+    progress.table("", list(cells[0]), [list(row.values()) for row in cells])
     return machine, rows
 
 
+def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Column -> what is printed there for a row."""
+    spread = (row["max_s"] - row["min_s"]) / row["median_s"]
+    return {
+        "row": row["name"],
+        "median s": f"{row['median_s']:.4f}",
+        "min s": f"{row['min_s']:.4f}",
+        "spread": f"{spread:.0%}",
+        "cpu s": f"{row['cpu_s']:.4f}",
+        "peak MB": f"{row['peak_memory_bytes'] / 1e6:.0f}",
+        "tokens/s": f"{row['tokens_per_s']:.0f}",
+        "GFLOP": f"{row['flops'] / 1e9:.3f}",
+        "GFLOP/s": f"{row['flops_per_s'] / 1e9:.1f}",
+        "of peak": f"{row['share_of_peak']:.1%}",
+    }
+
+
 def main(arguments: list[str]) -> None:
-    preset = PRESETS[_PRESET.value]
+    """The command: see the module."""
+    given = flags.FLAGS
+    preset = PRESETS[given.preset]
     try:
-        for name in _NAMES.value:
+        for name in given.rows:
             if name not in ROWS:
-                raise ValueError(f"--rows has {name!r}; the rows are {', '.join(ROWS)}")
-        limit_threads(_THREADS.value)
-        fields = [f"--config.{name}={value}" for name, value in {**ONE_PROMPT, **preset.fields}.items()]
-        config = config_lib.resolve(preset.config, None, [*fields, *arguments[1:]])
-        config_lib.use_compilation_cache()
-        machine, rows = benchmark(config, preset.pivot, _NAMES.value, _REPEATS.value)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    if _JSON.value:
-        out = {"preset": _PRESET.value, "config": config.to_dict(), "hardware": machine, "rows": rows}
-        config_lib.write_json(out, Path(_JSON.value))
+                known = ", ".join(ROWS)
+                raise UsageError(f"--rows has {name!r}; the rows are {known}{nearest(name, ROWS)}")
+        limit_threads(given.threads)
+        fields = {**ONE_PROMPT, **preset.fields}
+        own = [f"--config.{name}={value}" for name, value in fields.items()]
+        config = workdir.resolve(preset.config, None, [*own, *arguments[1:]])
+        command.use_compilation_cache()
+        machine, rows = benchmark(config, preset.pivot, given.rows, given.repeats)
+        if given.json:
+            out = {"preset": given.preset, "config": config.to_dict()}
+            write_json({**out, "hardware": machine, "rows": rows}, Path(given.json))
+    except (UsageError, OSError) as error:
+        command.fail(error)
+
+
+def define_flags() -> None:
+    """The flags of the command."""
+    flags.DEFINE_enum(
+        "preset", "golden_perf", sorted(PRESETS), "sizes; --config.FIELD=VALUE changes a field"
+    )
+    flags.DEFINE_string("json", "", "file to write the figures to")
+    flags.DEFINE_integer(
+        "threads", 0, "CPU threads that compute; 0 is one for each core", lower_bound=0
+    )
+    flags.DEFINE_integer(
+        "repeats", 5, "timed runs of each row, after one that warms up", lower_bound=1
+    )
+    flags.DEFINE_list("rows", list(ROWS), "which rows")
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command.run(__name__, define_flags, main)

@@ -1,9 +1,10 @@
-"""Does KVPO raise the toy's reward, and is it the reward that does it? Makes the table in docs/toy_study.md.
+"""Shows whether KVPO raises the toy's reward, and whether the reward does it: docs/toy_study.md.
 
-    python tools/toy_study.py --output=docs/toy_study.md
+    python tools/toy_study.py --output=docs/toy_study.md [--seeds=3] [--config.FIELD=VALUE ...]
 
-Trains the default config with several seeds, with shuffled advantages (the control: same machinery, no information) and
-with negated advantages (must go down), and writes gains on the held-out prompts with diversity, KL, gate and time.
+It trains the default config with several seeds, with shuffled advantages (the control: the same
+machinery without information) and with negated advantages (the reward must fall). The table has the
+gains on the held-out prompts, and diversity, KL, gate and time.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
-from kvpo_jax import config as config_lib
-from kvpo_jax import report, train
-
-_OUTPUT = flags.DEFINE_string("output", "docs/toy_study.md", "markdown file to write")
-_RUNS = flags.DEFINE_string("runs", "runs/toy_study", "directory of the runs; finished ones are not run again")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "seeds of the trained and of the shuffled runs")
+from kvpo_jax import train
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import command
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
+from kvpo_jax.runtime.statistics import mean_interval, show_interval
 
 KINDS = {
     "KVPO": {},
@@ -34,29 +35,45 @@ KINDS = {
 }
 
 
-def configured(kind: str, seed: int, arguments: Sequence[str]) -> tuple[Path, ConfigDict]:
-    """The directory and the configuration of one run; ValueError if the directory has a run of another one."""
-    workdir, fields = Path(_RUNS.value) / f"{kind.replace(' ', '_')}-{seed}", {"seed": seed, **KINDS[kind]}
-    config = config_lib.resolve(
-        config_lib.TINY, workdir, [*arguments, *(f"--config.{k}={v}" for k, v in fields.items())]
-    )
-    # What a continued run may change, its length say, changes the numbers of a study too.
+def configure(
+    kind: str, seed: int, runs: Path, arguments: Sequence[str]
+) -> tuple[Path, ConfigDict]:
+    """The directory and the configuration of one run.
+
+    Raises:
+      UsageError: the directory has a run of another configuration.
+    """
+    workdir, fields = runs / f"{kind.replace(' ', '_')}-{seed}", {"seed": seed, **KINDS[kind]}
+    own = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = workdir_lib.resolve(config_lib.TINY, workdir, [*arguments, *own])
+    # Even what a continued run may change, its length for example, changes the numbers of a study.
     if (record := workdir / "config.json").exists():
         before, now = config_lib.flat(config_lib.load_saved(record)), config_lib.flat(config)
         if changed := [name for name in sorted(before | now) if before.get(name) != now.get(name)]:
-            raise ValueError(f"{workdir} has a run with another {changed[0]}; choose another directory with --runs")
+            raise UsageError(
+                f"{workdir} has a run with another {changed[0]}; choose another directory with"
+                " --runs"
+            )
     return workdir, config
 
 
-def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict:
-    """The summary of one run, with the means of its metrics over the iterations."""
+def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict[str, Any]:
+    """The summary of one run, with the means of its metrics over the iterations.
+
+    Raises:
+      UsageError: the run has been stopped.
+    """
     if not (workdir / "summary.json").exists():
-        config_lib.start_run(config, workdir)
+        workdir_lib.start_run(config, workdir)
         print(f"\n=== {kind}, seed {seed}", flush=True)
-        train.train_and_evaluate(config, workdir)
+        if not train.train_and_evaluate(config, workdir):
+            raise UsageError(f"{workdir} is not finished; the same command continues the study")
     summary = json.loads((workdir / "summary.json").read_text())
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    mean = lambda name: float(np.mean([m[name] for m in metrics]))
+
+    def mean(name: str) -> float:
+        return float(np.mean([m[name] for m in metrics]))
+
     return {
         "kind": kind,
         "seed": seed,
@@ -71,67 +88,85 @@ def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict:
     }
 
 
-def table(rows: Sequence[dict]) -> str:
-    """The markdown of all runs."""
-    head = (
-        "run", "seed", "before", "after", "EMA", "gain", "95 % over prompts", "win rate", "reward std in group",
-        "pixel std in group", "energy std, first to last", "KL at the end", "gate open", "seconds",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for r in rows:
-        low, high = r["gain_ci95"]
-        cells = (
-            r["kind"], r["seed"], f"{r['reference']:.4f}", f"{r['online']:.4f}", f"{r['ema']:.4f}", f"{r['gain']:+.4f}",
-            f"[{low:+.4f}, {high:+.4f}]", f"{r['win_rate']:.0%}", f"{r['diversity']:.4f}", f"{r['pixels']:.4f}",
-            f"{r['energy_std'][0]:.1e} to {r['energy_std'][1]:.1e}", f"{r['kl']:.2e}", f"{r['gate']:.0%}",
-            f"{r['seconds']:.0f}",
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    """The markdown table of all runs."""
+    cells = [_cells(summary) for summary in runs]
+    lines = [f"| {' | '.join(cells[0])} |", f"|{'---|' * len(cells[0])}"]
+    lines += [f"| {' | '.join(row.values())} |" for row in cells]
     return "\n".join(lines)
 
 
-def conclusion(rows: Sequence[dict]) -> str:
+def _cells(summary: dict[str, Any]) -> dict[str, str]:
+    """Column -> what the table has there for a run."""
+    first, last = summary["energy_std"]
+    return {
+        "run": summary["kind"],
+        "seed": str(summary["seed"]),
+        "before": f"{summary['reference']:.4f}",
+        "after": f"{summary['online']:.4f}",
+        "EMA": f"{summary['ema']:.4f}",
+        "gain": f"{summary['gain']:+.4f}",
+        "95 % over prompts": show_interval(summary["gain_ci95"]),
+        "win rate": f"{summary['win_rate']:.0%}",
+        "reward std in group": f"{summary['diversity']:.4f}",
+        "pixel std in group": f"{summary['pixels']:.4f}",
+        "energy std, first to last": f"{first:.1e} to {last:.1e}",
+        "KL at the end": f"{summary['kl']:.2e}",
+        "gate open": f"{summary['gate']:.0%}",
+        "seconds": f"{summary['seconds']:.0f}",
+    }
+
+
+def conclusion(runs: Sequence[dict[str, Any]]) -> str:
     """What the numbers say, in words that follow from them."""
-    gains = {kind: [r["gain"] for r in rows if r["kind"] == kind] for kind in KINDS}
+    gains = {kind: [r["gain"] for r in runs if r["kind"] == kind] for kind in KINDS}
     trained, shuffled, negated = (gains[kind] for kind in KINDS)
-    mean = float(np.mean(trained))
-    half = report.t_quantile_975(len(trained) - 1) * float(np.std(trained, ddof=1)) / len(trained) ** 0.5
+    mean, interval = mean_interval(np.asarray(trained))
     above = min(trained) > max(shuffled)
     return (
-        f"Mean gain of KVPO over {len(trained)} seeds: **{mean:+.4f}**, 95 % Student-t interval over seeds "
-        f"[{mean - half:+.4f}, {mean + half:+.4f}]. Worst seed {min(trained):+.4f}, best shuffled run "
-        f"{max(shuffled):+.4f}: every seed is {'above' if above else '**not** above'} every shuffled run. "
-        f"Negated advantages: {', '.join(f'{g:+.4f}' for g in negated)}."
+        f"Mean gain of KVPO over {len(trained)} seed{'s' * (len(trained) > 1)}: **{mean:+.4f}**,"
+        f" 95 % Student-t interval over seeds {show_interval(interval)}. Worst seed"
+        f" {min(trained):+.4f}, best shuffled run {max(shuffled):+.4f}: every seed is"
+        f" {'above' if above else '**not** above'} every shuffled run. Negated advantages:"
+        f" {', '.join(f'{gain:+.4f}' for gain in negated)}."
     )
 
 
 def main(arguments: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)
-    config_lib.use_compilation_cache()
-    plan = [("KVPO", s) for s in range(_SEEDS.value)] + [("shuffled advantages", s) for s in range(_SEEDS.value)]
-    plan.append(("negated advantages", 0))
+    """The command: see the module."""
+    given = flags.FLAGS
+    seeds = range(given.seeds)
+    study = [(kind, seed) for kind in ("KVPO", "shuffled advantages") for seed in seeds]
+    study.append(("negated advantages", 0))
     try:
-        runs = [(kind, seed, *configured(kind, seed, arguments[1:])) for kind, seed in plan]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    rows = [run(*each) for each in runs]
-    text = "\n".join(
-        [
-            "# The toy study",
-            "",
-            f"Written by `{' '.join(['python tools/toy_study.py', *arguments[1:]])}` with jax {jax.__version__} "
-            f"on {os.cpu_count()} CPU cores ({platform.machine()}). All runs start from the shipped generator and are "
-            f"judged on the same {rows[0]['num_prompts']} held-out prompt sequences, from the same noise.",
-            "",
-            conclusion(rows),
-            "",
-            table(rows),
-            "",
+        command.use_compilation_cache()
+        configured = [
+            (kind, seed, *configure(kind, seed, Path(given.runs), arguments[1:]))
+            for kind, seed in study
         ]
+        summaries = [run(*each) for each in configured]
+        called = " ".join(["python tools/toy_study.py", *arguments[1:]])
+        text = (
+            "# The toy study\n\n"
+            f"Written by `{called}` with jax {jax.__version__} on {os.cpu_count()} CPU cores"
+            f" ({platform.machine()}). All runs start from the shipped generator and are judged on"
+            f" the same {summaries[0]['num_prompts']} held-out prompt sequences, from the same"
+            f" noise.\n\n{conclusion(summaries)}\n\n{table(summaries)}\n"
+        )
+        Path(given.output).write_text(text)
+        print(f"\n{text}\nwrote {given.output}", flush=True)
+    except (UsageError, OSError) as error:
+        command.fail(error)
+
+
+def define_flags() -> None:
+    """The flags of the command."""
+    flags.DEFINE_string("output", "docs/toy_study.md", "markdown file to write")
+    flags.DEFINE_string(
+        "runs", "runs/toy_study", "directory of the runs; finished ones are not run again"
     )
-    Path(_OUTPUT.value).write_text(text)
-    print(f"\n{text}\nwrote {_OUTPUT.value}", flush=True)
+    flags.DEFINE_integer("seeds", 3, "seeds of the trained and of the shuffled runs", lower_bound=1)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command.run(__name__, define_flags, main)

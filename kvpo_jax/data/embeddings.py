@@ -1,43 +1,50 @@
 """Prompt embeddings on disk, so that training never holds the text encoder.
 
-A folder has sentences.json (what the embeddings are of, and the index) and a tfds dataset in array_record form, with
-only the valid tokens of each sentence, in bfloat16. Both are read and written without TensorFlow; other programs read
-them with `tfds.builder_from_directory(folder).as_data_source("prompts")`, after `import ml_dtypes`.
+A folder has sentences.json (the index, and what the embeddings were made from) and a tfds dataset
+in array_record form, with only the valid tokens of each sentence, in bfloat16. Both are read and
+written without TensorFlow; other programs read them with
+`tfds.builder_from_directory(folder).as_data_source("prompts")`, after `import ml_dtypes`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 import ml_dtypes
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tqdm import tqdm
 
-from kvpo_jax import config as config_lib
 from kvpo_jax.data import text
+from kvpo_jax.errors import MissingKeyError, UsageError
+from kvpo_jax.runtime import progress
+from kvpo_jax.runtime.atomic import replacing, write_json
 
 INDEX = "sentences.json"
 SPLIT = "prompts"
-SHARD = 64  # sentences; what a kill can cost
-COMMAND = "python tools/encode_prompts.py --prompts=FILE --output=FOLDER --weights=FILE --tokenizer=FOLDER"
+SHARD = 64  # sentences in a file; a kill loses at most these
+COMMAND = "kvpo-encode --prompts=FILE --output=FOLDER --weights=FILE --tokenizer=FOLDER"
+
+
+# ---------------------------------------------------------------- reading
 
 
 @dataclasses.dataclass(frozen=True)
 class Embeddings(Mapping[str, np.ndarray]):
-    """Sentence -> bfloat16[tokens, dim]; read from disk at each access. Sentences are cleaned before the look-up.
+    """Sentence -> bfloat16[tokens, dim], read from disk at each access.
+
+    Sentences are cleaned before they are looked up.
 
     Attributes:
-      folder: that `write` has filled.
-      index: cleaned sentence -> its record.
+      folder: a folder that `write` has filled.
+      index: cleaned sentence -> the number of its record.
       source: the records.
-      shards: the files that hold them, SHARD in each.
+      shards: the files that hold the records, SHARD in each.
       text_len: K.
       dim: width of an embedding.
     """
@@ -52,10 +59,14 @@ class Embeddings(Mapping[str, np.ndarray]):
     def __getitem__(self, sentence: str) -> np.ndarray:
         record = self.index.get(text.clean(sentence))
         if record is None:
-            raise KeyError(f"{self.folder} has no embedding of {sentence!r}; a new folder with it is made by {COMMAND}")
+            raise MissingKeyError(
+                f"{self.folder} has no embedding of {sentence!r}; a new folder with it is made by"
+                f" {COMMAND}"
+            )
         try:
             return self.source[record]["embedding"]
-        except (RuntimeError, TypeError, ValueError) as error:  # what array_record and tfds make of damaged records
+        except (RuntimeError, TypeError, ValueError) as error:
+            # array_record and tfds raise these for damaged records.
             raise _damaged(self.shards[record // SHARD], error) from error
 
     def __iter__(self) -> Iterator[str]:
@@ -65,30 +76,43 @@ class Embeddings(Mapping[str, np.ndarray]):
         return len(self.index)
 
     def check(self, sentences: Iterable[str]) -> None:
-        """Raises a ValueError for sentences that have no embedding here, without reading any; names the first."""
-        missing = [sentence for sentence in dict.fromkeys(map(text.clean, sentences)) if sentence not in self.index]
+        """UsageError, which names the first, for sentences without an embedding; reads none."""
+        cleaned = dict.fromkeys(map(text.clean, sentences))
+        missing = [sentence for sentence in cleaned if sentence not in self.index]
         if missing:
-            raise ValueError(
-                f"{self.folder} has no embedding of {missing[0]!r}, {len(missing)} sentences missing in all; a new "
-                f"folder with them is made by {COMMAND}"
+            raise UsageError(
+                f"{self.folder} has no embedding of {missing[0]!r}, {len(missing)} sentences"
+                f" missing in all; a new folder with them is made by {COMMAND}"
             )
 
     def lookup(self, sentences: Sequence[str]) -> np.ndarray:
-        """bfloat16[n, K, dim], zero past a sentence's end; KeyError names a sentence that is not here."""
+        """bfloat16[n, K, dim], zero past a sentence's end.
+
+        Raises:
+          MissingKeyError: it names a sentence that has no embedding.
+        """
         out = np.zeros((len(sentences), self.text_len, self.dim), ml_dtypes.bfloat16)
         for row, sentence in zip(out, sentences, strict=True):
             embedding = self[sentence]
+            chex.assert_shape(embedding, (None, self.dim))
             row[: len(embedding)] = embedding
         return out
 
 
 def open_embeddings(folder: Path | str) -> Embeddings:
-    """The embeddings in `folder`; FileNotFoundError or ValueError says how to make or finish them."""
+    """The embeddings in a folder.
+
+    Raises:
+      FileNotFoundError, UsageError: there are none, or not all; the message says how to make them.
+    """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(f"{folder} has no prompt embeddings; make them with {COMMAND}")
     if not (folder / "dataset_info.json").is_file():
-        raise ValueError(f"{folder}: the embeddings are not finished; run the command that began them again, {COMMAND}")
+        raise UsageError(
+            f"{folder}: the embeddings are not finished; run the command that began them again,"
+            f" {COMMAND}"
+        )
     written = _read_index(folder)
     try:
         builder = tfds.builder_from_directory(folder)
@@ -108,13 +132,19 @@ def open_embeddings(folder: Path | str) -> Embeddings:
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / INDEX).read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise _damaged(folder / INDEX, error) from error
 
 
-def _damaged(path: Path, cause: Exception) -> ValueError:
-    """The error of a file, or of the whole folder; what is still there is not made again."""
-    return ValueError(f"{path} is damaged ({cause!r}); delete it and run the command that made it again, {COMMAND}")
+def _damaged(path: Path, cause: Exception) -> UsageError:
+    """The error for a file, or for the whole folder. The command makes again what is deleted."""
+    return UsageError(
+        f"{path} is damaged ({cause!r}); delete it and run the command that made it again,"
+        f" {COMMAND}"
+    )
+
+
+# ---------------------------------------------------------------- writing
 
 
 def write(
@@ -125,61 +155,96 @@ def write(
     dim: int,
     made_from: Mapping[str, str],
 ) -> None:
-    """Fills `folder`, shard by shard; after a kill, the same call goes on with the first shard that is not there.
+    """Fills a folder with embeddings, shard by shard.
+
+    After a kill, the same call continues with the first shard that is not there.
 
     Args:
       folder: a new one, or one that an earlier call has begun.
       sentences: cleaned and distinct; record i is sentence i.
       encode: a range of the sentences -> float[tokens, dim] of each.
-      text_len: K, what tokens may number at most.
+      text_len: K, the most tokens that a sentence may have.
       dim: width of an embedding.
-      made_from: checksums of what else the embeddings depend on.
+      made_from: checksums of whatever else the embeddings depend on.
 
     Raises:
-      ValueError: if the folder was begun with something else; says with what.
+      UsageError: the folder was begun with something else, which the message names.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index = {"text_len": text_len, "dim": dim, **made_from, "sentences": list(sentences)}
-    if (folder / INDEX).is_file():
-        begun = _read_index(folder)
-        other = [name for name in index if begun.get(name) != index[name]]
-        if other:
-            raise ValueError(f"{folder} has embeddings with other {', '.join(other)}; name a new folder, or delete it")
-    else:
-        config_lib.write_json(index, folder / INDEX)
-
-    embedding = tfds.features.Tensor(shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes")
-    features = tfds.features.FeaturesDict({"sentence": tfds.features.Text(), "embedding": embedding})
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    _write_index(folder, index)
+    tensor = tfds.features.Tensor(shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes")
+    features = tfds.features.FeaturesDict({"sentence": tfds.features.Text(), "embedding": tensor})
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name="embeddings", split=SPLIT, filetype_suffix="array_record"
     )
-    parts = [slice(start, min(start + SHARD, len(sentences))) for start in range(0, len(sentences), SHARD)]
-    paths = [Path(template.sharded_filepath(shard_index=i, num_shards=len(parts))) for i in range(len(parts))]
-    lengths = [part.stop - part.start for part in parts]
-    done = sum(length for path, length in zip(paths, lengths, strict=True) if path.is_file())
-    with tqdm(total=len(sentences), initial=done, unit="sentence") as progress:
+    starts = range(0, len(sentences), SHARD)
+    parts = [slice(start, min(start + SHARD, len(sentences))) for start in starts]
+    paths = [
+        Path(template.sharded_filepath(shard_index=i, num_shards=len(parts)))
+        for i in range(len(parts))
+    ]
+    with progress.bar("encoding sentences", len(sentences)) as advance:
         for path, part in zip(paths, parts, strict=True):
             if path.is_file():
-                continue
-            temporary = path.with_name(f"{path.name}.tmp")
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
-            for sentence, valid in zip(sentences[part], encode(part), strict=True):
-                record = {"sentence": sentence, "embedding": valid.astype(ml_dtypes.bfloat16)}
-                example = serializer.get_tf_example(features.encode_example(record))
-                # Without it, the order of the fields differs from one process to the next.
-                writer.write(example.SerializeToString(deterministic=True))
-                progress.update()
-            writer.close()
-            os.replace(temporary, path)
+                advance(part.stop - part.start)
+            else:
+                embeddings = _checked(encode(part), text_len, dim, advance)
+                _write_shard(path, features, sentences[part], embeddings)
     split = tfds.core.SplitInfo(
         name=SPLIT,
-        shard_lengths=lengths,
+        shard_lengths=[part.stop - part.start for part in parts],
         num_bytes=sum(path.stat().st_size for path in paths),
         filename_template=template,
     )
     # Checking would read the data with TensorFlow.
     tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False
+        data_dir=folder,
+        features=features,
+        split_infos=[split],
+        filename_template=template,
+        check_data=False,
     )
+
+
+def _write_index(folder: Path, index: Mapping[str, Any]) -> None:
+    """Writes the index of a new folder, or checks that a folder was begun with the same one."""
+    if not (folder / INDEX).is_file():
+        write_json(index, folder / INDEX)
+        return
+    begun = _read_index(folder)
+    if other := [name for name in index if begun.get(name) != index[name]]:
+        raise UsageError(
+            f"{folder} has embeddings with other {', '.join(other)}; name a new folder, or delete"
+            " it"
+        )
+
+
+def _checked(
+    embeddings: Iterable[np.ndarray], text_len: int, dim: int, advance: Callable[[], None]
+) -> Iterator[np.ndarray]:
+    """The embeddings of a shard, each of which advances the bar once it is written."""
+    for embedding in embeddings:
+        chex.assert_shape(embedding, (None, dim))
+        chex.assert_axis_dimension_lteq(embedding, 0, text_len)
+        yield embedding
+        advance()
+
+
+def _write_shard(
+    path: Path,
+    features: tfds.features.FeaturesDict,
+    sentences: Sequence[str],
+    embeddings: Iterable[np.ndarray],
+) -> None:
+    """Writes the records of a shard, whole or not at all."""
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    with replacing(path) as temporary:
+        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        for sentence, embedding in zip(sentences, embeddings, strict=True):
+            record = {"sentence": sentence, "embedding": embedding.astype(ml_dtypes.bfloat16)}
+            example = serializer.get_tf_example(features.encode_example(record))
+            # Otherwise the order of the fields differs from one process to the next.
+            writer.write(example.SerializeToString(deterministic=True))
+        writer.close()

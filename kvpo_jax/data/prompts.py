@@ -1,4 +1,4 @@
-"""Prompt files, and an endless shuffled stream over them whose position is one number; docs/data.md has examples."""
+"""Prompt files, and an endless shuffled stream over them; docs/data.md has examples."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections import abc
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+
+from kvpo_jax.errors import UsageError
+
+T = TypeVar("T")
 
 SUFFIXES = (".txt", ".jsonl")
 _FORMATTED = re.compile(r"(\d+\s*,)?\s*\[")  # how a formatted line begins
 _NUMBER = re.compile(r"^\d+\s*(,|$)")  # what may stand before its fields
 _PLACEHOLDER = re.compile(r"0+\s*,?")  # how the release's formatter writes an empty prompt
-_SHOWN = 10  # malformed lines that an error lists
+_SHOWN = 10  # how many malformed lines an error lists
 
 
 @dataclasses.dataclass(frozen=True)
-class Sequence:
+class PromptSequence:
     """The prompts of one video.
 
     Attributes:
       sentences: one for each prompt segment, at least one.
-      line: where its file has it, counted from 1.
+      line: its line in the file, counted from 1.
     """
 
     sentences: tuple[str, ...]
@@ -34,45 +39,56 @@ class Sequence:
 # ---------------------------------------------------------------- files
 
 
-def load(path: Path | str, min_segments: int = 1, max_segments: int | None = None) -> list[Sequence]:
+def load(
+    path: Path | str, min_segments: int = 1, max_segments: int | None = None
+) -> list[PromptSequence]:
     """The sequences of a `.txt` or `.jsonl` file; see `parse` and `select`.
 
     Raises:
-      ValueError: for malformed lines, with file and line of each; for a file that is not UTF-8 text, has another
-        suffix, or has no sequence to offer.
+      UsageError: lines are malformed (names file and line of each), or the file is not UTF-8 text,
+        has another suffix, or has no sequence that is long enough.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise ValueError(f"{path}: the name of a prompt file ends in {' or '.join(SUFFIXES)}")
+        raise UsageError(f"{path}: the name of a prompt file ends in {' or '.join(SUFFIXES)}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+        raise UsageError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
     sequences, problems = parse(text, suffix)
     if problems:
-        listed = [f"{path}:{line}: {what}" for line, what in problems[:_SHOWN]]
+        listed = [f"{path}:{line}: {problem}" for line, problem in problems[:_SHOWN]]
         more = [f"and {len(problems) - _SHOWN} lines more"] if len(problems) > _SHOWN else []
-        raise ValueError("\n".join([*listed, *more]))
+        raise UsageError("\n".join([*listed, *more]))
     selected = select(sequences, min_segments, max_segments)
     if not selected:
-        raise ValueError(f"{path}: none of its {len(sequences)} prompt sequences has {min_segments} segments or more")
+        raise UsageError(
+            f"{path}: none of its {len(sequences)} prompt sequences has {min_segments} segments or"
+            " more"
+        )
     return selected
 
 
-def parse(text: str, suffix: str) -> tuple[list[Sequence], list[tuple[int, str]]]:
-    """What can be read of a prompt file, and (line, what is wrong there) for each line where text would be lost.
+def parse(text: str, suffix: str) -> tuple[list[PromptSequence], list[tuple[int, str]]]:
+    """The sequences of a prompt file, and (line, problem) of each line that would lose text.
 
-    `.jsonl` has an object with the list "prompts" on each line (KVPO, LongLive, MemFlow). A `.txt` is *formatted*,
-    `number,[first],[second]` (KVPO), if any line begins with a field, numbered or not; otherwise each line is one
-    prompt (LongLive's and MemFlow's single-prompt files). The number, and keys other than "prompts", mean nothing;
-    brackets inside a field belong to its text; empty fields and empty lines are passed over.
+    A `.jsonl` file has an object with the list "prompts" on each line (KVPO, LongLive, MemFlow). A
+    `.txt` file is *formatted*, `number,[first],[second]` (KVPO), if any line begins with a field,
+    numbered or not; otherwise each line is one prompt (LongLive's and MemFlow's single-prompt
+    files). The number, and keys other than "prompts", mean nothing. Brackets inside a field belong
+    to its text. Empty fields and empty lines are skipped.
 
-    The release returns the same sequences of jsonl and formatted files, in silence, but for two things: of a line
-    without a number it loses the first field, and here it is kept; a prompt that is not a string becomes one there.
+    The released loader returns the same sequences of jsonl and formatted files, without naming a
+    problem. There are two exceptions: it loses the first field of a line without a number, which is
+    kept here, and it turns a prompt that is not a string into one, which is a problem here.
     """
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    lines = [
+        (number, line.strip())
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
     if suffix == ".jsonl":
         read = _read_json
     else:
@@ -82,7 +98,7 @@ def parse(text: str, suffix: str) -> tuple[list[Sequence], list[tuple[int, str]]
         fields, problem = read(line)
         sentences = tuple(field.strip() for field in fields if field.strip())
         if sentences:
-            sequences.append(Sequence(sentences, number))
+            sequences.append(PromptSequence(sentences, number))
         elif problem is None and not _PLACEHOLDER.fullmatch(line):
             problem = "there is no prompt in this line; write one or delete the line"
         if problem is not None:
@@ -93,10 +109,10 @@ def parse(text: str, suffix: str) -> tuple[list[Sequence], list[tuple[int, str]]
 def _read_json(line: str) -> tuple[list[str], str | None]:
     """The prompts of a `.jsonl` line, and what is wrong with it."""
     try:
-        row = json.loads(line)
+        made = json.loads(line)
     except json.JSONDecodeError as error:
         return [], f"not JSON: {error.msg} at column {error.colno}"
-    prompts = row.get("prompts") if isinstance(row, dict) else None
+    prompts = made.get("prompts") if isinstance(made, dict) else None
     if not isinstance(prompts, list):
         return [], 'expected {"prompts": ["...", "..."]}'
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
@@ -118,7 +134,8 @@ def _read_plain(line: str) -> tuple[list[str], str | None]:
 
 def _read_fields(line: str) -> tuple[list[str], str | None]:
     """The bracketed fields of a formatted line, and what is wrong with it."""
-    fields, field, outside, depth = [], "", "", 0
+    fields: list[str] = []
+    field, outside, depth = "", "", 0
     for character in _NUMBER.sub("", line, count=1):
         depth += character == "["
         if depth == 0:
@@ -132,15 +149,20 @@ def _read_fields(line: str) -> tuple[list[str], str | None]:
     outside = outside.strip(", \t")
     if depth:
         return fields, f"a bracket is not closed, and {field!r} would be lost"
-    if outside:
-        return fields, f"{outside!r} is outside of the brackets and would be lost; a line reads 1,[first],[second]"
-    return fields, None
+    if not outside:
+        return fields, None
+    lost = f"{outside!r} is outside of the brackets and would be lost"
+    return fields, f"{lost}; a line reads 1,[first],[second]"
 
 
-def select(sequences: abc.Iterable[Sequence], min_segments: int = 1, max_segments: int | None = None) -> list[Sequence]:
-    """The sequences with at least `min_segments` sentences, each cut to its first `max_segments` (None: all)."""
+def select(
+    sequences: Iterable[PromptSequence], min_segments: int = 1, max_segments: int | None = None
+) -> list[PromptSequence]:
+    """The sequences with at least `min_segments` sentences, cut to `max_segments` (None: all)."""
     if max_segments is not None and not 1 <= min_segments <= max_segments:
-        raise ValueError(f"min_segments={min_segments} to max_segments={max_segments} is not a range of segments")
+        raise UsageError(
+            f"min_segments={min_segments} to max_segments={max_segments} is not a range of segments"
+        )
     return [
         dataclasses.replace(sequence, sentences=sequence.sentences[:max_segments])
         for sequence in sequences
@@ -151,39 +173,55 @@ def select(sequences: abc.Iterable[Sequence], min_segments: int = 1, max_segment
 # ---------------------------------------------------------------- split
 
 
-def split(sequences: abc.Iterable[Sequence], heldout: int, seed: int) -> tuple[list[Sequence], list[Sequence]]:
-    """(train, held out): `heldout` sequences for evaluation, chosen by a hash of seed and text, and the rest.
+def split(
+    sequences: Iterable[PromptSequence], heldout: int, seed: int
+) -> tuple[list[PromptSequence], list[PromptSequence]]:
+    """(train, held out): `heldout` sequences are chosen by a hash of seed and text.
 
-    The order of the file does not matter. A line that is added to it never moves another one into the held-out part; at
-    most it takes the place of the last one there. That part is in the order of the hash, so that asking for fewer gives
-    the first of them, and has no text twice. What is trained on is in the order of the file and has no held-out text.
+    The order of the file does not matter. Adding a line never moves an existing one into the
+    held-out part; at most the new line is held out itself and the last held-out one returns to
+    training. The held-out part is in the order of the hash, so that asking for fewer gives the
+    first of them, and has no text twice. The training part is in the order of the file and has no
+    held-out text.
 
     Raises:
-      ValueError: if nothing would be left to train on.
+      UsageError: nothing would be left to train on.
     """
     sequences = list(sequences)
     distinct = {sequence.sentences: sequence for sequence in reversed(sequences)}
     if not 0 <= heldout < len(distinct):
-        raise ValueError(f"{heldout} held-out sequences of {len(distinct)} different ones leave nothing to train on")
-    rank = lambda sentences: hashlib.sha256(json.dumps([seed, *sentences]).encode()).digest()
+        raise UsageError(
+            f"{heldout} held-out sequences of {len(distinct)} different ones leave nothing to"
+            " train on"
+        )
+
+    def rank(sentences: tuple[str, ...]) -> bytes:
+        return hashlib.sha256(json.dumps([seed, *sentences]).encode()).digest()
+
     chosen = sorted(distinct, key=rank)[:heldout]
-    kept = distinct.keys() - set(chosen)
-    return [sequence for sequence in sequences if sequence.sentences in kept], [distinct[text] for text in chosen]
+    trained_on = distinct.keys() - set(chosen)
+    train = [sequence for sequence in sequences if sequence.sentences in trained_on]
+    return train, [distinct[sentences] for sentences in chosen]
 
 
 # ---------------------------------------------------------------- stream
 
 
-def at(sequences: abc.Sequence[Sequence], index: int, seed: int) -> Sequence:
-    """Element `index` of an endless stream: every epoch has each sequence once, in an order of (seed, epoch).
+def at(sequences: Sequence[T], index: int, seed: int) -> T:
+    """Element `index` of an endless stream over the sequences.
 
-    The stream has no state: who saves the next index resumes it exactly.
+    Every epoch has each sequence once, in an order that seed and epoch decide. The stream has no
+    state: it resumes exactly from the next index.
     """
     epoch, position = divmod(index, len(sequences))
     return sequences[np.random.default_rng((seed, epoch)).permutation(len(sequences))[position]]
 
 
-def segments_to(sequence: Sequence, segments: int) -> Sequence:
-    """The sequence with M = `segments` sentences: later ones are cut off, or the last one is repeated (no switch)."""
+def segments_to(sequence: PromptSequence, segments: int) -> PromptSequence:
+    """The sequence with M = `segments` sentences.
+
+    Later sentences are cut off; missing ones repeat the last, which is no prompt switch.
+    """
     sentences = sequence.sentences[:segments]
-    return dataclasses.replace(sequence, sentences=sentences + sentences[-1:] * (segments - len(sentences)))
+    sentences += sentences[-1:] * (segments - len(sentences))
+    return dataclasses.replace(sequence, sentences=sentences)

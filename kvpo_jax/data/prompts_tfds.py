@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections import abc
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from kvpo_jax.data import prompts
 
 @dataclasses.dataclass(eq=False)
 class PromptFile(tfds.core.BuilderConfig):
-    """Which file, and what of it: see `prompts.load` and `prompts.split`."""
+    """A prompt file with the options of `prompts.load` and `prompts.split`."""
 
     path: str = ""
     min_segments: int = 1
@@ -26,10 +26,11 @@ class PromptFile(tfds.core.BuilderConfig):
 
 
 class PromptSequences(tfds.core.GeneratorBasedBuilder):
-    """The splits "train" and, if any sequence is held out, "heldout", in the order of `prompts.split`."""
+    """The split "train" and, if sequences are held out, "heldout"; see `prompts.split`."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, and the search for checksums needs a package that tfds 4.9 forgot (its issue 11212).
+    # There is nothing to download. The search for checksums would need a package that tfds 4.9 does
+    # not install (tfds issue 11212).
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -41,14 +42,20 @@ class PromptSequences(tfds.core.GeneratorBasedBuilder):
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, abc.Iterator]:
-        asked = self.builder_config
-        sequences = prompts.load(asked.path, asked.min_segments, asked.max_segments)
-        parts = zip(("train", "heldout"), prompts.split(sequences, asked.heldout, asked.seed), strict=True)
-        return {name: self._generate_examples(part) for name, part in parts if part}
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
+        file = self.builder_config
+        sequences = prompts.load(file.path, file.min_segments, file.max_segments)
+        train, heldout = prompts.split(sequences, file.heldout, file.seed)
+        parts = {"train": train, "heldout": heldout}
+        return {name: self._generate_examples(part) for name, part in parts.items() if part}
 
-    def _generate_examples(self, sequences: abc.Iterable[prompts.Sequence]) -> abc.Iterator[tuple[int, dict[str, Any]]]:
-        for position, sequence in enumerate(sequences):  # unshuffled, tfds writes in the order of these keys
+    def _generate_examples(
+        self, sequences: Iterable[prompts.PromptSequence]
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        # tfds writes in the order of these keys, since it does not shuffle.
+        for position, sequence in enumerate(sequences):
             yield position, dataclasses.asdict(sequence)
 
 
@@ -60,24 +67,31 @@ def build(
     heldout: int = 0,
     seed: int = 0,
 ) -> PromptSequences:
-    """The prepared builder of a prompt file; `build(...).as_data_source("train")` has random access to its rows.
+    """Makes the dataset of a prompt file; `as_data_source("train")` of it has random access.
 
-    The dataset's name has a checksum of the file, its suffix and the options: what exists under `data_dir` is used
-    again, and a changed file is another dataset.
+    The dataset's name has a checksum of the file, its suffix and the options: a dataset that exists
+    under `data_dir` is used again, and a changed file makes another dataset.
 
     Raises:
-      ValueError: as `prompts.load` and `prompts.split`.
+      UsageError: see `prompts.load` and `prompts.split`.
     """
     path = Path(path)
-    options = {"min_segments": min_segments, "max_segments": max_segments, "heldout": heldout, "seed": seed}
+    options: dict[str, Any] = {
+        "min_segments": min_segments,
+        "max_segments": max_segments,
+        "heldout": heldout,
+        "seed": seed,
+    }
     # The suffix decides how the file is read.
-    checksum = hashlib.sha256(path.read_bytes() + repr((path.suffix.lower(), options)).encode()).hexdigest()[:16]
+    content = path.read_bytes() + repr((path.suffix.lower(), options)).encode()
+    checksum = hashlib.sha256(content).hexdigest()[:16]
     config = PromptFile(name=f"{path.stem}-{checksum}", path=str(path), **options)
     builder = PromptSequences(data_dir=data_dir, config=config, file_format="array_record")
     builder.download_and_prepare()
     return builder
 
 
-def to_sequence(row: abc.Mapping[str, Any]) -> prompts.Sequence:
-    """A row of the data source as what `prompts.load` returns."""
-    return prompts.Sequence(tuple(sentence.decode() for sentence in row["sentences"]), int(row["line"]))
+def to_sequence(example: Mapping[str, Any]) -> prompts.PromptSequence:
+    """The sequence that an example of the data source holds."""
+    sentences = tuple(sentence.decode() for sentence in example["sentences"])
+    return prompts.PromptSequence(sentences, int(example["line"]))

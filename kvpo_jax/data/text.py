@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import chex
 import ftfy
 import numpy as np
+
+from kvpo_jax.errors import MissingPackageError, UsageError
 
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 
 
 def clean(text: str) -> str:
-    """The text with its encoding mended, HTML entities resolved (twice) and white space collapsed."""
+    """Mends the text's encoding, resolves HTML entities (twice) and collapses white space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -23,43 +26,53 @@ def load_tokenizer(folder: Path | str, files: Sequence[str], hint: str) -> Any:
 
     Args:
       folder: where it is.
-      files: of which the folder must have one.
+      files: the folder must have one of them.
       hint: which folder to name instead, for the error.
 
     Raises:
       FileNotFoundError: the folder has none of the files.
-      ImportError: without transformers.
-      ValueError: its files cannot be read.
+      MissingPackageError: transformers is not installed.
+      UsageError: the files cannot be read.
     """
     if not any((Path(folder) / name).is_file() for name in files):
         raise FileNotFoundError(f"{folder} has no tokenizer ({' or '.join(files)}): name {hint}")
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise ImportError("prompts are tokenized by transformers: pip install transformers") from error
+        raise MissingPackageError(
+            "prompts are tokenized by transformers: pip install 'kvpo_jax[data]'"
+        ) from error
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever transformers makes of the files
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        raise UsageError(f"the tokenizer in {folder} cannot be read: {error}") from error
 
 
-def tokenizer(folder: Path | str, text_len: int = 512) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
-    """The tokenizer in a local folder; nothing is downloaded.
+def tokenizer(
+    folder: Path | str, text_len: int = 512
+) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
+    """The UMT5 tokenizer in a local folder; nothing is downloaded.
 
     Args:
-      folder: of a UMT5 tokenizer, such as `google/umt5-xxl` of Wan2.1's checkpoints.
-      text_len: K, where longer prompts are cut.
+      folder: where it is, such as `google/umt5-xxl` in Wan2.1's checkpoints.
+      text_len: K, the length at which prompts are cut.
 
     Returns:
-      sentences, which it cleans -> (ids int32[n, K], mask bool[n, K]); every prompt ends with the end-of-sentence
-      token, then padding, where the mask is False.
+      A function of sentences, which it cleans -> (ids int32[n, K], mask bool[n, K]). Every prompt
+      ends with the end-of-sentence token; the mask is False in the padding behind it.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: see `load_tokenizer`; ValueError too if it does not end sentences.
+      FileNotFoundError, UsageError: see `load_tokenizer`; UsageError too if the tokenizer does not
+        end sentences.
     """
-    tokenize = load_tokenizer(folder, TOKENIZER_FILES, "the folder google/umt5-xxl of a Wan2.1 checkpoint")
+    tokenize = load_tokenizer(
+        folder, TOKENIZER_FILES, "the folder google/umt5-xxl of a Wan2.1 checkpoint"
+    )
     if tokenize("a").input_ids[-1] != tokenize.eos_token_id:
-        raise ValueError(f"the tokenizer in {folder} does not end a sentence with its eos token: it is not UMT5's")
+        raise UsageError(
+            f"the tokenizer in {folder} does not end a sentence with its eos token: it is not"
+            " UMT5's"
+        )
 
     def encode(sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         out = tokenize(
@@ -70,6 +83,8 @@ def tokenizer(folder: Path | str, text_len: int = 512) -> Callable[[Sequence[str
             max_length=text_len,
             return_tensors="np",
         )
-        return out["input_ids"].astype(np.int32), out["attention_mask"].astype(bool)
+        ids, mask = out["input_ids"].astype(np.int32), out["attention_mask"].astype(bool)
+        chex.assert_shape([ids, mask], (len(sentences), text_len))
+        return ids, mask
 
     return encode

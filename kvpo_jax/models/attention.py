@@ -1,22 +1,27 @@
-"""Softmax attention over a block's own keys and over those of its past, which carry no gradient.
+"""Eq. 4: softmax attention over a block and its past.
 
-The past is never concatenated to the rest: two products of logits share one softmax. Logits exist for some (batch row,
-head) pairs at a time, in the backward pass too, which makes them again from the queries, the keys and the log-sum-exp
-of each query (FlashAttention, arXiv 2205.14135, at the granularity of a head). On NVIDIA GPUs cuDNN does all of it, on
-one array of keys.
+The past carries no gradient and is never concatenated to the block: two products of logits share
+one softmax. Logits exist for a few (batch row, head) pairs at a time. The backward pass computes
+them again from the queries, the keys and the log-sum-exp of each query (FlashAttention, arXiv
+2205.14135, with one head as its smallest tile). On NVIDIA GPUs cuDNN does all of this, on one array
+of keys.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
+from kvpo_jax.errors import Registry
 from kvpo_jax.types import Array
 
 _MASKED = -1e30
@@ -28,8 +33,8 @@ class Keys(NamedTuple):
     Attributes:
       k: float[batch, K, H, D].
       v: float[batch, K, H, D].
-      length: int32[batch], how many of the K count, from the first on; None is all.
-      mask: bool[batch, 1 or H, K], False for those that do not count; None is all.
+      length: int32[batch], how many of the K are attended to, from the first on; None is all.
+      mask: bool[batch, 1 or H, K], False where a key is left out; None is all.
     """
 
     k: Array
@@ -38,44 +43,121 @@ class Keys(NamedTuple):
     mask: Array | None = None
 
 
-def attention(q: Array, own: Keys, past: Keys | None = None, implementation: str = "auto") -> Array:
-    """softmax(q k^T / sqrt(D)) v over the keys of `own` and `past` together, float[batch, T, H, D].
+def attention(
+    q: Array, block: Keys, past: Keys | None = None, implementation: str = "auto"
+) -> Array:
+    """Eq. 4: softmax(Q [K_sink; K_local; K_block]^T / sqrt(d)) [V_sink; V_local; V_block].
 
-    Gradients flow to q and to the keys and values of `own`.
+    `past` holds the sink and the local slots, `block` the block itself. Their order does not matter
+    to a softmax. Gradients flow to `q` and to the keys and values of `block`.
 
     Args:
       q: float[batch, T, H, D].
-      own: at least one key of every batch row must count.
-      past: of any number; None is no more than `own`.
-      implementation: "cudnn" is its flash attention for half precision and unless there is a mask, "auto" the same
-        where the devices are GPUs, "xla" never.
+      block: keys with a gradient; every batch row must attend to at least one of them.
+      past: any number of keys without a gradient; None is the same as no keys.
+      implementation: a name in IMPLEMENTATIONS. cuDNN takes half precision without masks only.
+
+    Returns:
+      float[batch, T, H, D].
     """
-    parts = (own,)
+    batch, _, heads, head_dim = q.shape
+    parts: tuple[Keys, ...] = (block,)
     if past is not None and past.k.shape[1]:
-        parts += (Keys(*map(jax.lax.stop_gradient, past[:2]), *past[2:]),)
+        parts = (block, _without_gradient(past))
+    for part in parts:
+        chex.assert_shape([part.k, part.v], (batch, part.k.shape[1], heads, head_dim))
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    masked = own.length is not None or any(part.mask is not None for part in parts)
-    wanted = implementation == "cudnn" or (implementation == "auto" and jax.default_backend() == "gpu")
-    if wanted and half and not masked:
+    masked = block.length is not None or any(part.mask is not None for part in parts)
+    if half and not masked and IMPLEMENTATIONS[implementation]():
         return _library(q, *parts, implementation="cudnn")
-    return _attention(q, parts)
+    return _tiled(q, parts)
 
 
-def _library(q: Array, own: Keys, past: Keys | None = None, *, implementation: str) -> Array:
-    """By JAX's own function: no masks, and of the past's keys, behind the others, as many as its length says."""
+def _without_gradient(part: Keys) -> Keys:
+    return part._replace(k=jax.lax.stop_gradient(part.k), v=jax.lax.stop_gradient(part.v))
+
+
+def _softmax(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, Array]:
+    """Eq. 4 for R (batch row, head) pairs.
+
+    Args:
+      q: float[R, T, D].
+      parts: keys as `_per_head` returns them; one softmax goes over all of them.
+
+    Returns:
+      float[R, T, D], and the log-sum-exp of each query's logits, float32[R, T, 1].
+    """
+    logits = [_logits(q, part) for part in parts]
+    top = jnp.stack([x.max(axis=-1, keepdims=True) for x in logits]).max(axis=0)
+    weights = [jnp.exp(x - top) for x in logits]
+    total = _sum(w.sum(axis=-1, keepdims=True) for w in weights)
+    out = _sum(
+        _product("rqk,rkd->rqd", w.astype(q.dtype), part.v)
+        for w, part in zip(weights, parts, strict=True)
+    )
+    return (out / total).astype(q.dtype), top + jnp.log(total)
+
+
+def _logits(q: Array, part: Keys) -> Array:
+    """Q K^T / sqrt(D), float32[R, T, K]; a key that is left out gets -1e30."""
+    out = _product("rqd,rkd->rqk", q, part.k) * q.shape[-1] ** -0.5
+    if part.length is not None:
+        out = jnp.where(jnp.arange(out.shape[-1]) < part.length[:, None, None], out, _MASKED)
+    return out if part.mask is None else jnp.where(part.mask[:, None], out, _MASKED)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    """An einsum in the operands' type, summed in float32 at least."""
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=wide)
+
+
+def _sum(terms: Iterable[Array]) -> Array:
+    """The sum of at least one array (`sum` would start from an int)."""
+    return functools.reduce(operator.add, terms)
+
+
+# ---------------------------------------------------------------- cuDNN
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+# name -> whether cuDNN's flash attention is used, where it can be.
+IMPLEMENTATIONS: Registry[Callable[[], bool]] = Registry(
+    "model.attention", {"auto": _on_gpu, "cudnn": lambda: True, "xla": lambda: False}
+)
+
+
+def _library(
+    q: Array, block: Keys, past: Keys | None = None, *, implementation: Literal["cudnn", "xla"]
+) -> Array:
+    """Eq. 4 by JAX's own function, which takes no masks.
+
+    The past stands behind the block, so that its length cuts off what is not attended to.
+    """
     if past is None:
-        return jax.nn.dot_product_attention(q, own.k, own.v, implementation=implementation)
+        return jax.nn.dot_product_attention(q, block.k, block.v, implementation=implementation)
     batch, queries = q.shape[:2]
-    k, v = (jnp.concatenate([a, b], axis=1) for a, b in zip(own[:2], past[:2], strict=True))
-    length = jnp.full(batch, k.shape[1]) if past.length is None else own.k.shape[1] + past.length
+    k = jnp.concatenate([block.k, past.k], axis=1)
+    v = jnp.concatenate([block.v, past.v], axis=1)
+    length = jnp.full(batch, k.shape[1]) if past.length is None else block.k.shape[1] + past.length
     return jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=jnp.full(batch, queries, jnp.int32), key_value_seq_lengths=length.astype(jnp.int32),
+        q,
+        k,
+        v,
+        query_seq_lengths=jnp.full(batch, queries, jnp.int32),
+        key_value_seq_lengths=length.astype(jnp.int32),
         implementation=implementation,
-    )  # fmt: skip
+    )
 
 
-def saved(primitive, *_, **__) -> bool:
-    """A policy for `jax.checkpoint`: cuDNN's output and statistics are kept. Those of the tiles are by name."""
+def saves_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy for `jax.checkpoint` that keeps cuDNN's output and statistics.
+
+    The tiles need none: their output and log-sum-exp are saved by the name "attention".
+    """
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
@@ -83,94 +165,101 @@ def saved(primitive, *_, **__) -> bool:
 
 
 def logits_at_once() -> int:
-    """Unless one head has more: 1 GiB in float32, and on CPU the 4 MiB that a core's cache holds, for every core."""
+    """How many logits exist at once: 1 GiB of float32; on CPU 4 MiB per core, which fits its cache.
+
+    A head is always processed whole, even if it has more.
+    """
     if jax.default_backend() != "cpu":
         return 2**28
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Not every system can say which cores this process may use.
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return cores * 2**20
 
 
-def _rows(x: Array) -> Array:
-    return rearrange(x, "b t h d -> (b h) t d")
+def _in_tiles(tile: Callable[..., tuple], key_count: int, rows: tuple) -> tuple:
+    """tile(*rows), for as many rows at a time as `logits_at_once` allows.
 
-
-def _part_rows(part: Keys, heads: int) -> Keys:
-    """The keys of (batch row, head) pairs: k, v float[R, K, D], length int32[R], mask bool[R, K]."""
-    mask, length = part.mask, part.length
-    if mask is not None:
-        mask = rearrange(jnp.broadcast_to(mask, (mask.shape[0], heads, mask.shape[2])), "b h k -> (b h) k")
-    return Keys(_rows(part.k), _rows(part.v), None if length is None else jnp.repeat(length, heads), mask)
-
-
-def _in_tiles(tile: Callable, keys: int, rows: tuple) -> tuple:
-    """tile(*rows), arrays [R, ...] to arrays [R, ...], so many rows at a time as `logits_at_once` allows."""
+    Args:
+      tile: arrays [n, ...] to arrays [n, ...], for any n.
+      key_count: keys that a query attends to.
+      rows: arguments of `tile`, a pytree of arrays [R, ...]; the first is float[R, queries, D].
+    """
     count, queries = rows[0].shape[:2]
-    most = max(1, logits_at_once() // (queries * keys))
-    some = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
-    if some == count:
+    most = max(1, logits_at_once() // (queries * key_count))
+    size = max(n for n in range(1, min(most, count) + 1) if count % n == 0)
+    if size == count:
         return tile(*rows)
-    out = jax.lax.map(lambda x: tile(*x), jax.tree.map(lambda x: x.reshape(-1, some, *x.shape[1:]), rows))
+    tiles = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+    out = jax.lax.map(lambda x: tile(*x), tiles)
     return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
 
 
-def _product(equation: str, a: Array, b: Array) -> Array:
-    """An einsum in the operands' type, summed in float32 at least."""
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+def _heads_as_rows(x: Array) -> Array:
+    return rearrange(x, "b t h d -> (b h) t d")
 
 
-def _logits(q: Array, part: Keys) -> Array:
-    out = _product("rqd,rkd->rqk", q, part.k) * q.shape[-1] ** -0.5
-    if part.length is not None:
-        out = jnp.where(jnp.arange(out.shape[-1]) < part.length[:, None, None], out, _MASKED)
-    return out if part.mask is None else jnp.where(part.mask[:, None], out, _MASKED)
+def _per_head(part: Keys, heads: int) -> Keys:
+    """The keys of (batch row, head) pairs.
 
-
-def _forward_tile(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, Array]:
-    """Attention of rows, float[R, T, D], and the log-sum-exp of their logits, float32[R, T, 1]."""
-    logits = [_logits(q, part) for part in parts]
-    top = jnp.stack([x.max(axis=-1, keepdims=True) for x in logits]).max(axis=0)
-    weights = [jnp.exp(x - top) for x in logits]
-    total = sum(w.sum(axis=-1, keepdims=True) for w in weights)
-    out = sum(_product("rqk,rkd->rqd", w.astype(q.dtype), part.v) for w, part in zip(weights, parts, strict=True))
-    return (out / total).astype(q.dtype), top + jnp.log(total)
-
-
-def _backward_tile(q: Array, parts: tuple[Keys, ...], out: Array, lse: Array, d_out: Array) -> tuple[Array, ...]:
-    """Gradients of q, and of the first part's keys and values."""
-    own, scale = parts[0], q.shape[-1] ** -0.5
-    mean = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1, keepdims=True)
-    d_q, of_own = 0.0, None
-    for part in parts:
-        weights = jnp.exp(_logits(q, part) - lse)
-        d_logits = weights * (_product("rqd,rkd->rqk", d_out, part.v) - mean) * scale
-        d_logits, weights = d_logits.astype(q.dtype), weights.astype(q.dtype)
-        d_q += _product("rqk,rkd->rqd", d_logits, part.k)
-        if part is own:
-            of_own = _product("rqk,rqd->rkd", d_logits, q), _product("rqk,rqd->rkd", weights, d_out)
-    return d_q.astype(q.dtype), *(x.astype(q.dtype) for x in of_own)
+    k and v become float[R, K, D], length int32[R] and mask bool[R, K].
+    """
+    mask, length = part.mask, part.length
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (mask.shape[0], heads, mask.shape[2]))
+        mask = rearrange(mask, "b h k -> (b h) k")
+    if length is not None:
+        length = jnp.repeat(length, heads)
+    return Keys(_heads_as_rows(part.k), _heads_as_rows(part.v), length, mask)
 
 
 @jax.custom_vjp
-def _attention(q: Array, parts: tuple[Keys, ...]) -> Array:
-    return _attention_forward(q, parts)[0]
+def _tiled(q: Array, parts: tuple[Keys, ...]) -> Array:
+    """`_softmax` tile by tile. The first part has a gradient, the others have none."""
+    return _tiled_forward(q, parts)[0]
 
 
-def _attention_forward(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, tuple]:
-    heads, keys = q.shape[2], sum(part.k.shape[1] for part in parts)
-    rows = (_rows(q), tuple(_part_rows(part, heads) for part in parts))
-    out, lse = _in_tiles(_forward_tile, keys, rows)
+def _tiled_forward(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, tuple]:
+    heads, key_count = q.shape[2], sum(part.k.shape[1] for part in parts)
+    rows = (_heads_as_rows(q), tuple(_per_head(part, heads) for part in parts))
+    out, lse = _in_tiles(_softmax, key_count, rows)
     out = rearrange(out, "(b h) t d -> b t h d", h=heads)
     out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return out, (q, parts, out, lse)
 
 
-def _attention_backward(residuals: tuple, d_out: Array) -> tuple:
+def _tiled_backward(residuals: tuple, d_out: Array) -> tuple:
     q, parts, out, lse = residuals
-    heads, keys = q.shape[2], sum(part.k.shape[1] for part in parts)
-    of_rows = tuple(_part_rows(part, heads) for part in parts)
-    gradients = _in_tiles(_backward_tile, keys, (_rows(q), of_rows, _rows(out), lse, _rows(d_out)))
+    heads, key_count = q.shape[2], sum(part.k.shape[1] for part in parts)
+    keys = tuple(_per_head(part, heads) for part in parts)
+    rows = (_heads_as_rows(q), keys, _heads_as_rows(out), lse, _heads_as_rows(d_out))
+    gradients = _in_tiles(_softmax_gradients, key_count, rows)
     d_q, d_k, d_v = (rearrange(x, "(b h) t d -> b t h d", h=heads) for x in gradients)
     return d_q, (Keys(d_k, d_v), *[None] * (len(parts) - 1))
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+def _softmax_gradients(
+    q: Array, parts: tuple[Keys, ...], out: Array, lse: Array, d_out: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, and of the first part's keys and values; arrays as in `_softmax`."""
+    scale = q.shape[-1] ** -0.5
+    mean = jnp.sum(d_out.astype(lse.dtype) * out.astype(lse.dtype), axis=-1, keepdims=True)
+
+    def weights_and_gradient(part: Keys) -> tuple[Array, Array]:
+        """Softmax weights and the gradient of the products Q K^T, both float[R, T, K]."""
+        weights = jnp.exp(_logits(q, part) - lse)
+        d_product = weights * (_product("rqd,rkd->rqk", d_out, part.v) - mean) * scale
+        return weights.astype(q.dtype), d_product.astype(q.dtype)
+
+    pairs = [weights_and_gradient(part) for part in parts]
+    d_q = _sum(
+        _product("rqk,rkd->rqd", d_product, part.k)
+        for (_, d_product), part in zip(pairs, parts, strict=True)
+    )
+    weights, d_product = pairs[0]
+    d_k = _product("rqk,rqd->rkd", d_product, q)
+    d_v = _product("rqk,rqd->rkd", weights, d_out)
+    return d_q.astype(q.dtype), d_k.astype(q.dtype), d_v.astype(q.dtype)
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)

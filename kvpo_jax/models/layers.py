@@ -1,30 +1,68 @@
-"""Layers of the Wan video transformer: LoRA Linear, norms, rotary tables.
+"""What several networks are made of: LoRA Linear, norms, rotary tables, a loop over layers.
 
-All arithmetic follows Wan2.1. Norms, softmax and modulation are computed in float32, products in the model's dtype.
+The arithmetic follows Wan2.1. Norms, softmax and modulation are computed in float32, products in
+the model's dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from kvpo_jax.errors import Registry
 from kvpo_jax.types import Array
 
 ROPE_THETA = 10000.0
-MAX_FRAMES = 1024  # length of Wan's rotary table
+# Length of Wan's rotary table. It is clamped: later frames would share the last position.
+MAX_FRAMES = 1024
+# The dtypes of activations and base weights.
+DTYPES: Registry[Any] = Registry("model.dtype", {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
 
 
 def wide(x: Array) -> Array:
-    """x in float32 at least; float64 stays, so that a gradient can be held against finite differences."""
+    """x in float32 at least.
+
+    float64 stays float64, so that a test can compare a gradient with finite differences.
+    """
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def padded_length(tokens: int) -> int:
+    """The length to pad a text of so many tokens to.
+
+    It is a multiple of 64, so that texts of all lengths need few compiled shapes.
+    """
+    return -(-tokens // 64) * 64
+
+
+def over_layers(layer: Any, layers: int, in_axes: Any = nn.broadcast) -> Callable[..., Any]:
+    """The class `layer` as a loop over so many layers.
+
+    Its parameters get a leading axis, the layers. `in_axes` says how each argument but the first
+    is split over them, as in `nn.scan`; `nn.broadcast` gives all of them to every layer.
+    """
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0, "lora": 0},
+        split_rngs={"params": True, "lora": True},
+        length=layers,
+        in_axes=in_axes,
+    )
+
+
+# ---------------------------------------------------------------- LoRA
 
 
 @jax.custom_vjp
 def _folded(x: Array, kernel: Array, a: Array, b: Array) -> Array:
-    """x (W + A B) in one product, of matrices."""
+    """x (W + A B) of matrices, in one product."""
     return x @ (kernel + a @ b)
 
 
@@ -33,9 +71,13 @@ def _folded_forward(x: Array, kernel: Array, a: Array, b: Array) -> tuple[Array,
 
 
 def _folded_backward(residuals: tuple[Array, ...], d_y: Array) -> tuple[Array, ...]:
-    """The gradients of A and B at the price of their rank: that of W, the frozen one, is not on the way to them."""
+    """The gradients; those of A and B cost products of their rank only.
+
+    They do not need the gradient of W, which XLA drops since W is frozen.
+    """
     x, kernel, a, b = residuals
-    # The barriers keep XLA's CPU backend from moving the transposes to the wide operands, at several times the cost.
+    # The barriers keep XLA's CPU backend from moving the transposes to the wide operands, at
+    # several times the cost.
     fixed = jax.lax.optimization_barrier
     low, d_low = fixed(x @ a), fixed(d_y @ b.T)
     return d_y @ (kernel + a @ b).T, x.T @ d_y, fixed(d_low.T @ x).T, low.T @ d_y
@@ -47,15 +89,16 @@ _folded.defvjp(_folded_forward, _folded_backward)
 class LoRADense(nn.Module):
     """A Linear with a low-rank update in its own collection: y = x W + b + (alpha / rank) (x A) B.
 
-    In float32 many rows go through x (W + (alpha / rank) A B) + b, which is less work; half precision would round small
-    updates away. W and b are in the collection `params`; A float32[in, rank] and B float32[rank, features] in `lora`,
-    where B starts at zero, so a fresh adapter changes nothing. rank 0 has no adapter.
+    W and b are in the collection `params`; A float32[in, rank] and B float32[rank, features] are in
+    `lora`. B starts at zero, so that a fresh adapter changes nothing. rank 0 has no adapter. In
+    float32, many rows go through x (W + (alpha / rank) A B) + b, which is less work; half precision
+    would round small updates away.
 
     Attributes:
       features: output width.
       rank: r of LoRA; 0 is a plain Linear.
-      alpha: LoRA scale numerator.
-      dtype: of the product.
+      alpha: numerator of the LoRA scale.
+      dtype: dtype of W, b and the products.
     """
 
     features: int
@@ -67,19 +110,27 @@ class LoRADense(nn.Module):
     def __call__(self, x: Array) -> Array:
         """float[..., in] -> float[..., features]."""
         fan_in = x.shape[-1]
-        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (fan_in, self.features), self.dtype)
+        kernel = self.param(
+            "kernel", nn.initializers.xavier_uniform(), (fan_in, self.features), self.dtype
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
-        # As a matrix: with more axes, XLA's CPU backend transposes the operands of LoRA's gradients.
+        # Flattened to a matrix: with more axes, XLA's CPU backend transposes the operands of LoRA's
+        # gradients.
         leading, x = x.shape[:-1], x.astype(self.dtype).reshape(-1, fan_in)
         kernel = kernel.astype(self.dtype)
         if self.rank:
             # peft's initialisation: A uniform in +-1/sqrt(in), B zero.
             uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-            a = self.variable("lora", "a", lambda: uniform(self.make_rng("lora"), (fan_in, self.rank), jnp.float32))
-            b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32)
-            a, b = a.value.astype(self.dtype), (self.alpha / self.rank * b.value).astype(self.dtype)
+            lora_a = self.variable(
+                "lora",
+                "a",
+                lambda: uniform(self.make_rng("lora"), (fan_in, self.rank), jnp.float32),
+            )
+            lora_b = self.variable("lora", "b", jnp.zeros, (self.rank, self.features), jnp.float32)
+            a = lora_a.value.astype(self.dtype)
+            b = (self.alpha / self.rank * lora_b.value).astype(self.dtype)
             single = jnp.finfo(self.dtype).bits >= 32
-            # The sum is worth being made and written where it spares twice its own work.
+            # Form W + A B only if that saves at least twice what it costs, i.e. for enough rows.
             if single and len(x) * (fan_in + self.features) > 2 * fan_in * self.features:
                 y = _folded(x, kernel, a, b)
             else:
@@ -88,6 +139,9 @@ class LoRADense(nn.Module):
             y = x @ kernel
         y = checkpoint_name(y + bias.astype(self.dtype), "linear")
         return y.reshape(*leading, self.features)
+
+
+# ---------------------------------------------------------------- norms
 
 
 def layer_norm(x: Array, eps: float) -> Array:
@@ -104,43 +158,64 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """float[..., dim] -> float[..., dim], in float32 within."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         y = wide(x)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return y.astype(x.dtype) * scale.astype(x.dtype)
 
 
+# ---------------------------------------------------------------- sines and cosines
+
+
 def sinusoid(t: Array, width: int) -> Array:
-    """float32[..., width]: [cos | sin] of t 10000^(-i / half), the frequencies rounded once from float64."""
+    """float32[..., width]: [cos | sin] of t 10000^(-i / half).
+
+    The frequencies are made in float64 and rounded once.
+    """
     frequency = ROPE_THETA ** (-np.arange(width // 2, dtype=np.float64) / (width // 2))
     angle = t.astype(jnp.float32)[..., None] * frequency.astype(np.float32)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 def _axis_angles(positions: int, pairs: int) -> np.ndarray:
-    """float64[positions, pairs] rotary angles of one axis with 2 * pairs channels."""
+    """float64[positions, pairs]: the rotary angles of one axis with 2 * pairs channels."""
     frequency = ROPE_THETA ** (-np.arange(pairs, dtype=np.float64) / max(pairs, 1))
     return np.arange(positions, dtype=np.float64)[:, None] * frequency[None, :]
 
 
-def rope_table(start_frame: Array, frames: int, height: int, width: int, head_dim: int) -> tuple[Array, Array]:
-    """cos and sin, float32[batch, frames * height * width, head_dim / 2], of tokens ordered (frame, y, x).
+def rope_table(
+    start_frame: Array, frames: int, height: int, width: int, head_dim: int
+) -> tuple[Array, Array]:
+    """cos and sin of the rotary angles of tokens ordered (frame, y, x).
 
-    The head's channel pairs are split into frame, y and x parts (c - 2 (c // 3), c // 3, c // 3 for c pairs); the
-    angles are made in float64 on the host. `start_frame` int32[batch] is the absolute index of the first frame.
+    The channel pairs of a head are split into frame, y and x parts: c - 2 (c // 3), c // 3 and
+    c // 3 of c pairs. The angles are made in float64 on the host.
+
+    Args:
+      start_frame: int32[batch], absolute index of the first frame.
+      frames: number of frames.
+      height: patches per column.
+      width: patches per row.
+      head_dim: channels of a head.
+
+    Returns:
+      two arrays float32[batch, frames * height * width, head_dim / 2].
     """
+    chex.assert_rank(start_frame, 1)
     pairs = head_dim // 2
     spatial = pairs // 3
     time = _axis_angles(MAX_FRAMES, pairs - 2 * spatial)
     y, x = _axis_angles(height, spatial), _axis_angles(width, spatial)
+    grid = (height, width, spatial)
     yx = np.concatenate(
-        [np.broadcast_to(y[:, None], (height, width, spatial)), np.broadcast_to(x[None], (height, width, spatial))], -1
+        [np.broadcast_to(y[:, None], grid), np.broadcast_to(x[None], grid)], axis=-1
     ).reshape(height * width, 2 * spatial)
     frame = start_frame[:, None] + jnp.arange(frames)
 
-    def table(function):
-        per_frame = jnp.asarray(function(time), jnp.float32)[frame]  # [batch, frames, pairs of time]
-        per_token = jnp.asarray(function(yx), jnp.float32)
+    def table(function: Callable[[np.ndarray], np.ndarray]) -> Array:
+        per_frame = jnp.asarray(function(time), jnp.float32)[frame]  # [batch, frames, pairs]
+        per_token = jnp.asarray(function(yx), jnp.float32)  # [tokens of a frame, pairs]
         batch = (start_frame.shape[0], frames, height * width)
         both = [
             jnp.broadcast_to(per_frame[:, :, None], (*batch, per_frame.shape[-1])),
@@ -152,7 +227,11 @@ def rope_table(start_frame: Array, frames: int, height: int, width: int, head_di
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotates interleaved channel pairs (2i, 2i+1) of x float[batch, tokens, H, D] by tables [batch, tokens, D / 2]."""
+    """Rotates the channel pairs (2i, 2i + 1) of x by the tables, in float32.
+
+    x is float[batch, tokens, H, D], the tables are float32[batch, tokens, D / 2].
+    """
+    chex.assert_shape([cos, sin], (*x.shape[:2], x.shape[-1] // 2))
     pairs = wide(x).reshape(*x.shape[:-1], -1, 2)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     real, imaginary = pairs[..., 0], pairs[..., 1]

@@ -1,18 +1,22 @@
-"""Qwen2-VL without its language head, as a pure function of token ids and of the patches of one clip per row.
+"""Qwen2-VL without its language head, a pure function of token ids and of one clip per row.
 
-`Qwen2VL(cfg).apply({"params": params}, ids, lengths, patches, grid) -> float[n, K, dim]`: the hidden states after the
-final norm, which the heads of HPSv3 and VideoAlign read at the places of their reward tokens. Norms, softmax and
-rotary embeddings are computed in float32, products in the config's dtype.
+    hidden = Qwen2VL(cfg).apply({"params": params}, ids, lengths, patches, grid)  # float[n, K, dim]
 
-A clip is an image or a video. Its grid (t, h, w), upstream's `grid_thw`, counts slabs of `temporal_patch` frames (an
-image is one frame, repeated), and rows and columns of patches. Patches are ordered by slab and, within one, by
-merge x merge squares, as upstream's processor writes them: every merge^2 rows become one visual token.
+The heads of HPSv3 and VideoAlign read these hidden states, which come after the final norm, at
+their reward tokens. Like these two, the model leaves M-RoPE out: a token's position is its index.
+Norms, softmax and rotary embeddings are computed in float32, products in the config's dtype.
+
+A clip is an image or a video. Its grid (t, h, w), upstream's `grid_thw`, counts slabs of
+`temporal_patch` frames (an image is one frame, repeated), and rows and columns of patches. Patches
+are ordered by slab and, within a slab, by merge x merge squares, as upstream's processor writes
+them: every merge^2 rows become one visual token.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import chex
@@ -22,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.typing import ArrayLike
 
-from kvpo_jax.models.layers import RMSNorm, wide
-from kvpo_jax.models.umt5 import LENGTH_STEP
+from kvpo_jax.errors import UsageError
+from kvpo_jax.models.layers import RMSNorm, over_layers, padded_length, wide
 from kvpo_jax.types import Array, PyTree
 
 Grid = tuple[int, int, int]
@@ -36,14 +41,15 @@ class VisionConfig:
 
     Attributes:
       dim: width.
-      ffn_dim: of the MLP.
-      heads: attention heads; their width is a multiple of 4, a half of it for rows and a half for columns.
+      ffn_dim: width of the MLP.
+      heads: attention heads. Their width is a multiple of 4: one half of it is rotated by the row,
+        the other by the column.
       layers: transformer blocks.
-      channels: of a frame.
+      channels: channels of a frame.
       temporal_patch: frames of a patch.
-      patch: pixels of a patch's side.
-      merge: side of the square of patches that becomes one visual token.
-      eps: of the LayerNorms.
+      patch: pixels along a patch's side.
+      merge: patches along a side of the square that becomes one visual token.
+      eps: epsilon of the LayerNorms.
       rope_theta: base of the rotary frequencies.
     """
 
@@ -60,6 +66,7 @@ class VisionConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.dim // self.heads
 
     @property
@@ -78,13 +85,13 @@ class TextConfig:
     """Sizes of the language model.
 
     Attributes:
-      vocab: rows of the token embedding; reward models add theirs.
+      vocab: rows of the token embedding; reward models add some.
       dim: width.
-      heads: of the queries.
-      kv_heads: of the keys and values.
-      ffn_dim: of the gated MLP.
+      heads: heads of the queries.
+      kv_heads: heads of the keys and values.
+      ffn_dim: width of the gated MLP.
       layers: transformer layers.
-      eps: of the RMS norms.
+      eps: epsilon of the RMS norms.
       rope_theta: base of the rotary frequencies.
     """
 
@@ -99,12 +106,8 @@ class TextConfig:
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head."""
         return self.dim // self.heads
-
-    @property
-    def mrope_section(self) -> tuple[int, int, int]:
-        """Rotary frequencies that turn with a token's t, h and w: 16, 24 and 24 of a head of 128 channels."""
-        return self.head_dim // 8, self.head_dim * 3 // 16, self.head_dim * 3 // 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +117,9 @@ class Qwen2VLConfig:
     Attributes:
       text: sizes of the language model.
       vision: sizes of the vision tower.
-      image_token: id of the pad token that an image's visual tokens stand for.
-      video_token: the same of a video.
-      dtype: of weights and products.
+      image_token: id of the pad token that an image's visual tokens replace.
+      video_token: id of the pad token that a video's visual tokens replace.
+      dtype: dtype of weights and products.
     """
 
     text: TextConfig
@@ -126,26 +129,28 @@ class Qwen2VLConfig:
     dtype: str = "bfloat16"
 
 
-# What HPSv3 (7B) and VideoAlign (2B) are built on; their vocabularies are replaced by those of the checkpoints.
-QWEN2_VL_2B = Qwen2VLConfig(TextConfig(vocab=151936, dim=1536, heads=12, kv_heads=2, ffn_dim=8960, layers=28))
-QWEN2_VL_7B = Qwen2VLConfig(TextConfig(vocab=152064, dim=3584, heads=28, kv_heads=4, ffn_dim=18944, layers=28))
-
-
-def config_from_dict(values: Mapping[str, Any]) -> Qwen2VLConfig:
-    """The inverse of `dataclasses.asdict`: the config that a converted file notes."""
-    parts = {"text": TextConfig(**values["text"]), "vision": VisionConfig(**values["vision"])}
-    return Qwen2VLConfig(**{**values, **parts})
+# HPSv3 is built on 7B, VideoAlign on 2B; the vocabulary of a checkpoint replaces the one here.
+QWEN2_VL_2B = Qwen2VLConfig(
+    TextConfig(vocab=151936, dim=1536, heads=12, kv_heads=2, ffn_dim=8960, layers=28)
+)
+QWEN2_VL_7B = Qwen2VLConfig(
+    TextConfig(vocab=152064, dim=3584, heads=28, kv_heads=4, ffn_dim=18944, layers=28)
+)
 
 
 # ---------------------------------------------------------------- rotary embeddings
 
 
 def _frequencies(count: int, theta: float) -> np.ndarray:
+    """Rotary frequencies from 1 down to about 1 / theta, float64[count]."""
     return theta ** (-np.arange(count, dtype=np.float64) / count)
 
 
 def vision_rope(cfg: VisionConfig, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, float32[h * w, head_dim / 2], of the patches of a slab: its rows' angles, then its columns'."""
+    """cos and sin, float32[h * w, head_dim / 2], of the patches of a slab.
+
+    The first half of the angles belongs to a patch's row, the second to its column.
+    """
     _, h, w = grid
     place = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), axis=-1)
     place = einops.rearrange(place, "(y i) (x j) yx -> (y x i j) yx 1", i=cfg.merge, j=cfg.merge)
@@ -153,40 +158,23 @@ def vision_rope(cfg: VisionConfig, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def text_rope(cfg: TextConfig, positions: Array) -> tuple[Array, Array]:
-    """cos and sin, float32[n, K, head_dim / 2], of tokens at positions [n, K], or [3, n, K] for M-RoPE."""
-    axis = np.repeat(np.arange(3), cfg.mrope_section)
-    turning = jnp.broadcast_to(positions, (3, *positions.shape[-2:]))[axis]
+def text_rope(cfg: TextConfig, tokens: int) -> tuple[Array, Array]:
+    """cos and sin, float32[K, head_dim / 2], of K tokens."""
     frequency = _frequencies(cfg.head_dim // 2, cfg.rope_theta).astype(np.float32)
-    angle = jnp.moveaxis(turning, 0, -1).astype(jnp.float32) * frequency
+    angle = jnp.arange(tokens)[:, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Turns the channel pairs (i, i + D / 2) of x float[n, tokens, H, D] by tables [..., tokens, D / 2], in float32."""
-    first, second = jnp.split(wide(x), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+def rotate(x: Array, cos: ArrayLike, sin: ArrayLike) -> Array:
+    """Turns the channel pairs (i, i + D / 2) of x by the tables, in float32.
 
-
-def mrope_positions(cfg: Qwen2VLConfig, ids: Array, grid: Grid) -> Array:
-    """Qwen2-VL's own positions, int32[3, n, K]: t, h and w of every token (HPSv3 and VideoAlign do without them).
-
-    Text counts equally on all three axes, visual tokens by their place in the grid from where the text before them
-    ended, and the text after them from one past the largest of theirs.
-
-    Args:
-      cfg: of the model.
-      ids: int[n, K]; the pad tokens of a row's clip follow each other.
-      grid: of every clip.
+    x is float[n, K, H, D], the tables are float32[K, D / 2].
     """
-    t, h, w = grid
-    merged = (t, h // cfg.vision.merge, w // cfg.vision.merge)
-    slot, count = _is_visual(cfg, ids), cfg.vision.tokens(grid)
-    place, start = jnp.arange(ids.shape[1]), jnp.argmax(slot, axis=1)[:, None]
-    in_grid = jnp.stack(jnp.unravel_index(jnp.clip(place - start, 0, count - 1), merged))
-    text = place - jnp.where(place < start, 0, count - max(merged))
-    return jnp.where(slot, start + in_grid, text).astype(jnp.int32)
+    chex.assert_shape([cos, sin], (x.shape[1], x.shape[3] // 2))
+    first, second = jnp.split(wide(x), 2, axis=-1)
+    cos, sin = (jnp.asarray(table)[:, None, :] for table in (cos, sin))
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
 # ---------------------------------------------------------------- network
@@ -198,7 +186,9 @@ def _linear(cfg: Qwen2VLConfig, features: int, name: str, use_bias: bool = True)
 
 
 def _vision_norm(cfg: Qwen2VLConfig, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=cfg.vision.eps, use_fast_variance=False, dtype=jnp.float32, name=name)
+    return nn.LayerNorm(
+        epsilon=cfg.vision.eps, use_fast_variance=False, dtype=jnp.float32, name=name
+    )
 
 
 class VisionBlock(nn.Module):
@@ -207,8 +197,8 @@ class VisionBlock(nn.Module):
     cfg: Qwen2VLConfig
 
     @nn.compact
-    def __call__(self, x: Array, rope: tuple[Array, Array]) -> tuple[Array, None]:
-        """x float[slabs, patches, dim], rope of `vision_rope`."""
+    def __call__(self, x: Array, rope: tuple[ArrayLike, ArrayLike]) -> tuple[Array, None]:
+        """x is float[slabs, patches, dim], rope what `vision_rope` returns."""
         cfg, vision = self.cfg, self.cfg.vision
         y = _linear(cfg, 3 * vision.dim, "qkv")(_vision_norm(cfg, "norm1")(x))
         q, k, v = einops.rearrange(y, "b p (three h d) -> three b p h d", three=3, h=vision.heads)
@@ -220,27 +210,29 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Patches to visual tokens. No slab sees another one: frames meet in the language model."""
+    """Patches to visual tokens, slab by slab: frames meet in the language model only."""
 
     cfg: Qwen2VLConfig
 
     @nn.compact
     def __call__(self, patches: Array, grid: Grid) -> Array:
-        """float[n, t*h*w, patch_dim] -> float[n, tokens, dim of the text]."""
+        """float[n, t*h*w, patch_dim] -> float[n, visual tokens, dim of the language model]."""
         cfg, vision = self.cfg, self.cfg.vision
         t, h, w = grid
         if h % vision.merge or w % vision.merge:
-            raise ValueError(f"a grid of {h} x {w} patches is not made of squares of {vision.merge} x {vision.merge}")
+            raise UsageError(
+                f"a grid of {h} x {w} patches is not made of squares of {vision.merge} x"
+                f" {vision.merge}"
+            )
         chex.assert_shape(patches, (None, t * h * w, vision.patch_dim))
         x = _linear(cfg, vision.dim, "patch_embed", use_bias=False)(patches)
         x = einops.rearrange(x, "n (t p) d -> (n t) p d", t=t)
-        over_layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": vision.layers}
-        x, _ = nn.scan(VisionBlock, **over_layers, in_axes=nn.broadcast)(cfg, name="blocks")(
-            x, vision_rope(vision, grid)
-        )
+        blocks = over_layers(VisionBlock, vision.layers)(cfg, name="blocks")
+        x, _ = blocks(x, vision_rope(vision, grid))
 
         x = _vision_norm(cfg, "merger_norm")(x)
-        x = einops.rearrange(x, "(n t) (m square) d -> n (t m) (square d)", t=t, square=vision.merge**2)
+        square = vision.merge**2
+        x = einops.rearrange(x, "(n t) (m square) d -> n (t m) (square d)", t=t, square=square)
         x = nn.gelu(_linear(cfg, x.shape[-1], "merger_fc1")(x), approximate=False)
         return _linear(cfg, cfg.text.dim, "merger_fc2")(x)
 
@@ -252,17 +244,22 @@ class TextLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, rope: tuple[Array, Array], lengths: Array) -> tuple[Array, None]:
-        """x float[n, K, dim], rope of `text_rope`, lengths int32[n]."""
+        """x is float[n, K, dim], rope what `text_rope` returns, lengths int32[n]."""
         cfg, text = self.cfg, self.cfg.text
         y = RMSNorm(text.eps, name="norm1")(x)
-        q, k, v = (
-            einops.rearrange(_linear(cfg, heads * text.head_dim, name)(y), "n k (h d) -> n k h d", h=heads)
-            for name, heads in (("q", text.heads), ("k", text.kv_heads), ("v", text.kv_heads))
-        )
+
+        def split_heads(name: str, heads: int) -> Array:
+            z = _linear(cfg, heads * text.head_dim, name)(y)
+            return einops.rearrange(z, "n k (h d) -> n k h d", h=heads)
+
+        q, k = split_heads("q", text.heads), split_heads("k", text.kv_heads)
+        v = split_heads("v", text.kv_heads)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        # No token sees the padding on its right anyway; the lengths hide it from the padding itself.
+        # Causality hides the padding, which is on the right, from all tokens; the lengths hide it
+        # from itself.
         y = jax.nn.dot_product_attention(q, k, v, is_causal=True, key_value_seq_lengths=lengths)
-        x = x + _linear(cfg, text.dim, "o", use_bias=False)(einops.rearrange(y, "n k h d -> n k (h d)"))
+        y = einops.rearrange(y, "n k h d -> n k (h d)")
+        x = x + _linear(cfg, text.dim, "o", use_bias=False)(y)
 
         y = RMSNorm(text.eps, name="norm2")(x)
         gate, up = (_linear(cfg, text.ffn_dim, name, use_bias=False)(y) for name in ("gate", "up"))
@@ -275,53 +272,56 @@ class Qwen2VL(nn.Module):
     cfg: Qwen2VLConfig
 
     @nn.compact
-    def __call__(self, ids: Array, lengths: Array, patches: Array, grid: Grid, positions: Array | None = None) -> Array:
+    def __call__(self, ids: Array, lengths: Array, patches: Array, grid: Grid) -> Array:
         """Token ids and clips to hidden states.
 
         Args:
-          ids: int32[n, K], padded on the right; every row has as many pad tokens of images and videos as its clip has
-            visual tokens, which replace them in their order. A row with another number comes out as NaN.
-          lengths: int32[n], tokens that are no padding.
+          ids: int32[n, K], padded on the right. A row has as many pad tokens of images and videos
+            as its clip has visual tokens, which replace them in order; a row with another number
+            comes out as NaN.
+          lengths: int32[n], tokens that are not padding.
           patches: float[n, t*h*w, patch_dim], normalised pixels.
-          grid: (t, h, w) of every clip of the call.
-          positions: int32[n, K], or [3, n, K] for M-RoPE; None is 0 .. K - 1, as the reward models have it.
+          grid: (t, h, w), the same for all clips.
 
         Returns:
-          float[n, K, dim] after the final norm; what stands at padding means nothing.
+          float[n, K, dim] after the final norm; the values at padding mean nothing.
         """
         cfg, text = self.cfg, self.cfg.text
-        n, width = ids.shape
-        chex.assert_shape(lengths, (n,))
-        positions = jnp.broadcast_to(jnp.arange(width), (n, width)) if positions is None else positions
-        chex.assert_shape(positions, (3, n, width) if positions.ndim == 3 else (n, width))
+        chex.assert_rank(ids, 2)
+        chex.assert_shape(lengths, (ids.shape[0],))
 
         dtype = jnp.dtype(cfg.dtype)
-        x = nn.Embed(text.vocab, text.dim, dtype=dtype, param_dtype=dtype, name="embed_tokens")(ids)
-        x = _with_visual(x, VisionTower(cfg, name="visual")(patches, grid), _is_visual(cfg, ids))
-        over_layers = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": text.layers}
-        layers = nn.scan(TextLayer, **over_layers, in_axes=nn.broadcast)(cfg, name="layers")
-        x, _ = layers(x, text_rope(text, positions), lengths)
+        tokens = nn.Embed(text.vocab, text.dim, dtype=dtype, param_dtype=dtype, name="embed_tokens")
+        visual = VisionTower(cfg, name="visual")(patches, grid)
+        is_visual = (ids == cfg.image_token) | (ids == cfg.video_token)
+        x = _with_visual(tokens(ids), visual, is_visual)
+        layers = over_layers(TextLayer, text.layers)(cfg, name="layers")
+        x, _ = layers(x, text_rope(text, ids.shape[1]), lengths)
         return RMSNorm(text.eps, name="norm")(x)
 
 
-def _is_visual(cfg: Qwen2VLConfig, ids: Array) -> Array:
-    return (ids == cfg.image_token) | (ids == cfg.video_token)
+def _with_visual(x: Array, visual: Array, is_visual: Array) -> Array:
+    """x with the visual tokens in the places bool[n, K] that are theirs.
 
-
-def _with_visual(x: Array, visual: Array, slot: Array) -> Array:
-    """x float[n, K, dim] with visual float[n, tokens, dim] where slot bool[n, K] is, NaN where their numbers differ."""
-    fits = slot.sum(axis=1) == visual.shape[1]
+    Args:
+      x: float[n, K, dim].
+      visual: float[n, tokens, dim]; NaN replaces a row's if its places are not as many.
+      is_visual: bool[n, K].
+    """
+    fits = is_visual.sum(axis=1) == visual.shape[1]
     visual = jnp.where(fits[:, None, None], visual, jnp.nan)
-    order = jnp.clip(jnp.cumsum(slot, axis=1) - 1, 0, visual.shape[1] - 1)
-    return jnp.where(slot[..., None], jnp.take_along_axis(visual, order[..., None], axis=1), x)
+    order = jnp.clip(jnp.cumsum(is_visual, axis=1) - 1, 0, visual.shape[1] - 1)
+    visual = jnp.take_along_axis(visual, order[..., None], axis=1)
+    return jnp.where(is_visual[..., None], visual, x)
 
 
 def abstract_params(cfg: Qwen2VLConfig) -> PyTree:
-    """Shapes and dtypes of the collection `params`: what `checkpoint.load_weights` loads a file like."""
+    """Shapes and dtypes of the collection `params`, as `checkpoint.load_weights` needs them."""
     grid = (1, cfg.vision.merge, cfg.vision.merge)
     patches = jnp.zeros((1, cfg.vision.merge**2, cfg.vision.patch_dim))
     ids, lengths = jnp.full((1, 1), cfg.image_token, jnp.int32), jnp.ones(1, jnp.int32)
-    return jax.eval_shape(lambda: Qwen2VL(cfg).init(jax.random.key(0), ids, lengths, patches, grid))["params"]
+    init = partial(Qwen2VL(cfg).init, grid=grid)
+    return jax.eval_shape(init, jax.random.key(0), ids, lengths, patches)["params"]
 
 
 # ---------------------------------------------------------------- hidden states of some tokens
@@ -329,46 +329,59 @@ def abstract_params(cfg: Qwen2VLConfig) -> PyTree:
 
 @struct.dataclass
 class Tokens:
-    """Tokenized texts, cut after the last token whose hidden state is asked for.
+    """Token ids of n texts, each cut after the last of its wanted tokens.
 
     Attributes:
       ids: int32[n, K], padded on the right.
       lengths: int32[n].
-      at: int32[n, wanted], places of the tokens that are asked for.
+      at: int32[n, wanted], the places of the wanted tokens.
     """
 
-    ids: Array
-    lengths: Array
-    at: Array
+    ids: Array | np.ndarray
+    lengths: Array | np.ndarray
+    at: Array | np.ndarray
 
 
 def cut_after(texts: Sequence[Sequence[int]], wanted: Sequence[int]) -> Tokens:
-    """Token ids without what follows the last of the `wanted` ones, which no earlier hidden state depends on.
+    """Cuts each text after the last of its wanted tokens.
 
-    Widths are multiples of LENGTH_STEP, so that there are few shapes to compile.
+    No earlier hidden state depends on what is cut off. K is a `padded_length`.
 
     Args:
       texts: the token ids of each text.
-      wanted: special tokens, each of which is in every text once.
+      wanted: special tokens; every text has each of them once.
 
     Raises:
-      ValueError: a text has one of them more or less often; names both.
+      UsageError: a text has a wanted token twice or not at all; names both.
     """
     at = np.zeros((len(texts), len(wanted)), np.int32)
-    for row, text in enumerate(texts):
-        for column, token in enumerate(wanted):
+    for i, text in enumerate(texts):
+        for j, token in enumerate(wanted):
             places = np.flatnonzero(np.asarray(text) == token)
             if len(places) != 1:
-                raise ValueError(f"text {row} has the token {token} {len(places)} times, expected once")
-            at[row, column] = places[0]
+                raise UsageError(
+                    f"text {i} has the token {token} {len(places)} times, expected once"
+                )
+            at[i, j] = places[0]
     lengths = at.max(axis=1) + 1
-    ids = np.zeros((len(texts), -(-lengths.max() // LENGTH_STEP) * LENGTH_STEP), np.int32)
+    ids = np.zeros((len(texts), padded_length(lengths.max())), np.int32)
     for row, text, length in zip(ids, texts, lengths, strict=True):
         row[:length] = text[:length]
     return Tokens(ids=ids, lengths=lengths, at=at)
 
 
-def hidden_at(cfg: Qwen2VLConfig, params: PyTree, tokens: Tokens, patches: Array, grid: Grid) -> Array:
-    """What a reward head reads: float[n, wanted, dim], the hidden states of the tokens asked for, 1-D positions."""
-    hidden = Qwen2VL(cfg).apply({"params": params}, tokens.ids, tokens.lengths, patches, grid)
+def hidden_at(
+    cfg: Qwen2VLConfig, params: PyTree, tokens: Tokens, patches: Array, grid: Grid
+) -> Array:
+    """The hidden states of the wanted tokens, float[n, wanted, dim]: a reward head's input.
+
+    Args:
+      cfg: sizes.
+      params: see `abstract_params`.
+      tokens: n texts, see `cut_after`.
+      patches: float[n, t*h*w, patch_dim], the normalised pixels of a clip per text.
+      grid: (t, h, w), the same for all clips.
+    """
+    chex.assert_shape(tokens.at, (len(tokens.ids), None))
+    hidden: Any = Qwen2VL(cfg).apply({"params": params}, tokens.ids, tokens.lengths, patches, grid)
     return jnp.take_along_axis(hidden, tokens.at[..., None], axis=1)

@@ -1,13 +1,16 @@
 """The Wan2.1 video VAE: pixels to latents, and latents back to pixels frame by frame.
 
-Every temporal convolution is causal and remembers its last two input frames. Those memories are the collection `cache`,
-an ordinary pytree with the batch as leading axis: a prefix can be decoded once and its cache be repeated for every
-branch that goes on from it. Latent frame 0 is one pixel frame; every other one is four.
+Every temporal convolution is causal and remembers its last two input frames. These memories are the
+collection `cache`, an ordinary pytree with the batch as leading axis: a prefix can be decoded once,
+and its cache can be repeated for every branch that continues it. Latent frame 0 is one pixel frame;
+every other latent frame is four.
 
     pixels, cache = decode(cfg, params, first_latents)
     pixels, cache = decode(cfg, params, next_latents, cache)
 
-Pixels are in [-1, 1], latents normalised per channel; the arithmetic is that of Wan2.1.
+Pixels are in [-1, 1], latents are normalised per channel. The arithmetic is that of Wan2.1.
+
+A run only decodes and loads `abstract_decoder_params`. A converted file holds the encoder too.
 """
 
 from __future__ import annotations
@@ -23,19 +26,49 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models.layers import wide
 from kvpo_jax.types import Array, PyTree
 
-# Per-channel statistics of Wan2.1's latents.
+# Mean and standard deviation of each channel of Wan2.1's latents.
 LATENT_MEAN = (
-    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-)  # fmt: skip
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
 LATENT_STD = (
-    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-)  # fmt: skip
+    2.8184,
+    1.4541,
+    2.3275,
+    2.6558,
+    1.2196,
+    1.7708,
+    2.6052,
+    2.0743,
+    3.2687,
+    2.1526,
+    2.8652,
+    1.5579,
+    1.6382,
+    1.1253,
+    2.8251,
+    1.9160,
+)
 MEMORY = 2  # input frames that a temporal convolution of three taps remembers
+ENCODER = ("encoder", "conv1")  # the branches of `abstract_params` that only `encode` needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,12 +78,13 @@ class VAEConfig:
     Attributes:
       base_dim: channels at full resolution.
       z_dim: latent channels, C.
-      dim_mult: channels of each stage over base_dim, from full resolution down; every stage but the last halves it.
-      num_res_blocks: per stage of the encoder; the decoder has one more.
+      dim_mult: channels of each stage divided by base_dim, from full resolution down; every stage
+        but the last halves height and width.
+      num_res_blocks: residual blocks per stage of the encoder; the decoder has one more.
       temporal_downsample: which of the halvings halve time too.
-      latent_mean: per channel.
-      latent_std: per channel.
-      dtype: of weights and activations; norms and the latent statistics are float32.
+      latent_mean: mean of each latent channel.
+      latent_std: standard deviation of each latent channel.
+      dtype: dtype of weights and activations; norms and the latent statistics are float32.
     """
 
     base_dim: int = 96
@@ -64,22 +98,30 @@ class VAEConfig:
 
     @property
     def temporal_factor(self) -> int:
-        """Pixel frames per latent frame, but for the first."""
+        """Pixel frames per latent frame, except for the first."""
         return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent pixel, along a side."""
+        return 2 ** len(self.temporal_downsample)
 
 
 def config_from_dict(values: Mapping[str, Any]) -> VAEConfig:
-    """The config that a converted file notes, by way of JSON."""
-    return VAEConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    """The config that a converted file notes: `dataclasses.asdict`, perhaps read back from JSON."""
+    fields: dict[str, Any] = {
+        name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
+    }
+    return VAEConfig(**fields)
 
 
-def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options) -> nn.Conv:
+def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options: Any) -> nn.Conv:
     dtype = jnp.dtype(cfg.dtype)
     return nn.Conv(features, kernel, dtype=dtype, param_dtype=dtype, **options)
 
 
 class CausalConv(nn.Module):
-    """A 3-D convolution whose taps in time look back; before the first frame everything is zero."""
+    """A 3-D convolution whose taps in time reach back; before the first frame all is zero."""
 
     cfg: VAEConfig
     features: int
@@ -90,7 +132,9 @@ class CausalConv(nn.Module):
         """float[n, t, h, w, c] -> float[n, t, h, w, features]."""
         cfg, (taps, *space) = self.cfg, self.kernel
         kernel_init = nn.initializers.lecun_normal()
-        kernel = self.param("kernel", kernel_init, (*self.kernel, x.shape[-1], self.features), jnp.dtype(cfg.dtype))
+        kernel = self.param(
+            "kernel", kernel_init, (*self.kernel, x.shape[-1], self.features), jnp.dtype(cfg.dtype)
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.dtype(cfg.dtype))
         if taps > 1:
             n, t, *rest = x.shape
@@ -101,11 +145,12 @@ class CausalConv(nn.Module):
                 return jnp.zeros((n, 0, *rest[:-1], self.features), x.dtype)
         padding = [(0, 0), *((k // 2, k // 2) for k in space)]
         numbers = ("NTHWC", "THWIO", "NTHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=numbers) + bias
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=numbers)
+        return y + bias
 
 
 class Norm(nn.Module):
-    """Length of the channel vector to sqrt(channels), times gamma; in float32."""
+    """Scales each channel vector to length sqrt(channels), then by gamma; in float32."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -137,8 +182,9 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         n, t, h, w, c = x.shape
-        qkv = _conv(self.cfg, 3 * c, (1, 1), name="to_qkv")(Norm(name="norm")(x).reshape(n * t, h, w, c))
-        q, k, v = (y[:, :, None] for y in jnp.split(qkv.reshape(n * t, h * w, 3 * c), 3, axis=-1))
+        y = Norm(name="norm")(x).reshape(n * t, h, w, c)
+        qkv = _conv(self.cfg, 3 * c, (1, 1), name="to_qkv")(y).reshape(n * t, h * w, 3 * c)
+        q, k, v = (y[:, :, None] for y in jnp.split(qkv, 3, axis=-1))
         y = jax.nn.dot_product_attention(q, k, v)[:, :, 0].reshape(n * t, h, w, c)
         return x + _conv(self.cfg, c, (1, 1), name="proj")(y).reshape(x.shape)
 
@@ -153,18 +199,19 @@ class Downsample(nn.Module):
     def __call__(self, x: Array) -> Array:
         n, _, _, _, c = x.shape
         conv = _conv(self.cfg, c, (3, 3), strides=2, padding=[(0, 1), (0, 1)], name="resample_1")
-        x = einops.rearrange(conv(einops.rearrange(x, "n t h w c -> (n t) h w c")), "(n t) ... -> n t ...", n=n)
+        x = conv(einops.rearrange(x, "n t h w c -> (n t) h w c"))
+        x = einops.rearrange(x, "(n t) ... -> n t ...", n=n)
         if not self.temporal:
             return x
         conv = _conv(self.cfg, c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", name="time_conv")
-        if x.shape[1] < 3:  # a single frame; the parameters are still there
+        if x.shape[1] < 3:  # A single frame: call the convolution only to make its parameters.
             x = jnp.concatenate([x[:, :1]] * 3, axis=1)
             return jnp.concatenate([x[:, :1], conv(x)[:, :0]], axis=1)
         return jnp.concatenate([x[:, :1], conv(x)], axis=1)
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and halves the channels; with `temporal` doubles the frames after the first."""
+    """Doubles height and width, and with `temporal` the frames after the first."""
 
     cfg: VAEConfig
     features: int
@@ -172,8 +219,12 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
-        """`first`: x begins with the first frame of the video, which stays one and is no other frame's past."""
-        n, _, h, w, c = x.shape
+        """float[n, t, h, w, c] -> float[n, t', 2 h, 2 w, features].
+
+        `first` says that x begins with the first frame of the video. That frame is not doubled, and
+        no later frame sees it as its past.
+        """
+        n, _, _, _, c = x.shape
         if self.temporal:
             alone, x = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
             x = CausalConv(self.cfg, 2 * c, (3, 1, 1), name="time_conv")(x)
@@ -185,12 +236,13 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to the moments of the latent."""
+    """Pixels to mean and log variance of the latent."""
 
     cfg: VAEConfig
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """float[n, frames, h, w, 3] -> float[n, t, Y, X, 2 C]."""
         cfg, index = self.cfg, 0
         x = CausalConv(cfg, cfg.base_dim, name="conv1")(x)
         for stage, mult in enumerate(cfg.dim_mult):
@@ -211,6 +263,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
+        """float[n, t, Y, X, C] -> float[n, frames, h, w, 3]; `first` as in `Upsample`."""
         cfg, index = self.cfg, 0
         widths = [mult * cfg.base_dim for mult in reversed(cfg.dim_mult)]
         x = CausalConv(cfg, widths[0], name="conv1")(x)
@@ -227,13 +280,14 @@ class Decoder(nn.Module):
 
 
 def _middle(cfg: VAEConfig, x: Array) -> Array:
+    """The blocks at the lowest resolution, which encoder and decoder both have."""
     x = Residual(cfg, x.shape[-1], name="middle_0")(x)
     x = Attention(cfg, name="middle_1")(x)
     return Residual(cfg, x.shape[-1], name="middle_2")(x)
 
 
 class WanVAE(nn.Module):
-    """Both halves, with the 1x1 convolutions around the latent."""
+    """Encoder and decoder, with the 1x1 convolutions around the latent."""
 
     cfg: VAEConfig
 
@@ -244,56 +298,75 @@ class WanVAE(nn.Module):
         self.conv2 = CausalConv(cfg, cfg.z_dim, (1, 1, 1))
 
     def encode(self, pixels: Array) -> Array:
-        """Pixels to the mean of the latent, not yet normalised."""
+        """Pixels to the mean of the latent, before it is normalised."""
         return jnp.split(self.conv1(self.encoder(pixels)), 2, axis=-1)[0]
 
     def decode(self, latents: Array, first: bool) -> Array:
-        """Latents, no longer normalised, to pixels; `first` as in `Upsample`."""
+        """Latents that are not normalised to pixels; `first` as in `Upsample`."""
         return self.decoder(self.conv2(latents), first)
 
     def touch_all(self, pixels: Array) -> Array:
-        """Encoder and decoder in one call: what `init` runs to make every variable."""
+        """Encoder and decoder in one call, so that `init` makes every variable."""
         return self.decode(self.encode(pixels), True)
 
 
 def abstract_params(cfg: VAEConfig) -> PyTree:
-    """Shapes and dtypes of the collection `params`: what `checkpoint.load_weights` loads a file like."""
-    side = 2 ** len(cfg.temporal_downsample)
+    """Shapes and dtypes of all parameters: the tree that a converted file holds."""
+    side = cfg.spatial_factor
     pixels = jax.ShapeDtypeStruct((1, 1, side, side, 3), cfg.dtype)
-    return jax.eval_shape(partial(WanVAE(cfg).init, method="touch_all"), jax.random.key(0), pixels)["params"]
+    init = partial(WanVAE(cfg).init, method="touch_all")
+    return jax.eval_shape(init, jax.random.key(0), pixels)["params"]
+
+
+def abstract_decoder_params(cfg: VAEConfig) -> PyTree:
+    """Shapes and dtypes of the parameters that `decode` needs: `abstract_params` but ENCODER."""
+    return {name: x for name, x in abstract_params(cfg).items() if name not in ENCODER}
 
 
 def _statistics(cfg: VAEConfig) -> tuple[Array, Array]:
+    """Mean and standard deviation of the latent channels, float32[C]."""
     return jnp.asarray(cfg.latent_mean, jnp.float32), jnp.asarray(cfg.latent_std, jnp.float32)
 
 
 def encode(cfg: VAEConfig, params: PyTree, pixels: Array) -> Array:
-    """Pixels float[n, 1 + 4 (t - 1), h, w, 3] in [-1, 1] to normalised latents float32[n, t, h / 8, w / 8, C].
+    """Pixels to normalised latents.
 
-    ValueError where the frames are not 1 + 4 (t - 1), or the sides no multiples of 8.
+    Args:
+      cfg: sizes.
+      params: see `abstract_params`.
+      pixels: float[n, 1 + 4 (t - 1), 8 Y, 8 X, 3] in [-1, 1].
+
+    Returns:
+      float32[n, t, Y, X, C].
+
+    Raises:
+      UsageError: the number of frames is not 1 + 4 (t - 1), or a side is not a multiple of 8.
     """
     chex.assert_shape(pixels, (None, None, None, None, 3))
-    frames, side = pixels.shape[1], 2 ** len(cfg.temporal_downsample)
-    if (frames - 1) % cfg.temporal_factor or pixels.shape[2] % side or pixels.shape[3] % side:
-        raise ValueError(
-            f"a video of {frames} frames, {pixels.shape[2]}x{pixels.shape[3]}: expected 1 + {cfg.temporal_factor} k "
-            f"frames and multiples of {side} pixels"
+    (_, frames, height, width, _), side = pixels.shape, cfg.spatial_factor
+    if (frames - 1) % cfg.temporal_factor or height % side or width % side:
+        raise UsageError(
+            f"a video of {frames} frames, {height}x{width}: expected 1 + {cfg.temporal_factor} k"
+            f" frames and multiples of {side} pixels"
         )
     mean, std = _statistics(cfg)
     apply = partial(WanVAE(cfg).apply, {"params": params}, method="encode", mutable=["cache"])
     return (apply(pixels.astype(cfg.dtype))[0].astype(jnp.float32) - mean) / std
 
 
-def decode(cfg: VAEConfig, params: PyTree, latents: Array, cache: PyTree | None = None) -> tuple[Array, PyTree]:
-    """Decodes the next latent frames of a video, or all of them.
+def decode(
+    cfg: VAEConfig, params: PyTree, latents: Array, cache: PyTree | None = None
+) -> tuple[Array, PyTree]:
+    """Decodes the next latent frames of n videos.
 
-    One latent frame at a time: the activations are those of four pixel frames, however many there are.
+    It works on one latent frame at a time, so that its activations are those of four pixel frames,
+    whatever the length.
 
     Args:
       cfg: sizes.
-      params: collection `params`.
+      params: see `abstract_decoder_params`; the encoder may be there too.
       latents: float[n, t, Y, X, C], normalised.
-      cache: what the call before returned; None at the beginning. Every leaf has the batch first.
+      cache: what the previous call returned, every leaf with n first; None at the beginning.
 
     Returns:
       pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), cache.
@@ -304,7 +377,9 @@ def decode(cfg: VAEConfig, params: PyTree, latents: Array, cache: PyTree | None 
 
     def step(cache: PyTree | None, x: Array) -> tuple[PyTree, Array]:
         variables = {"params": params} if cache is None else {"params": params, "cache": cache}
-        pixels, state = WanVAE(cfg).apply(variables, x[:, None], cache is None, method="decode", mutable=["cache"])
+        pixels, state = WanVAE(cfg).apply(
+            variables, x[:, None], cache is None, method="decode", mutable=["cache"]
+        )
         return state["cache"], jnp.clip(pixels.astype(jnp.float32), -1, 1)
 
     pixels = []

@@ -3,8 +3,8 @@
     scorer = hpsv3.load("weights/hpsv3.safetensors")
     scorer(pixels, prompts)["VQ"]
 
-A frame's score is the first of the head's two outputs, mu; the other says how uncertain it is. docs/rewards.md tells
-what the numbers mean, and tools/convert_weights.py makes the weights.
+A frame's score is mu, the first of the head's two outputs; the second says how uncertain mu is.
+docs/rewards.md explains the numbers. `kvpo-convert` makes the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvpo_jax.rewards.composite import Scorer
 from kvpo_jax.types import Array
 
 BATCH = 16  # frames that a device takes at once
-BEST = 0.3  # share of a video's frames that VQ_best is the mean of
+BEST = 0.3  # VQ_best is the mean over this share of a video's frames
 
 
 def load(
@@ -34,21 +34,22 @@ def load(
     mesh: Mesh | None = None,
     batch: int = BATCH,
 ) -> Scorer:
-    """The scorer of a converted HPSv3; its weights go with the last reference to it.
+    """The scorer of a converted HPSv3; its weights are freed with the last reference to it.
 
-    Its components, each float[n], are VQ, the mean over all frames, and VQ_best, over the best 30 % of them.
+    Its components, each float[n], are VQ, the mean over all frames, and VQ_best, the mean over the
+    best 30 % of them.
 
     Args:
-      path: weights, as tools/convert_weights.py wrote them.
-      tokenizer_folder: None is the folder that was written with them.
-      mesh: to run on, None is all devices of this process.
+      path: weights that `kvpo-convert` wrote.
+      tokenizer_folder: None is the folder that was written with the weights.
+      mesh: the devices to run on; None is all devices of this process.
       batch: frames that a device takes at once.
     """
     reward = learned.load(path, "hpsv3", RewardConfig, tokenizer_folder, mesh, batch)
     return partial(score, reward)
 
 
-def score(reward: learned.Reward, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+def score(reward: learned.RewardModel, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
     """Scores of videos float[n, frames, h, w, 3] in [0, 1]; see `load`."""
     n, frames, height, width, _ = pixels.shape
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
@@ -56,7 +57,12 @@ def score(reward: learned.Reward, pixels: Array, prompts: Sequence[str]) -> dict
     visual = cfg.vision.tokens(preprocess.grid(cfg, 1, height, width))
     tokens = cut_after(learned.texts(reward, prompts, cfg.image_token, visual), cfg.token_ids)
     video, frame = np.divmod(np.arange(n * frames), frames)
-    clips = lambda row: preprocess.to_uint8(pixels[video[row], frame[row]])[:, None]
-    mu = learned.raw_scores(reward, preprocess.resize_pil, tokens, video, clips)[:, 0, 0].reshape(n, frames)
+
+    def clips(rows: np.ndarray) -> Array:
+        """Clips of one frame, uint8[rows, 1, h, w, 3]; a row is a frame of a video."""
+        return preprocess.to_uint8(pixels[video[rows], frame[rows]])[:, None]
+
+    raw = learned.raw_scores(reward, preprocess.resize_pil, tokens, video, clips)
+    mu = raw[:, 0, 0].reshape(n, frames)
     best = jnp.sort(mu, axis=1)[:, frames - max(1, int(frames * BEST)) :]
     return {"VQ": mu.mean(axis=1), "VQ_best": best.mean(axis=1)}

@@ -1,9 +1,10 @@
-"""What HPSv3 and VideoAlign have in common: loading, the text around a clip, scoring in batches over the devices."""
+"""What HPSv3 and VideoAlign have in common: loading, the text around a clip, scoring in batches
+over the devices.
+"""
 
 from __future__ import annotations
 
 import functools
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,21 +15,17 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from kvpo_jax import checkpoint, sharding
 from kvpo_jax.data.text import load_tokenizer
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models import reward_model
 from kvpo_jax.models.qwen2_vl import Tokens
-from kvpo_jax.models.reward_model import RewardConfig
-from kvpo_jax.models.reward_weights import PADS
+from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig
 from kvpo_jax.rewards import preprocess
+from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.types import Array, PyTree
 
-# Files of a tokenizer, of which a folder has some.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json",
-)  # fmt: skip
-# Qwen2-VL's chat up to the instruction, with the default system turn; what follows the instruction is never computed.
+# Qwen2-VL's chat up to the instruction, with the default system turn; what follows the instruction
+# is never computed.
 _CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{pad}<|vision_end|>{instruction}"
@@ -40,7 +37,7 @@ Clips = Callable[[np.ndarray], Array]
 
 
 @struct.dataclass
-class Reward:
+class RewardModel:
     """A loaded reward model.
 
     Attributes:
@@ -62,13 +59,14 @@ class Reward:
 
 
 def tokenizer_folder(weights: Path | str) -> Path:
-    """Where tools/convert_weights.py puts the tokenizer that belongs to a weight file."""
+    """Where kvpo-convert puts the tokenizer that belongs to a weight file."""
     weights = Path(weights)
     return weights.with_name(f"{weights.stem}_tokenizer")
 
 
 def tokenizer(folder: Path | str, tokens: Sequence[str]) -> tuple[Encode, dict[str, int]]:
-    """The tokenizer in a local folder with reward tokens added, as upstream does; nothing is downloaded.
+    """The tokenizer in a local folder with reward tokens added, as upstream does; nothing is
+    downloaded.
 
     Args:
       folder: a folder of Qwen2-VL, or of its tokenizer alone.
@@ -78,25 +76,23 @@ def tokenizer(folder: Path | str, tokens: Sequence[str]) -> tuple[Encode, dict[s
       text -> token ids, and the ids of the reward tokens and of the pad tokens.
 
     Raises:
-      FileNotFoundError, ImportError, ValueError: see `text.load_tokenizer`; ValueError too if it is not Qwen2-VL's.
+      FileNotFoundError, ImportError, ValueError: see `text.load_tokenizer`; ValueError too if it is
+        not Qwen2-VL's.
     """
     made = load_tokenizer(folder, ("tokenizer.json", "vocab.json"), "a folder of Qwen2-VL")
     made.add_tokens(list(tokens), special_tokens=True)
-    encode = lambda text: made(text, add_special_tokens=False).input_ids
+
+    def encode(text):
+        return made(text, add_special_tokens=False).input_ids
+
     ids = {}
-    for token in (*PADS.values(), *tokens):
+    for token in (*PAD_TOKENS.values(), *tokens):
         ids[token], *more = encode(token)
         if more:
-            raise ValueError(f"the tokenizer in {folder} has no token {token}: it is not Qwen2-VL's")
+            raise UsageError(
+                f"the tokenizer in {folder} has no token {token}: it is not Qwen2-VL's"
+            )
     return encode, ids
-
-
-def copy_tokenizer(source: Path | str, folder: Path) -> None:
-    """Copies the files of a tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
 
 
 def load(
@@ -106,8 +102,8 @@ def load(
     tokenizer_path: Path | str | None,
     mesh: Mesh | None,
     batch: int,
-) -> Reward:
-    """A reward model that tools/convert_weights.py wrote.
+) -> RewardModel:
+    """A reward model that kvpo-convert wrote.
 
     Args:
       path: of the weights.
@@ -125,17 +121,20 @@ def load(
     folder = tokenizer_path or tokenizer_folder(path)
     encode, ids = tokenizer(folder, cfg.tokens)
     if (known := _special_ids(cfg)) != ids:
-        raise ValueError(f"the tokenizer in {folder} has the ids {ids}, {path} was made with {known}")
+        raise UsageError(
+            f"the tokenizer in {folder} has the ids {ids}, {path} was made with {known}"
+        )
     mesh = mesh or Mesh(np.asarray(jax.local_devices()), ("data",))
     place = NamedSharding(mesh, sharding.REPLICATED)
     like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), reward_model.abstract_params(cfg)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        reward_model.abstract_params(cfg),
     )
-    return Reward(checkpoint.load_weights(path, like), cfg, encode, mesh, batch)
+    return RewardModel(checkpoint.load_weights(path, like), cfg, encode, mesh, batch)
 
 
 def _special_ids(cfg: RewardConfig) -> dict[str, int]:
-    return {token: getattr(cfg, field) for field, token in PADS.items()} | dict(
+    return {token: getattr(cfg, field) for field, token in PAD_TOKENS.items()} | dict(
         zip(cfg.tokens, cfg.token_ids, strict=True)
     )
 
@@ -143,7 +142,7 @@ def _special_ids(cfg: RewardConfig) -> dict[str, int]:
 # ---------------------------------------------------------------- text
 
 
-def texts(reward: Reward, prompts: Sequence[str], pad: int, visual: int) -> list[list[int]]:
+def texts(reward: RewardModel, prompts: Sequence[str], pad: int, visual: int) -> list[list[int]]:
     """The token ids of the chat with each prompt.
 
     Args:
@@ -162,9 +161,11 @@ def texts(reward: Reward, prompts: Sequence[str], pad: int, visual: int) -> list
     def ids(prompt: str) -> list[int]:
         for token in special:
             if token in prompt:
-                raise ValueError(f"the prompt {prompt!r} has the special token {token}")
+                raise UsageError(f"the prompt {prompt!r} has the special token {token}")
         text = _CHAT.format(pad=mark_of_clip, instruction=template.format(text_prompt=prompt))
-        return [number for i in reward.encode(text) for number in ([pad] * visual if i == pad else [i])]
+        return [
+            number for i in reward.encode(text) for number in ([pad] * visual if i == pad else [i])
+        ]
 
     return [ids(prompt) for prompt in prompts]
 
@@ -173,7 +174,9 @@ def texts(reward: Reward, prompts: Sequence[str], pad: int, visual: int) -> list
 
 
 @functools.cache
-def scoring_step(cfg: RewardConfig, mesh: Mesh, resize: Resize) -> Callable[[PyTree, Tokens, Array], Array]:
+def scoring_step(
+    cfg: RewardConfig, mesh: Mesh, resize: Resize
+) -> Callable[[PyTree, Tokens, Array], Array]:
     """The compiled part: (params, tokens, uint8[n, frames, h, w, 3]) -> `reward_model.raw_scores`.
 
     Args:
@@ -183,34 +186,42 @@ def scoring_step(cfg: RewardConfig, mesh: Mesh, resize: Resize) -> Callable[[PyT
     """
     rows = Spec(mesh.axis_names)
 
-    def some_rows(params: PyTree, tokens: Tokens, clips: Array) -> Array:
+    def score_rows(params: PyTree, tokens: Tokens, clips: Array) -> Array:
         grid = preprocess.grid(cfg, *clips.shape[1:4])
-        resized = resize(clips, tuple(side * cfg.vision.patch for side in grid[1:]))
+        height, width = (side * cfg.vision.patch for side in grid[1:])
+        resized = resize(clips, (height, width))
         patches = preprocess.patchify(preprocess.normalise(resized), cfg.vision)
         return reward_model.raw_scores(cfg, params, tokens, patches, grid)
 
-    return jax.jit(sharding.shard(some_rows, mesh, in_specs=(sharding.REPLICATED, rows, rows), out_specs=rows))
+    return jax.jit(
+        jax.shard_map(
+            score_rows, mesh=mesh, in_specs=(sharding.REPLICATED, rows, rows), out_specs=rows
+        )
+    )
 
 
-def raw_scores(reward: Reward, resize: Resize, tokens: Tokens, of_row: np.ndarray, clips: Clips) -> Array:
-    """float32[rows, wanted, outputs] of any number of rows, in batches of one size, the last one filled up.
+def raw_scores(
+    reward: RewardModel, resize: Resize, tokens: Tokens, text_of_row: np.ndarray, clips: Clips
+) -> Array:
+    """Scores any number of clips with their texts, float32[rows, wanted, outputs].
 
-    Batches are as few as `reward.batch` allows and as small as their number allows.
+    All batches have one size; the last one is filled up. Batches are as few as `reward.batch`
+    allows, and as small as their number allows.
 
     Args:
       reward: the model.
       resize: see `scoring_step`.
       tokens: of some texts.
-      of_row: int[rows], the text of each row.
+      text_of_row: int[rows], the text of each row.
       clips: indices of rows -> uint8[n, frames, h, w, 3].
     """
     step = scoring_step(reward.cfg, reward.mesh, resize)
     place = NamedSharding(reward.mesh, Spec(reward.mesh.axis_names))
-    rows, devices = len(of_row), reward.mesh.size
+    rows, devices = len(text_of_row), reward.mesh.size
     batch = -(-rows // (-(-rows // (reward.batch * devices)) * devices)) * devices
     scores = []
     for start in range(0, rows, batch):
         row = np.minimum(np.arange(start, start + batch), rows - 1)
-        its_tokens = jax.tree.map(lambda x, text=of_row[row]: x[text], tokens)
+        its_tokens = jax.tree.map(lambda x, text=text_of_row[row]: x[text], tokens)
         scores.append(step(reward.params, *jax.device_put((its_tokens, clips(row)), place)))
     return jnp.concatenate(scores)[:rows]

@@ -1,42 +1,47 @@
-"""From a clip to what Qwen2-VL reads, on the device: choose frames, resize, normalise, cut into patches.
+"""From a clip to the input of Qwen2-VL, on the device: choose frames, resize, normalise, cut.
 
-HPSv3 and VideoAlign were trained on images that Pillow and torchvision had resized, both by Keys' cubic (a = -1/2)
-that widens with the scale, and both along rows before columns. They differ in rounding: Pillow rounds to uint8 after
-each of the two passes, torchvision once. The difference reaches a fifth of all pixels, so there is one function each.
+HPSv3 and VideoAlign were trained on images that Pillow and torchvision had resized, both by Keys'
+cubic (a = -1/2) that widens with the scale, and both along rows before columns. They round
+differently: Pillow to uint8 after each of the two passes, torchvision once. A fifth of all pixels
+differ by it, so there is one function for each.
 
-A resampled row is a sum of a few weighted, shifted rows, and is computed as such: matrix products in an accelerator's
-default precision would lose what the comparison with Pillow and torchvision is about.
+A resampled row is a sum of a few weighted, shifted rows, and is computed that way: matrix products
+in an accelerator's default precision would lose the digits that distinguish the two.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
 import chex
 import einops
 import jax.numpy as jnp
 import numpy as np
 
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models.qwen2_vl import Grid, VisionConfig
 from kvpo_jax.models.reward_model import RewardConfig
 from kvpo_jax.types import Array
 
-# Of CLIP, per colour, on a scale of 0 to 1.
+# CLIP's mean and standard deviation of each colour, on a scale of 0 to 1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 _VISION = VisionConfig()
-_PILLOW_BITS = 22  # of the fraction of Pillow's fixed-point weights; sums with uint8 fit into int32
+# Bits of the fraction of Pillow's fixed-point weights: their sums with uint8 fit into int32.
+_PILLOW_BITS = 22
 
 
 # ---------------------------------------------------------------- which frames
 
 
-def spread(frames: int, count: int) -> list[int]:
-    """Indices of `count` >= 2 of `frames` frames, from the first to the last, as even as rounding allows.
+def evenly_spaced(frames: int, count: int) -> list[int]:
+    """Indices of `count` >= 2 of `frames` frames, from the first to the last, evenly spaced.
 
-    They are torch.linspace's, rounded: half of the places are counted from either end, in float32, which decides what
-    becomes of a place halfway between two frames.
+    They are those of torch.linspace, rounded: one half of the places is counted from either end, in
+    float32, and its rounding decides about a place halfway between two frames.
     """
     i, last = np.arange(count, dtype=np.float32), np.float32(frames - 1)
     step = last / np.float32(count - 1)
@@ -45,49 +50,54 @@ def spread(frames: int, count: int) -> list[int]:
 
 
 def sample_uniform(
-    frames: int, fps: float = 2.0, source_fps: float = 16.0, min_frames: int = 4, max_frames: int = 768
+    frames: int,
+    fps: float = 2.0,
+    source_fps: float = 16.0,
+    min_frames: int = 4,
+    max_frames: int = 768,
 ) -> list[int]:
     """VideoAlign's 'uniform': an even number of frames, at about `fps` per second.
 
     Args:
-      frames: of the clip.
-      fps: to sample.
-      source_fps: of the clip.
-      min_frames: at least these, where the clip has them; an odd bound counts as the next even one.
-      max_frames: at most these; an odd bound counts as the even one before.
+      frames: frames of the clip.
+      fps: frames per second to sample.
+      source_fps: frames per second of the clip.
+      min_frames: lower bound, where the clip has as many; an odd bound is rounded up.
+      max_frames: upper bound; an odd bound is rounded down.
 
     Returns:
       Ascending indices of frames.
 
     Raises:
-      ValueError: a clip of one frame.
+      UsageError: the clip has one frame.
     """
     if frames < 2:
-        raise ValueError(f"VideoAlign scores at least 2 frames, the clip has {frames}")
+        raise UsageError(f"VideoAlign scores at least 2 frames, the clip has {frames}")
     fewest, most = math.ceil(min_frames / 2) * 2, min(max_frames, frames) // 2 * 2
     wanted = min(max(frames / source_fps * fps, fewest), most)
-    return spread(frames, round(wanted / 2) * 2)
+    return evenly_spaced(frames, round(wanted / 2) * 2)
 
 
 def sample_multi_pts(frames: int, fps: float = 8.0, source_fps: float = 16.0) -> list[int]:
-    """VideoAlign's 'multi_pts': six frames in a row, at about `fps` per second, around each of four points.
+    """VideoAlign's 'multi_pts': six frames in a row around each of four points.
 
-    Clips that are too short for 24 such frames are sampled more densely, or in full, as KVPO does; points then overlap.
+    A clip that is too short for 24 frames at `fps` is sampled more densely, or in full, as KVPO
+    does; then the points overlap.
 
     Args:
-      frames: of the clip.
-      fps: of the frames in a row.
-      source_fps: of the clip.
+      frames: frames of the clip.
+      fps: frames per second to sample, about.
+      source_fps: frames per second of the clip.
 
     Returns:
       24 indices of frames.
 
     Raises:
-      ValueError: a clip of less than seven frames.
+      UsageError: the clip has fewer than seven frames.
     """
     if frames < 7:
-        raise ValueError(f"'multi_pts' needs at least 7 frames, the clip has {frames}")
-    rate = spread(frames, min(max(int(frames * fps // source_fps), 24), frames))
+        raise UsageError(f"'multi_pts' needs at least 7 frames, the clip has {frames}")
+    rate = evenly_spaced(frames, min(max(int(frames * fps // source_fps), 24), frames))
     points = (round(3 + i * (len(rate) - 7) / 3) for i in range(4))
     return [frame for point in points for frame in rate[point - 3 : point + 3]]
 
@@ -95,26 +105,31 @@ def sample_multi_pts(frames: int, fps: float = 8.0, source_fps: float = 16.0) ->
 # ---------------------------------------------------------------- which size
 
 
-def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = 28) -> tuple[int, int]:
-    """Qwen2-VL's size for an image: multiples of `factor`, close to its aspect ratio, within the bounds.
+def smart_resize(
+    height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = 28
+) -> tuple[int, int]:
+    """Qwen2-VL's size for an image: multiples of `factor`, close to the image's aspect ratio.
 
-    The bounds win over the aspect ratio, and over each other: what is too large comes out at most `max_pixels` (or one
-    `factor` wide), what is too small at least `min_pixels`, whatever the other bound says.
+    The bounds go before the aspect ratio. A size above `max_pixels` is brought below it (but no
+    side below `factor`), a size below `min_pixels` above it; the other bound is then not checked.
 
     Args:
-      height, width: of the image.
-      min_pixels, max_pixels: bounds of the height times the width.
-      factor: pixels of a visual token's side.
+      height, width: size of the image.
+      min_pixels, max_pixels: bounds of height times width.
+      factor: pixels along a visual token's side.
 
     Raises:
-      ValueError: one side is more than 200 times the other.
+      UsageError: one side is more than 200 times the other.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"a frame of {height} x {width} pixels: one side is more than 200 times the other")
+        raise UsageError(
+            f"a frame of {height} x {width} pixels: one side is more than 200 times the other"
+        )
     h, w = (max(factor, round(side / factor) * factor) for side in (height, width))
     if h * w > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        h, w = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+        sides = (math.floor(side / shrink / factor) * factor for side in (height, width))
+        h, w = (max(factor, side) for side in sides)
     elif h * w < min_pixels:
         stretch = math.sqrt(min_pixels / (height * width))
         h, w = (math.ceil(side * stretch / factor) * factor for side in (height, width))
@@ -122,25 +137,33 @@ def smart_resize(height: int, width: int, *, min_pixels: int, max_pixels: int, f
 
 
 def grid(cfg: RewardConfig, frames: int, height: int, width: int) -> Grid:
-    """(t, h, w) of the patches of a clip, once its frames have the size of `smart_resize`."""
+    """(t, h, w) of the patches of a clip whose frames are resized by `smart_resize`."""
     vision = cfg.vision
-    sides = smart_resize(
-        height, width, min_pixels=cfg.min_pixels, max_pixels=cfg.max_pixels, factor=vision.patch * vision.merge
+    h, w = smart_resize(
+        height,
+        width,
+        min_pixels=cfg.min_pixels,
+        max_pixels=cfg.max_pixels,
+        factor=vision.patch * vision.merge,
     )
-    return math.ceil(frames / vision.temporal_patch), *(side // vision.patch for side in sides)
+    return math.ceil(frames / vision.temporal_patch), h // vision.patch, w // vision.patch
 
 
 # ---------------------------------------------------------------- pixels
 
 
 def to_uint8(pixels: Array) -> Array:
-    """float[...] in [0, 1] to uint8[...], rounded; what lies outside is clipped."""
+    """float[...] in [0, 1] to uint8[...], rounded; other values are clipped."""
+    chex.assert_type(pixels, float)
     return jnp.clip(jnp.round(pixels.astype(jnp.float32) * 255), 0, 255).astype(jnp.uint8)
 
 
 def grayscale(images: Array) -> Array:
-    """uint8[..., 3] to the grey uint8[..., 3] of torchvision: 0.2989 R + 0.587 G + 0.114 B, truncated, thrice."""
-    chex.assert_type(images, jnp.uint8)
+    """torchvision's grey of uint8[..., 3], in all three colours.
+
+    Grey is 0.2989 R + 0.587 G + 0.114 B, truncated.
+    """
+    _assert_images(images)
     red, green, blue = jnp.moveaxis(images.astype(jnp.int32), -1, 0)
     grey = (2989 * red + 5870 * green + 1140 * blue) // 10000
     return jnp.broadcast_to(grey[..., None], images.shape).astype(jnp.uint8)
@@ -154,7 +177,11 @@ def _cubic(x: np.ndarray) -> np.ndarray:
 
 
 def _taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """What each of `out` pixels of a row is made of: the pixels int[out, K] of `size`, and weights float64[out, K]."""
+    """How to resample a row of `size` pixels to `out`.
+
+    Returns:
+      int[out, K], the pixels that each new pixel is a sum of, and their weights float64[out, K].
+    """
     scale = size / out
     stretch = max(scale, 1.0)
     centre = (np.arange(out) + 0.5) * scale
@@ -166,16 +193,26 @@ def _taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _weighted(images: Array, axis: int, index: np.ndarray, weights: np.ndarray) -> Array:
+    """The sums that `_taps` describes, along an axis of the images."""
     shape = [1] * images.ndim
     shape[axis] = -1
-    taps = zip(index.T, weights.T, strict=True)
-    return sum(weight.reshape(shape) * jnp.take(images, at, axis=axis, mode="clip") for at, weight in taps)
+    taps = (
+        weight.reshape(shape) * jnp.take(images, pixels, axis=axis, mode="clip")
+        for pixels, weight in zip(index.T, weights.T, strict=True)
+    )
+    return functools.reduce(operator.add, taps)
+
+
+def _assert_images(images: Array) -> None:
+    chex.assert_type(images, jnp.uint8)
+    chex.assert_axis_dimension(images, -1, 3)
 
 
 def resize_pil(images: Array, size: tuple[int, int]) -> Array:
     """Pillow's bicubic `Image.resize`, to the last bit.
 
-    Rows come before columns. Pillow 13 takes some sizes that lose more height than width the other way round.
+    Rows come before columns. Pillow 13 takes columns first for some sizes that lose more height
+    than width.
 
     Args:
       images: uint8[..., h, w, 3].
@@ -184,7 +221,7 @@ def resize_pil(images: Array, size: tuple[int, int]) -> Array:
     Returns:
       uint8[..., *size, 3].
     """
-    chex.assert_type(images, jnp.uint8)
+    _assert_images(images)
     for axis, out in ((-2, size[1]), (-3, size[0])):
         index, weights = _taps(images.shape[axis], out)
         fixed = np.trunc(weights * 2**_PILLOW_BITS + np.copysign(0.5, weights)).astype(np.int32)
@@ -203,7 +240,7 @@ def resize_torch(images: Array, size: tuple[int, int]) -> Array:
     Returns:
       uint8[..., *size, 3].
     """
-    chex.assert_type(images, jnp.uint8)
+    _assert_images(images)
     pixels = images.astype(jnp.float32)
     for axis, out in ((-2, size[1]), (-3, size[0])):
         index, weights = _taps(images.shape[axis], out)
@@ -212,30 +249,43 @@ def resize_torch(images: Array, size: tuple[int, int]) -> Array:
 
 
 def normalise(images: Array) -> Array:
-    """uint8[..., 3] to float32[..., 3]: on a scale of 0 to 1, less CLIP's mean, over its standard deviation."""
-    chex.assert_type(images, jnp.uint8)
-    return (images.astype(jnp.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    """uint8[..., 3] to float32[..., 3], normalised by CLIP's mean and standard deviation."""
+    _assert_images(images)
+    mean, std = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 def patchify(frames: Array, vision: VisionConfig = _VISION) -> Array:
     """Cuts clips into the patches of the vision tower.
 
     Args:
-      frames: float[n, frames, h, w, 3]; the sides are multiples of `patch` * `merge` (28) pixels. The last frame is
-        repeated until `temporal_patch` (2) divides their number, so an image is a clip of one frame.
+      frames: float[n, frames, h, w, 3]; h and w are multiples of `patch` * `merge` (28) pixels. The
+        last frame is repeated until `temporal_patch` (2) divides their number, so that an image is
+        a clip of one frame.
       vision: sizes of the tower.
 
     Returns:
-      float[n, t*h*w, patch_dim], rows by slab and merge square, numbers of a row by (channel, frame, y, x).
+      float[n, t*h*w, patch_dim]: patches ordered by slab and merge square, the numbers of a patch
+      by (channel, frame, y, x).
+
+    Raises:
+      UsageError: h or w is not such a multiple.
     """
     chex.assert_shape(frames, (None, None, None, None, vision.channels))
     side = vision.patch * vision.merge
     if frames.shape[2] % side or frames.shape[3] % side:
-        raise ValueError(f"frames of {frames.shape[2]} x {frames.shape[3]} pixels: both have to be multiples of {side}")
+        raise UsageError(
+            f"frames of {frames.shape[2]} x {frames.shape[3]} pixels: both have to be multiples of"
+            f" {side}"
+        )
     missing = -frames.shape[1] % vision.temporal_patch
     frames = jnp.pad(frames, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)), mode="edge")
     return einops.rearrange(
         frames,
         "n (t f) (h i y) (w j x) c -> n (t h w i j) (c f y x)",
-        f=vision.temporal_patch, i=vision.merge, j=vision.merge, y=vision.patch, x=vision.patch,
-    )  # fmt: skip
+        f=vision.temporal_patch,
+        i=vision.merge,
+        j=vision.merge,
+        y=vision.patch,
+        x=vision.patch,
+    )

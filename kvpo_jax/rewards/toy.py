@@ -1,9 +1,10 @@
-"""Analytic rewards of the toy world: visual quality, motion quality and text alignment of a rendered clip.
+"""Analytic rewards of the toy world: visual quality, motion quality and text alignment of a clip.
 
-They stand for what HPSv3 and VideoAlign judge, and like theirs VQ and MQ cannot see the prompt. A frame is compared
-with the twelve clean templates (colour x shape) at the estimated centre of its object, so a faded, blurred or speckled
-object loses VQ, a shaky one MQ, and a wrong or invisible one TA. Apart from the choice of the best template and the
-bounds of speed, every score is a smooth function of the pixels: small improvements count.
+They stand for the scores of HPSv3 and VideoAlign, and like theirs VQ and MQ cannot see the prompt.
+A frame is compared with the twelve clean templates (colour x shape) at the estimated centre of its
+object. So a faded, blurred or speckled object loses VQ, a shaky one MQ, and a wrong or invisible
+one TA. Apart from the choice of the best template and the bounds of speed, every score is a smooth
+function of the pixels, so that small improvements count.
 """
 
 from __future__ import annotations
@@ -15,48 +16,73 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpo_jax.data.toy_world import BACKGROUND, COLOURS, DIRECTIONS, SHAPES, SIZE, SPEED, parse, render
+from kvpo_jax.data.toy_world import (
+    BACKGROUND,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SIZE,
+    SPEED,
+    parse,
+    render,
+)
+from kvpo_jax.errors import UsageError
 from kvpo_jax.types import Array
 
 MIN_FRAMES = 3  # a second difference needs three
 
-# Scales on which a score falls, in the units of what it judges.
-_ERROR_RATE = 3.0  # VQ = exp(-rate * squared error / template energy): 0.47 at half saturation, 0.05 for an empty frame
+# VQ = exp(-rate * squared error / template energy): 0.47 at half saturation, 0.05 for an empty
+# frame.
+_ERROR_RATE = 3.0
 _ACCELERATION = 1.0  # pixels per frame^2 at which smoothness is 1/2
 _VISIBLE = 0.1  # saturation below which an object counts as vanished
-_COLOUR_TEMPERATURE = 0.1  # of cosine similarities: those of two palette colours are at most 0.39
-_SHAPE_TEMPERATURE = 0.01  # of cosine similarities: those of two shapes reach 0.97
+# Temperatures of cosine similarities. Two colours of the palette have at most 0.39, two shapes up
+# to 0.97.
+_COLOUR_TEMPERATURE = 0.1
+_SHAPE_TEMPERATURE = 0.01
 
 
 def wrap(displacement: Array) -> Array:
-    """The shortest way on the torus: float[...] pixels in [-SIZE/2, SIZE/2)."""
+    """A displacement, float[...] pixels, by the shortest way on the torus: in [-SIZE/2, SIZE/2)."""
     return (displacement + SIZE / 2) % SIZE - SIZE / 2
 
 
 def centroid(pixels: Array) -> Array:
-    """Centre of the object on the torus, float[..., 2] (y, x) in [0, SIZE), of pixels float[..., 8, 8, 3].
+    """The centre of the object on the torus, float[..., 2] (y, x) in [0, SIZE).
 
-    Circular mean of the chroma along the frame's dominant colour. The projection is signed, so that background noise
-    mostly cancels, and the power keeps what is left of it small; on clean frames the centre is within 0.05 pixels.
+    It is the circular mean of the chroma along the frame's dominant colour. The projection is
+    signed, so that background noise mostly cancels, and a power keeps the rest of it small. On
+    clean frames the error is below 0.05 pixels.
+
+    Args:
+      pixels: float[..., 8, 8, 3].
     """
+    chex.assert_shape(pixels, (..., SIZE, SIZE, 3))
     chroma = pixels - BACKGROUND
     strength = jnp.sum(chroma**2, axis=-1, keepdims=True)
     colour = jnp.sum(strength**2 * chroma, axis=(-3, -2), keepdims=True)
-    weight = jnp.maximum(jnp.sum(chroma * colour, axis=-1), 0.0) / (jnp.linalg.norm(colour, axis=-1) + 1e-12)
+    weight = jnp.maximum(jnp.sum(chroma * colour, axis=-1), 0.0) / (
+        jnp.linalg.norm(colour, axis=-1) + 1e-12
+    )
     weight = weight**1.5
     angle = 2 * jnp.pi * jnp.arange(SIZE) / SIZE
-    mean = lambda marginal: jnp.arctan2(marginal @ jnp.sin(angle), marginal @ jnp.cos(angle))
-    angles = jnp.stack([mean(jnp.sum(weight, axis=-1)), mean(jnp.sum(weight, axis=-2))], axis=-1)
-    return (angles * SIZE / (2 * jnp.pi)) % SIZE
+
+    def circular_mean(marginal: Array) -> Array:
+        """The angle of float[..., SIZE] weights along an axis."""
+        return jnp.arctan2(marginal @ jnp.sin(angle), marginal @ jnp.cos(angle))
+
+    y, x = circular_mean(jnp.sum(weight, axis=-1)), circular_mean(jnp.sum(weight, axis=-2))
+    return (jnp.stack([y, x], axis=-1) * SIZE / (2 * jnp.pi)) % SIZE
 
 
 @jax.jit
 def _score(pixels: Array, attributes: Array) -> dict[str, Array]:
-    """`score` on arrays: pixels float[n, frames, 8, 8, 3], attributes int32[n, 3] -> float[n] each."""
+    """`score` on arrays: pixels float[n, frames, 8, 8, 3] and attributes int32[n, 3]."""
     chroma = pixels - BACKGROUND
     center = centroid(pixels)  # [n, frames, 2]
     colours, shapes = jnp.arange(len(COLOURS))[:, None], jnp.arange(len(SHAPES))[None, :]
-    templates = render(center[:, :, None, None], colours, shapes) - BACKGROUND  # [n, frames, colour, shape, 8, 8, 3]
+    # [n, frames, colour, shape, 8, 8, 3]
+    templates = render(center[:, :, None, None], colours, shapes) - BACKGROUND
     overlap = jnp.einsum("nfyxc,nfksyxc->nfks", chroma, templates)
     template_energy = jnp.sum(templates**2, axis=(-3, -2, -1))
     energy = jnp.sum(chroma**2, axis=(-3, -2, -1))[..., None, None]
@@ -74,10 +100,15 @@ def _score(pixels: Array, attributes: Array) -> dict[str, Array]:
     seen = jnp.min(jnp.stack([visible[:, :-2], visible[:, 1:-1], visible[:, 2:]]), axis=0)
 
     similarity = overlap / jnp.sqrt(template_energy * energy + 1e-12)
-    choose = lambda scores, index: jnp.take_along_axis(scores, index[:, None, None], axis=-1)[..., 0]
+
+    def choose(scores: Array, index: Array) -> Array:
+        """scores float[n, frames, choices] at index int32[n]."""
+        return jnp.take_along_axis(scores, index[:, None, None], axis=-1)[..., 0]
+
     colour, shape, direction = attributes.T
-    colour_match = choose(jax.nn.softmax(jnp.max(similarity, axis=-1) / _COLOUR_TEMPERATURE), colour)
-    shape_match = choose(jax.nn.softmax(jnp.max(similarity, axis=-2) / _SHAPE_TEMPERATURE), shape)
+    colours_seen = jax.nn.softmax(jnp.max(similarity, axis=-1) / _COLOUR_TEMPERATURE)
+    shapes_seen = jax.nn.softmax(jnp.max(similarity, axis=-2) / _SHAPE_TEMPERATURE)
+    colour_match, shape_match = choose(colours_seen, colour), choose(shapes_seen, shape)
     heading = jnp.asarray(tuple(DIRECTIONS.values()))[direction]
     progress = jnp.sum(jnp.mean(velocity, axis=1) * heading, axis=-1) / SPEED
     motion_match = jnp.clip(progress, 0.0, 1.0)[:, None]
@@ -95,17 +126,23 @@ def _score(pixels: Array, attributes: Array) -> dict[str, Array]:
 def score(pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
     """VQ, MQ and TA of clips, each float[n] in [0, 1] with 1 best.
 
-    VQ: closeness of each frame to its best clean template. MQ: smoothness of the track of an object that is seen and
-    moves. TA: mean of colour, shape and motion match with the prompt, of what is visible.
+    VQ: how close each frame is to its best clean template.
+    MQ: how smooth the track of the object is, where it is seen and moves.
+    TA: how well colour, shape and motion match the prompt, where the object is seen; their mean.
+    A clip with a pixel that is not finite scores NaN.
 
     Args:
-      pixels: float[n, frames, 8, 8, 3], frames >= 3 and all of one prompt (a turn costs MQ).
-      prompts: n sentences of the toy world; ValueError names the word that does not fit.
+      pixels: float[n, frames, 8, 8, 3], at least three frames, all of one prompt (a turn costs MQ).
+      prompts: n sentences of the toy world.
 
-    A clip with a pixel that is not finite scores NaN.
+    Raises:
+      UsageError: the clips are too short, or a word of a prompt does not fit; names it.
     """
     n = len(prompts)
     chex.assert_shape(pixels, (n, None, SIZE, SIZE, 3))
     if pixels.shape[1] < MIN_FRAMES:
-        raise ValueError(f"toy rewards need clips of at least {MIN_FRAMES} frames, not {pixels.shape[1]}")
-    return _score(jnp.asarray(pixels), np.array([parse(p) for p in prompts], np.int32).reshape(n, 3))
+        raise UsageError(
+            f"toy rewards need clips of at least {MIN_FRAMES} frames, not {pixels.shape[1]}"
+        )
+    attributes = np.array([parse(prompt) for prompt in prompts], np.int32).reshape(n, 3)
+    return _score(jnp.asarray(pixels), attributes)

@@ -3,8 +3,9 @@
     scorer = videoalign.load("weights/videoalign.safetensors")
     scorer(pixels, prompts)["MQ"]
 
-Two forwards: one on the clip in colour, for TA and upstream's other scores, and one on the clip in grey, for the MQ
-that KVPO optimises. docs/rewards.md tells what the numbers mean, and tools/convert_weights.py makes the weights.
+It needs two forward passes: one on the clip in colour, for TA and upstream's other scores, and one
+on the clip in grey, for the MQ that KVPO optimises. docs/rewards.md explains the numbers.
+`kvpo-convert` makes the weights.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvpo_jax.rewards.composite import Scorer
 from kvpo_jax.types import Array
 
 BATCH = 8  # clips that a device takes at once
-_MQ = 1  # its place among VideoAlign's tokens
+_MQ = 1  # MQ's place among VideoAlign's tokens
 
 
 def load(
@@ -35,15 +36,16 @@ def load(
     batch: int = BATCH,
     source_fps: float = 16.0,
 ) -> Scorer:
-    """The scorer of a converted VideoAlign; its weights go with the last reference to it.
+    """The scorer of a converted VideoAlign; its weights are freed with the last reference to it.
 
-    Its components, each float[n] and normalised as the checkpoint says, are MQ (of the clip in grey), TA, and as
-    upstream has them all in colour: videoalign_VQ, videoalign_MQ, and Overall, the sum of these two and TA.
+    Its components, each float[n] and normalised as the checkpoint says, are MQ (of the clip in
+    grey), TA, and upstream's scores of the clip in colour: videoalign_VQ, videoalign_MQ, and
+    Overall, the sum of these two and TA.
 
     Args:
-      path: weights, as tools/convert_weights.py wrote them.
-      tokenizer_folder: None is the folder that was written with them.
-      mesh: to run on, None is all devices of this process.
+      path: weights that `kvpo-convert` wrote.
+      tokenizer_folder: None is the folder that was written with the weights.
+      mesh: the devices to run on; None is all devices of this process.
       batch: clips that a device takes at once.
       source_fps: frames per second of the clips.
     """
@@ -51,30 +53,43 @@ def load(
     return partial(score, reward, source_fps)
 
 
-def score(reward: learned.Reward, source_fps: float, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+def score(
+    reward: learned.RewardModel, source_fps: float, pixels: Array, prompts: Sequence[str]
+) -> dict[str, Array]:
     """Scores of clips float[n, frames, h, w, 3] in [0, 1]; see `load`."""
     n, frames = pixels.shape[:2]
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
     cfg = reward.cfg
+    assert isinstance(cfg, VideoAlignConfig), "made by `load`"
     sampled = preprocess.to_uint8(pixels[:, sampled_frames(cfg, frames, source_fps)])
     visual = cfg.vision.tokens(preprocess.grid(cfg, *sampled.shape[1:4]))
     texts = learned.texts(reward, prompts, cfg.video_token, visual)
 
     def raw_scores(clips: Array, wanted: Sequence[int]) -> Array:
-        tokens = cut_after(texts, wanted)
-        return learned.raw_scores(reward, preprocess.resize_torch, tokens, np.arange(n), lambda row: clips[row])
+        """float32[n, wanted, 3]: the head's outputs at some of the reward tokens."""
+        tokens, text_of_row = cut_after(texts, wanted), np.arange(n)
+        return learned.raw_scores(
+            reward, preprocess.resize_torch, tokens, text_of_row, lambda rows: clips[rows]
+        )
 
     colour = jnp.diagonal(raw_scores(sampled, cfg.token_ids), axis1=1, axis2=2)
     grey = raw_scores(preprocess.grayscale(sampled), cfg.token_ids[_MQ : _MQ + 1])[:, 0, _MQ]
-    vq, mq, ta = ((colour - np.float32(cfg.mean)) / np.float32(cfg.std)).T
+    vq, mq, ta = ((colour - np.asarray(cfg.mean, np.float32)) / np.asarray(cfg.std, np.float32)).T
     motion = (grey - cfg.mean[_MQ]) / cfg.std[_MQ]
-    return {"MQ": motion, "TA": ta, "videoalign_VQ": vq, "videoalign_MQ": mq, "Overall": vq + mq + ta}
+    return {
+        "MQ": motion,
+        "TA": ta,
+        "videoalign_VQ": vq,
+        "videoalign_MQ": mq,
+        "Overall": vq + mq + ta,
+    }
 
 
 def sampled_frames(cfg: VideoAlignConfig, frames: int, source_fps: float) -> np.ndarray:
-    """Which frames of a clip are looked at, int[count]."""
+    """The frames of a clip that the model sees, int[count]."""
     if cfg.sample_type == "multi_pts":
         return np.asarray(preprocess.sample_multi_pts(frames, source_fps=source_fps))
     if cfg.num_frames:
-        return np.asarray(preprocess.spread(frames, min(round(cfg.num_frames / 2) * 2, frames)))
+        count = min(round(cfg.num_frames / 2) * 2, frames)
+        return np.asarray(preprocess.evenly_spaced(frames, count))
     return np.asarray(preprocess.sample_uniform(frames, cfg.fps, source_fps))

@@ -1,0 +1,82 @@
+"""Sums over the steps of a branch, chunk by chunk; their gradient runs no chunk forward twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from kvpo_jax.types import Array, PyTree
+
+# (lora, frozen, states [R]) -> float[R].
+StepValues = Callable[[PyTree, PyTree, PyTree], Array]
+
+
+def fold(states: PyTree, leading: int, *axes: int) -> PyTree:
+    """Every leaf's first `leading` axes, folded into `axes`."""
+    return jax.tree.map(lambda x: x.reshape(*axes, *x.shape[leading:]), states)
+
+
+def largest_chunk(chunk: int, count: int) -> int:
+    """The most of `count` states that `chunk` allows and that divides them; 0 allows all."""
+    return max(n for n in range(1, min(chunk or count, count) + 1) if count % n == 0)
+
+
+def map_chunks(function: Callable[[PyTree], Array], states: PyTree, count: int, chunk: int):
+    """function(states), [R, ...] for states [R], with R = `count`, at most `chunk` at a time."""
+    size = largest_chunk(chunk, count)
+    if size == count:
+        return function(states)
+    out = jax.lax.map(function, fold(states, 1, -1, size))
+    return out.reshape(count, *out.shape[2:])
+
+
+def sum_over_steps(
+    step_values: StepValues, lora: PyTree, frozen: PyTree, states: PyTree, chunk: int
+) -> Array:
+    """float[P, G]: the sum of step_values over the axes W and S of states [P, G, W, S].
+
+    With chunks, the gradient is accumulated in the forward pass. The loss depends on lora through
+    the sums only, so dL/dlora = sum_g (dL/dE_g) (dE_g/dlora): the forward pass keeps dE_g/dlora of
+    every branch, and the backward pass forms the weighted sum. No chunk runs forward twice, and
+    memory is that of one chunk and of one LoRA tree per branch.
+
+    Args:
+      step_values: must not close over arrays.
+      lora: what the gradient is of.
+      frozen: other arrays that step_values needs. With chunks they get no gradient.
+      states: a struct of arrays with the axes [P, G, W, S, ...].
+      chunk: states at a time; 0 takes all in one batch.
+    """
+    p, g, w, s = jax.tree.leaves(states)[0].shape[:4]
+    if not chunk or chunk >= p * g * w * s:
+        return step_values(lora, frozen, fold(states, 4, -1)).reshape(p, g, -1).sum(axis=-1)
+
+    def sum_of_chunk(lora: PyTree, frozen: PyTree, states: PyTree) -> Array:
+        return step_values(lora, frozen, states).sum()
+
+    @jax.custom_vjp
+    def total(lora: PyTree, frozen: PyTree, states: PyTree) -> Array:
+        values = partial(step_values, lora, frozen)
+        flat = map_chunks(values, fold(states, 4, -1), p * g * w * s, chunk)
+        return flat.reshape(p * g, -1).sum(axis=-1)
+
+    def with_gradients(lora: PyTree, frozen: PyTree, states: PyTree) -> tuple[Array, PyTree]:
+        def add(so_far: PyTree, states: PyTree) -> tuple[PyTree, None]:
+            value_and_gradient = jax.value_and_grad(sum_of_chunk)(lora, frozen, states)
+            return jax.tree.map(jnp.add, so_far, value_and_gradient), None
+
+        def of_branch(chunks: PyTree) -> tuple[Array, PyTree]:
+            first = jax.tree.leaves(chunks)[0].reshape(-1)[0]  # a float of the right sharding
+            zeros = jax.tree.map(jnp.zeros_like, (first, lora))
+            return jax.lax.scan(add, zeros, chunks)[0]
+
+        return jax.lax.map(of_branch, fold(states, 4, p * g, -1, largest_chunk(chunk, w * s)))
+
+    def weigh(gradients: PyTree, weights: Array) -> tuple[PyTree, None, None]:
+        return jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), gradients), None, None
+
+    total.defvjp(with_gradients, weigh)
+    return total(lora, frozen, states).reshape(p, g)

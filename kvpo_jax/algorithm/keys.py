@@ -1,0 +1,55 @@
+"""Every random draw of a run comes from one seed: fold_in(fold_in(seed, stream), step), then more.
+
+    stream    step        then folded in      what is drawn
+    lora      0           -                   a fresh adapter
+    pivot     iteration   -                   the first perturbed block, one for all prompts
+    routing   iteration   prompt, branch      the frames that CHR routes
+    noise     iteration   frame, prompt       the noise of a block
+    shuffle   iteration   prompt              a permutation of advantages (a control)
+    heldout   0           frame, prompt       the noise of a held-out video
+
+A key is never split and folded in both, and nothing is folded in that must not change the draw: the
+noise does not depend on the branch. The order of the streams is part of what a checkpoint means.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from kvpo_jax.types import Array
+
+STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout")
+
+
+def draw_key(seed: int, stream: str, step: int) -> Array:
+    """The key of one of STREAMS at a step."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STREAMS.index(stream)), step)
+
+
+class NoiseKey(struct.PyTreeNode):
+    """What the noise of a batch is drawn from.
+
+    Attributes:
+      key: of the stream "noise" or "heldout".
+      prompts: int32[P], the number of each prompt in its iteration; it does not depend on how the
+        prompts are batched.
+    """
+
+    key: Array
+    prompts: Array | np.ndarray
+
+
+def block_noise(noise: NoiseKey, start_frame: Array | int, shape: tuple[int, ...]) -> Array:
+    """Noise float[P, *shape] of the block that begins at start_frame.
+
+    It is a function of seed, prompt and frame, never of the branch or the policy.
+    """
+    key = jax.random.fold_in(noise.key, start_frame)
+
+    def draw(prompt: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, prompt), shape)
+
+    return jax.vmap(draw)(jnp.asarray(noise.prompts))

@@ -1,0 +1,284 @@
+"""The KV cache K_<b: an immutable ring of past frames that is read by absolute frame index.
+
+Frame f has one possible slot, `slot_of(f)`: the first `sink` frames have slots of their own for
+ever, the others share a ring. A branch does not copy the history that it forked from: it writes
+into a small cache of its own (its page), and `read` looks a frame up in the page first and in the
+shared history after it. A memory bank (MemFlow) belongs to its cache: `admit` lets the newest frame
+in, `read` puts it in front of the context, `append` records what the next block may admit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from kvpo_jax.algorithm import memory_bank
+from kvpo_jax.errors import UsageError
+from kvpo_jax.types import Array, BlockKV, KVCache, TextKV
+
+
+class KVShape(NamedTuple):
+    """Sizes of the keys of one frame: L, N, H and D."""
+
+    layers: int
+    tokens: int
+    heads: int
+    head_dim: int
+
+
+# ---------------------------------------------------------------- what a block reads
+
+
+class Store(struct.PyTreeNode):
+    """Where keys and values lie: a history, the pages of the branches, or a bank.
+
+    Attributes:
+      k: float[L, R, slots, N, H, D], after the key norm and RoPE.
+      v: float[L, R, slots, N, H, D].
+    """
+
+    k: Array
+    v: Array
+
+
+class Context(struct.PyTreeNode):
+    """What a block may read of its past, in the order in which it is attended to.
+
+    It points into the stores and copies nothing: each layer gathers its own keys and values when it
+    needs them.
+
+    Attributes:
+      stores: an entry is taken from the last store that has it.
+      row: of each store, int32[batch]: the R that a batch row reads.
+      slot: of each store, int32[batch, A]: the slot of each entry; -1 where the store does not have
+        it.
+      frame: int32[batch, A], absolute frame of each entry; -1 is empty and masked.
+      far: bool[batch, A], entries of the far past (sink and bank), of which sparse memory
+        activation picks some; None if the network does without it.
+    """
+
+    stores: tuple[Store, ...]
+    row: tuple[Array, ...]
+    slot: tuple[Array, ...]
+    frame: Array
+    far: Array | None = None
+
+    @classmethod
+    def of(cls, k: Array, v: Array, frame: Array, far: Array | None = None) -> Context:
+        """The context whose entries are k, v float[L, batch, A, N, H, D] themselves."""
+        batch, entries = frame.shape
+        slot = jnp.broadcast_to(jnp.arange(entries), (batch, entries))
+        return cls((Store(k=k, v=v),), (jnp.arange(batch),), (slot,), frame, far)
+
+    @staticmethod
+    def join(contexts: Sequence[Context]) -> Context:
+        """The batch rows of several contexts that point into the same stores, one after another."""
+        pointers = [context.replace(stores=()) for context in contexts]
+        joined = jax.tree.map(lambda *x: jnp.concatenate(x), *pointers)
+        return joined.replace(stores=contexts[0].stores)
+
+    def layer(self, index: Array | int) -> tuple[Array, Array]:
+        """Keys and values float[batch, A, N, H, D] of one layer; empty entries hold anything."""
+
+        def gather(name: str) -> Array:
+            first, *others = [
+                getattr(store, name)[index, row[:, None], jnp.maximum(slot, 0)]
+                for store, row, slot in zip(self.stores, self.row, self.slot, strict=True)
+            ]
+            for entries, slot in zip(others, self.slot[1:], strict=True):
+                first = jnp.where(slot[..., None, None, None] >= 0, entries, first)
+            return first
+
+        return gather("k"), gather("v")
+
+    def take(self, rows: Array) -> Context:
+        """The context of some batch rows, int32[...]."""
+        pointers = jax.tree.map(lambda x: x[rows], self.replace(stores=()))
+        return pointers.replace(stores=self.stores)
+
+    def valid_first(self) -> Context:
+        """The same entries, the empty ones last; attention does not depend on their order."""
+        order = jnp.argsort(self.frame < 0, axis=1, stable=True)
+
+        def sort(x: Array) -> Array:
+            return jnp.take_along_axis(x, order, axis=1)
+
+        pointers = self.replace(stores=(), row=())
+        return jax.tree.map(sort, pointers).replace(stores=self.stores, row=self.row)
+
+    @property
+    def k(self) -> Array:
+        """float[L, batch, A, N, H, D]: the keys of all layers, gathered."""
+        return jnp.stack([self.layer(i)[0] for i in range(self.stores[0].k.shape[0])])
+
+    @property
+    def v(self) -> Array:
+        """float[L, batch, A, N, H, D]: the values of all layers, gathered."""
+        return jnp.stack([self.layer(i)[1] for i in range(self.stores[0].k.shape[0])])
+
+
+def _flat(x: Array) -> Array:
+    """Keys [L, ..., slots, N, H, D] with the trajectories flattened, [L, R, slots, N, H, D]."""
+    return x.reshape(x.shape[0], -1, *x.shape[-4:])
+
+
+def _find(cache: KVCache, frames: Array) -> Array:
+    """The slots of absolute frames int32[..., A]; -1 where the cache does not hold a frame."""
+    slots = slot_of(cache, frames)
+    there = jnp.take_along_axis(cache.frame, slots, axis=-1) == frames
+    return jnp.where(there & (frames >= 0), slots, -1)
+
+
+def look_up(frames: Array, history: KVCache, page: KVCache | None = None) -> Context:
+    """`read` without the bank."""
+    chex.assert_rank(frames, 3)
+    p, t, a = frames.shape
+    stores, rows, slots = [], [], []
+    for cache in (history,) if page is None else (history, page):
+        own = cache.frame.ndim == 3
+        found = _find(cache, frames if own else frames.reshape(p, t * a))
+        stores.append(Store(k=_flat(cache.k), v=_flat(cache.v)))
+        rows.append(jnp.arange(p * t) if own else jnp.repeat(jnp.arange(p), t))
+        slots.append(found.reshape(p * t, a))
+    found = jnp.stack(slots).max(axis=0) >= 0
+    frame = jnp.where(found, frames.reshape(p * t, a), -1)
+    far = (frame >= 0) & (frame < history.sink)
+    return Context(tuple(stores), tuple(rows), tuple(slots), frame, far)
+
+
+def read(
+    frames: Array, history: KVCache, page: KVCache | None = None, bank_row: Array | None = None
+) -> Context:
+    """What blocks read: absolute frames int32[P, T, A], as a Context of P * T batch rows.
+
+    Each frame comes from the page if it is there, else from the history (frame int32[P, slots])
+    that the trajectories of a prompt share; -1, and a frame that neither holds, is empty. The page
+    is the trajectory's own (frame int32[P, T, slots]) or shared too (int32[P, slots]). In front
+    stand the frames of the memory bank, if there is one: the page's, or without a page the
+    history's.
+
+    Args:
+      frames: see above.
+      history: see above.
+      page: see above.
+      bank_row: int32[P * T], which of the bank's trajectories, flattened, each batch row attends
+        to; None: its own.
+    """
+    context = look_up(frames, history, page)
+    far = (context.frame >= 0) & (context.frame < history.sink)
+    bank = (history if page is None else page).bank
+    if bank is None:
+        return context
+    batch, slots = context.frame.shape[0], bank.frame.shape[-1]
+    bank_row = jnp.arange(batch) if bank_row is None else bank_row
+    # Layers hold different frames but equally many, which is all that a mask needs.
+    frame = bank.frame[0].reshape(-1, slots)[bank_row]
+
+    def in_front(fill: Array | int, x: Array) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(fill, (batch, slots)), x], axis=1)
+
+    own = jnp.concatenate([jnp.arange(slots), jnp.full(context.frame.shape[1], -1)])
+    return Context(
+        stores=(*context.stores, Store(k=_flat(bank.k), v=_flat(bank.v))),
+        row=(*context.row, bank_row),
+        slot=(*(in_front(-1, s) for s in context.slot), jnp.broadcast_to(own, (batch, own.size))),
+        frame=in_front(frame, context.frame),
+        far=in_front(frame >= 0, far),
+    )
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def empty(kv: KVShape, batch: tuple[int, ...], slots: int, sink: int, dtype) -> KVCache:
+    """A cache without frames for trajectories of shape `batch`.
+
+    (P,) makes histories, (P, T) makes pages.
+    """
+    if slots <= sink:
+        raise UsageError(f"a cache of {slots} frames cannot hold a sink of {sink} and a ring")
+    blank = jnp.zeros((kv.layers, *batch, slots, kv.tokens, kv.heads, kv.head_dim), dtype)
+    return KVCache(k=blank, v=blank, frame=jnp.full((*batch, slots), -1, jnp.int32), sink=sink)
+
+
+def slot_of(cache: KVCache, frame: Array) -> Array:
+    """The slot that `frame` has if it is resident; int32 of frame's shape."""
+    ring = cache.frame.shape[-1] - cache.sink
+    return jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring)
+
+
+def admit(cache: KVCache, text: TextKV) -> KVCache:
+    """The cache as the next block reads it: its bank has taken in the frame recorded last."""
+    if cache.bank is None:
+        return cache
+    return cache.replace(bank=memory_bank.admit(cache.bank, text))
+
+
+def append(cache: KVCache, new: BlockKV, start_frame: Array | int) -> KVCache:
+    """The cache with a new block of every trajectory; the oldest frames are evicted.
+
+    Args:
+      cache: trajectories in any shape.
+      new: float[L, batch, F, N, H, D] with the trajectories flattened into `batch`.
+      start_frame: int32[], first frame of the block.
+    """
+    cache = rewrite(cache, new, start_frame)
+    if cache.bank is None:
+        return cache
+    return cache.replace(bank=memory_bank.record(cache.bank, new, start_frame))
+
+
+def rewrite(cache: KVCache, new: BlockKV, start_frame: Array | int) -> KVCache:
+    """`append` of frames that the bank has met already, made anew at a prompt switch."""
+    chex.assert_rank([new.k, new.v], 6)
+    batch = cache.frame.shape[:-1]
+    frame = start_frame + jnp.arange(new.k.shape[2], dtype=jnp.int32)
+    slots = slot_of(cache, frame)
+    everything = (slice(None),) * (1 + len(batch))
+
+    def unflatten(x: Array) -> Array:
+        return x.reshape(x.shape[0], *batch, *x.shape[2:]).astype(cache.k.dtype)
+
+    return cache.replace(
+        k=cache.k.at[(*everything, slots)].set(unflatten(new.k)),
+        v=cache.v.at[(*everything, slots)].set(unflatten(new.v)),
+        frame=cache.frame.at[..., slots].set(frame),
+    )
+
+
+def forget(changed: Array, cache: KVCache, frames: int | None = None) -> KVCache:
+    """The cache with zero keys and values for the prompts bool[P] that changed.
+
+    `frames` limits it to the first so many slots. The frames stay resident and are attended to as
+    zeros, as LongLive without `global_sink` leaves its sink.
+    """
+    select = changed.reshape(1, -1, *[1] * (cache.k.ndim - 2))
+    slots = cache.frame.shape[-1]
+    slot = jnp.arange(slots)[:, None, None, None]
+    select &= slot < (slots if frames is None else frames)
+    return cache.replace(k=jnp.where(select, 0, cache.k), v=jnp.where(select, 0, cache.v))
+
+
+def repeat(cache: KVCache, trajectories: int) -> KVCache:
+    """Pages with frame int32[P, T, slots] that all hold what `cache`, int32[P, slots], holds."""
+    return cache.replace(
+        k=jnp.repeat(cache.k[:, :, None], trajectories, axis=2),
+        v=jnp.repeat(cache.v[:, :, None], trajectories, axis=2),
+        frame=jnp.repeat(cache.frame[:, None], trajectories, axis=1),
+        bank=memory_bank.repeat(cache.bank, trajectories),
+    )
+
+
+def trajectory(pages: KVCache, index: int) -> KVCache:
+    """The cache with frame int32[P, slots] of one trajectory of pages int32[P, T, slots]."""
+    return pages.replace(
+        k=pages.k[:, :, index],
+        v=pages.v[:, :, index],
+        frame=pages.frame[:, index],
+        bank=memory_bank.trajectory(pages.bank, index),
+    )

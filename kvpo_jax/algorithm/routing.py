@@ -1,0 +1,253 @@
+"""Causal History Routing: which past frames each pass of a block attends to (paper §3.2, Eq. 3).
+
+Routing is data: int32[A] of absolute frame indices, ascending, -1 (empty) at the end, with
+A = sink + past. The network is handed the keys and values of these frames and never learns whether
+they were routed.
+
+    routed      [ sink | routed (past - near) | near ]   in a perturbed pass of a branch
+    deployment  [ sink |     the last `past` frames  ]   everywhere else
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from kvpo_jax.errors import Registry, UsageError
+from kvpo_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The slots of a context.
+
+    Attributes:
+      sink: the earliest frames, always attended to.
+      past: local slots for past frames; the current block comes on top.
+      near: how many of these the most recent frames keep; the other past - near are routed.
+      excluded: how many of the youngest past frames cannot be drawn: `near` in the paper; `near`
+        plus the block in the release, which leaves a gap between the pool and the near frames.
+      cache_frames: frames that the history holds, sink included; older ones cannot be drawn.
+      keep_sink: whether a routed context keeps the sink. If not, its slots are routed too and its
+        frames may be drawn (MemFlow's release).
+      shared_ring: whether a frame can be drawn only if a ring that the perturbed blocks are written
+        to would still hold it at the last of them (release). Here a fork freezes the history, and
+        every frame in it stays.
+    """
+
+    sink: int
+    past: int
+    near: int
+    excluded: int
+    cache_frames: int
+    keep_sink: bool = True
+    shared_ring: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Sink frames of a routed context, and the first frame that can be drawn."""
+        return self.sink if self.keep_sink else 0
+
+    @property
+    def routed(self) -> int:
+        """Slots that CHR fills."""
+        return self.slots - self.kept - self.near
+
+    @property
+    def slots(self) -> int:
+        """A."""
+        return self.sink + self.past
+
+
+def window(section: ml_collections.ConfigDict) -> Window:
+    """The Window of a config's `window` section."""
+    w = section
+    if not 0 <= w.near < w.past or w.excluded < w.near or w.cache_frames < w.sink + w.past:
+        raise UsageError(
+            f"config.window: near={w.near}, past={w.past}, excluded={w.excluded}, "
+            f"cache_frames={w.cache_frames}; expected 0 <= near < past, excluded >= near and "
+            "cache_frames >= sink + past"
+        )
+    return Window(w.sink, w.past, w.near, w.excluded, w.cache_frames, w.keep_sink, w.shared_ring)
+
+
+# ---------------------------------------------------------------- contexts
+
+
+def _ascending(frames: Array, valid: Array) -> Array:
+    """`frames` where valid, ascending, with -1 for the others at the end."""
+    last = jnp.iinfo(jnp.int32).max
+    frames = jnp.sort(jnp.where(valid, frames, last).astype(jnp.int32), axis=-1)
+    return jnp.where(frames == last, -1, frames)
+
+
+def deployment_frames(window: Window, start_frame: Array | int) -> Array:
+    """The unperturbed context int32[A] of the block that begins at start_frame, int32[]."""
+    sink = jnp.arange(window.sink)
+    local = start_frame - window.past + jnp.arange(window.past)
+    valid = jnp.concatenate([sink < start_frame, local >= window.sink])
+    return _ascending(jnp.concatenate([sink, local]), valid)
+
+
+def routed_context(window: Window, routed_frames: Array, start_frame: Array) -> Array:
+    """Eq. 3: [sink; the six routed frames; the three nearest], int32[..., A].
+
+    Args:
+      window: how many there are of each.
+      routed_frames: int32[..., routed], what CHR drew for each branch.
+      start_frame: int32[], first frame of the block.
+    """
+    chex.assert_axis_dimension(routed_frames, -1, window.routed)
+    sink = jnp.arange(window.kept)
+    near = start_frame - window.near + jnp.arange(window.near)
+    shared = jnp.concatenate([sink, near])
+    shared = jnp.broadcast_to(shared, (*routed_frames.shape[:-1], shared.size))
+    frames = jnp.concatenate([shared, routed_frames], axis=-1)
+    return _ascending(frames, frames >= 0)
+
+
+def context_frames(
+    window: Window, routed_frames: Array, start_frame: Array, perturbed: Array
+) -> Array:
+    """What each pass of a block attends to, int32[P, T, S+1, A].
+
+    It is Eq. 3 (`routed_context`) where `perturbed`, and the deployment window elsewhere.
+
+    Args:
+      window: the slots.
+      routed_frames: int32[P, T, routed], what CHR drew for each trajectory.
+      start_frame: int32[], first frame of the block.
+      perturbed: bool[T, S+1], from `perturbed_passes`.
+    """
+    routed = routed_context(window, routed_frames, start_frame)[:, :, None, :]
+    return jnp.where(perturbed[:, :, None], routed, deployment_frames(window, start_frame))
+
+
+def perturbed_passes(
+    rollout: ml_collections.ConfigDict,
+    steps: int,
+    is_branch: np.ndarray,
+    block: Array,
+    window_blocks: tuple[Array, Array],
+) -> Array:
+    """Which passes of a block CHR routes, bool[T, S+1] (paper §3.2, "Rollout and Replay").
+
+    Those of a branch (the anchor is never perturbed), in the exploration window
+    B = [b*, b* + W), and in the first half of the ODE steps.
+
+    Args:
+      rollout: section `rollout` of the config: perturbed_steps is the first half, and perturb_write
+        says whether the pass that writes the cache is routed too (release).
+      steps: S.
+      is_branch: bool[T], False for an anchor.
+      block: int32[], which block.
+      window_blocks: int32[] each, b* and b* + W.
+    """
+    first, stop = window_blocks
+    in_window = (block >= first) & (block < stop)
+    is_routed_pass = np.append(np.arange(steps) < rollout.perturbed_steps, rollout.perturb_write)
+    return in_window & jnp.asarray(is_branch)[:, None] & jnp.asarray(is_routed_pass)
+
+
+# ---------------------------------------------------------------- the routable set and the draws
+
+
+def routable(window: Window, fork: Array | int, last_start: Array | int) -> tuple[Array, Array]:
+    """The routable set Omega = [start, stop) of Eq. 3, at a fork with `fork` past frames.
+
+    Paper: {4, ..., L - 3} counted from 1, which is [sink, fork - near) from 0. Frames that the
+    history has evicted are left out. `last_start` is the first frame of the last routed block.
+    """
+    held = window.cache_frames - window.sink
+    resident = (last_start if window.shared_ring else fork) - held
+    # While the ring has not evicted anything, every frame is resident; afterwards the sink's own
+    # slots are set apart.
+    start = jnp.where(resident <= window.sink, window.kept, resident)
+    return start, jnp.asarray(fork - window.excluded)
+
+
+# A draw: (key, window, branches, frames, start, stop) -> int32[G, routed], frames of [start, stop).
+Draw = Callable[[Array, Window, int, int, Array, Array], Array]
+
+
+def _permutation(key: Array, frames: int, start: Array, stop: Array) -> Array:
+    """int32[frames]: the frames of [start, stop) in random order, the others behind them."""
+    index = jnp.arange(frames)
+    inside = (index >= start) & (index < stop)
+    rank = jnp.where(inside, jax.random.uniform(key, (frames,)), 2.0)
+    return jnp.argsort(rank).astype(jnp.int32)
+
+
+def draw_independent(
+    key: Array, window: Window, branches: int, frames: int, start: Array, stop: Array
+) -> Array:
+    """Paper: for each branch, distinct frames of [start, stop), uniform. `frames` bounds stop."""
+
+    def draw(branch_key: Array) -> Array:
+        return jnp.sort(_permutation(branch_key, frames, start, stop)[: window.routed])
+
+    return jax.vmap(draw)(jax.random.split(key, branches))
+
+
+def disperse(permutation: Array, pool: Array, routed: int, branches: int) -> Array:
+    """Release: branch g takes consecutive entries of one permutation of `pool` frames.
+
+    It begins at g * max(1, pool // G) and goes round. int32[G, routed], sorted.
+    """
+    start = jnp.arange(branches)[:, None] * jnp.maximum(1, pool // branches)
+    return jnp.sort(permutation[(start + jnp.arange(routed)) % pool], axis=-1)
+
+
+def draw_dispersed(
+    key: Array, window: Window, branches: int, frames: int, start: Array, stop: Array
+) -> Array:
+    """Release: the branches are spread over one permutation (`disperse`)."""
+    permutation = _permutation(key, frames, start, stop)
+    return disperse(permutation, stop - start, window.routed, branches)
+
+
+DRAWS: Registry[Draw] = Registry(
+    "rollout.draw", {"independent": draw_independent, "dispersed": draw_dispersed}
+)
+
+
+# ---------------------------------------------------------------- pivots
+
+
+def eligible_pivots(
+    window: Window, blocks: int, block_frames: int, window_blocks: int, switch_frames: Sequence[int]
+) -> list[int]:
+    """Blocks at which a perturbed window may begin.
+
+    The deployment window must be full, the routable set larger than the draw (with exactly as many
+    frames every branch would be the same), the perturbed window inside the video, and no prompt may
+    switch strictly inside it.
+    """
+    pivots = []
+    for pivot in range(blocks - window_blocks + 1):
+        fork, end = pivot * block_frames, (pivot + window_blocks) * block_frames
+        start, stop = routable(window, fork, end - block_frames)
+        if (
+            fork >= window.sink + window.past
+            and int(stop) - int(start) > window.routed
+            and not any(fork < frame < end for frame in switch_frames)
+        ):
+            pivots.append(pivot)
+    if not pivots:
+        raise UsageError(
+            f"no block can be a pivot: {blocks} blocks of {block_frames} frames, prompt switches "
+            f"at {tuple(switch_frames)}, {window_blocks} perturbed blocks, {window}. Lengthen "
+            "video.blocks, shorten rollout.window_blocks or move video.switch_frames"
+        )
+    return pivots
+
+
+def draw_pivot(key: Array, pivots: Sequence[int]) -> int:
+    """The first perturbed block of an iteration, uniform over the eligible ones."""
+    return pivots[int(jax.random.randint(key, (), 0, len(pivots)))]

@@ -1,0 +1,176 @@
+"""The weight map of a LoRA of Wan's transformer, and its names in the formats that others read.
+
+Official names are peft's for the modules of wan_weights.py: "blocks.0.self_attn.q.lora_A.weight".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import safetensors
+
+from kvpo_jax.convert.kind import Checkpoint, Kind
+from kvpo_jax.convert.sources import read_json
+from kvpo_jax.convert.table import Shapes, Table, check_ranks
+from kvpo_jax.convert.wan_weights import (
+    BLOCK_LINEARS,
+    diffusers_name,
+    layer_count,
+    official_names,
+    to_ours,
+)
+from kvpo_jax.errors import UsageError
+from kvpo_jax.models.wan import WanConfig, init_variables
+from kvpo_jax.types import PyTree
+
+_MATRICES = {"lora_A.weight": "a", "lora_B.weight": "b"}
+# The tensors that show the sizes, and how many axes each has.
+_SIZED = {"blocks.0.self_attn.q.lora_A.weight": 2, "blocks.0.ffn.0.lora_B.weight": 2}
+# Fields of an adapter's config that change what its tensors mean, in ways that we do not have.
+_UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Sizes of a LoRA of every Linear in the blocks.
+
+    Attributes:
+      dim: width of the transformer.
+      ffn_dim: width of its MLPs.
+      num_layers: how many blocks it has.
+      rank: r.
+      alpha: the update of a Linear is alpha / rank * B A.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_layers: int
+    rank: int
+    alpha: float
+
+
+def lora_table(num_layers: int) -> Table:
+    """The map of every tensor of a LoRA."""
+    return {
+        f"blocks.{layer}.{official}.{theirs}": (f"{ours}/{name}", layer)
+        for layer in range(num_layers)
+        for official, ours in BLOCK_LINEARS.items()
+        for theirs, name in _MATRICES.items()
+    }
+
+
+# ---------------------------------------------------------------- config
+
+
+def config_from_shapes(shapes: Shapes, alpha: float | None = None) -> LoRAConfig:
+    """The config of the LoRA whose tensors, by official name, have these shapes.
+
+    Args:
+      shapes: official name -> shape.
+      alpha: its scale; None is upstream's default, the rank.
+    """
+    check_ranks("LoRA of every Linear of the blocks", shapes, _SIZED)
+    rank, dim = shapes["blocks.0.self_attn.q.lora_A.weight"]
+    ffn_dim, _ = shapes["blocks.0.ffn.0.lora_B.weight"]
+    alpha = float(rank if alpha is None else alpha)
+    return LoRAConfig(dim, ffn_dim, layer_count(shapes), rank, alpha)
+
+
+def config_from_checkpoint(checkpoint: Checkpoint) -> LoRAConfig:
+    """The config of a LoRA, for which the user and several places may state alpha.
+
+    ComfyUI's files have it in tensors, diffusers' in their metadata, peft's in an
+    adapter_config.json beside them.
+    """
+    stated: dict[str, Any] = {}
+    for tensor in checkpoint.aside:
+        if tensor.array.size != 1:
+            raise UsageError(
+                f"{tensor} has the shape {list(tensor.array.shape)}, expected one number"
+            )
+        stated[str(tensor)] = tensor.array.item()
+    stated["--alpha"] = checkpoint.options.alpha
+    for file in checkpoint.files:
+        stated[str(file)] = _adapter_config(file).get("lora_alpha")
+    stated = {place: alpha for place, alpha in stated.items() if alpha is not None}
+    for place, alpha in stated.items():
+        if not isinstance(alpha, int | float):
+            raise UsageError(f"alpha is {alpha!r} ({place}), expected a number")
+    if len(set(stated.values())) > 1:
+        listed = ", ".join(f"{alpha:g} ({place})" for place, alpha in stated.items())
+        raise UsageError(f"alpha is not one: {listed}")
+    return config_from_shapes(checkpoint.shapes, next(iter(stated.values()), None))
+
+
+def _adapter_config(file: Path) -> Mapping[str, Any]:
+    """What a LoRA's file and the adapter_config.json beside it say, the file before the other."""
+    beside = file.with_name("adapter_config.json")
+    config, adapter = read_json(beside), {}
+    if file.suffix == ".safetensors":
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            noted = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+        try:
+            adapter = {n.removeprefix("transformer."): x for n, x in json.loads(noted).items()}
+        except (ValueError, AttributeError) as error:
+            raise UsageError(f"{file}: its lora_adapter_metadata is not a JSON object") from error
+    for place, fields in ((beside, config), (file, adapter)):
+        for name in _UNSUPPORTED:
+            if fields.get(name):
+                raise UsageError(f"{name} of {place} is not supported")
+    return config | adapter
+
+
+def abstract_lora(cfg: LoRAConfig) -> PyTree:
+    """Shapes and dtypes of the collection `lora`."""
+    wan = WanConfig(
+        dim=cfg.dim,
+        ffn_dim=cfg.ffn_dim,
+        num_heads=1,
+        num_layers=cfg.num_layers,
+        freq_dim=2,  # no LoRA depends on this size and the next three
+        text_dim=2,
+        text_len=2,
+        channels=2,
+        lora_rank=cfg.rank,
+        lora_alpha=cfg.alpha,
+    )
+    return jax.eval_shape(lambda: init_variables(wan, jax.random.key(0)))["lora"]
+
+
+def _table(cfg: LoRAConfig) -> Table:
+    return lora_table(cfg.num_layers)
+
+
+WAN_LORA = Kind(
+    mark=r"^blocks\..+\.lora_A\.weight$",
+    official=official_names,
+    config=config_from_checkpoint,
+    table=_table,
+    to_ours=to_ours,
+    abstract=abstract_lora,
+    aside=r"\.alpha$",
+)
+
+
+# ---------------------------------------------------------------- others' names
+
+
+def _peft_name(name: str) -> str:
+    return f"base_model.model.{name}"
+
+
+def _diffusers_name(name: str) -> str:
+    return f"transformer.{diffusers_name(name)}"
+
+
+def _comfyui_name(name: str) -> str:
+    return "diffusion_model." + name.replace("lora_A", "lora_down").replace("lora_B", "lora_up")
+
+
+# Program that reads a LoRA file -> (official name -> the name that it looks for).
+LORA_NAMES = {"peft": _peft_name, "diffusers": _diffusers_name, "comfyui": _comfyui_name}

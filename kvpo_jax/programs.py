@@ -1,0 +1,419 @@
+"""Where maths meets mesh: every compiled program of a run, its sharding and its donations.
+
+`build` compiles `algorithm` and `models` for one config and mesh. Each program serves every block
+and every pivot, so a run compiles each of them once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kvpo_jax.algorithm import block, flow, keys, kv_cache, memory_bank, objective, replay, routing
+from kvpo_jax.models import umt5
+from kvpo_jax.models.wan import Wan, init_variables
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, wan_config
+from kvpo_jax.state import TrainState, make_optimiser
+from kvpo_jax.types import (
+    Array,
+    BlockRecord,
+    Experience,
+    Gradient,
+    KVCache,
+    PyTree,
+    ReplayTuples,
+    TextKV,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a run; see `build`.
+
+    `variables` is {"params": ..., "lora": ...} of the generating policy, `text` a TextKV with an
+    extra segment axis, float[L, P, M, K, H, D]. What is marked "in place" is donated.
+
+    Attributes:
+      encode_text: (variables, float[P, M, K, text_dim]) -> text.
+      blank: (P) -> a history without frames.
+      draw: (key, prompts int32[P], fork frame) -> CHR draws int32[P, G, routed].
+      shared_block: (variables, text, segment, history in place, NoiseKey, start_frame) -> x_clean
+        float[P, F, Y, X, C], history.
+      shared_recache: (variables, text, segment, changed, history in place, latents, start_frame)
+        -> history.
+      fork: (history) -> empty pages for the anchor and the branches.
+      branch_block: (variables, text, segment, history, page in place, routed_frames, window_blocks,
+        NoiseKey, start_frame) -> BlockRecord, page; window_blocks are b* and b* + W.
+      branch_recache: (variables, text, segment, changed, history, page in place, latents,
+        start_frame) -> page.
+      energies: (params, lora, embeddings, text, tuples) -> float[P, G], Eq. 5.
+      gradient: (lora, params, Experience) -> Gradient, energies float[P, G] of theta.
+      accumulate: (Gradient in place, Gradient) -> their sum.
+      apply: (TrainState, Gradient) -> TrainState, metrics.
+      ratio_check: (energies, energies_old) float[P, G] -> the largest |rho - 1| of each, float[P].
+      pixel_std: pixels [P, G, frames, h, w, 3] -> their std over the branches, the mean, float[].
+    """
+
+    encode_text: Callable[[PyTree, Array | np.ndarray], TextKV]
+    blank: Callable[[int], KVCache]
+    draw: Callable[[Array, Array | np.ndarray, int], Array]
+    shared_block: Callable[..., tuple[Array, KVCache]]
+    shared_recache: Callable[..., KVCache]
+    fork: Callable[[KVCache], KVCache]
+    branch_block: Callable[..., tuple[BlockRecord, KVCache]]
+    branch_recache: Callable[..., KVCache]
+    energies: Callable[[PyTree, PyTree, Array, TextKV, ReplayTuples], Array]
+    gradient: Callable[[PyTree, PyTree, Experience], tuple[Gradient, Array]]
+    accumulate: Callable[[Gradient, Gradient], Gradient]
+    apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
+    ratio_check: Callable[[Array, Array], Array]
+    pixel_std: Callable[[Array], Array]
+
+    def compilations(self) -> dict[str, int]:
+        """How often each program has been compiled: at most once in a run over any pivots."""
+        return {f.name: getattr(self, f.name)._cache_size() for f in dataclasses.fields(self)}
+
+
+def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
+    """The programs of a run with this config on this mesh; nothing is compiled until it is called.
+
+    Raises:
+      UsageError: the config names something that there is not, or sizes that do not fit; it names
+        the field.
+    """
+    caches = _Caches(config, mesh)
+    energies = make_energies(config, mesh, caches)
+    replicated = NamedSharding(mesh, sharding.REPLICATED)
+    ratio_check = partial(
+        objective.ratio_deviation, tau=config.objective.tau, unit=config.objective.tau_unit
+    )
+    return Programs(
+        **_cache_programs(config, mesh, caches),
+        **_block_programs(config, mesh, caches),
+        **_recache_programs(config, mesh, caches),
+        energies=jax.jit(energies, out_shardings=replicated),
+        gradient=jax.jit(_make_gradient(config, mesh, energies), out_shardings=replicated),
+        accumulate=jax.jit(accumulate, donate_argnums=0),
+        apply=jax.jit(_make_apply(config), out_shardings=replicated),
+        ratio_check=jax.jit(jax.vmap(ratio_check)),
+        pixel_std=jax.jit(pixel_std),
+    )
+
+
+# ---------------------------------------------------------------- caches and their specs
+
+
+class _Caches:
+    """How the caches of a run are made, and how they lie on the mesh."""
+
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        self.config, self.mesh, self.wan = config, mesh, wan_config(config)
+        self.window = routing.window(config.window)
+        self.order = sharding.trajectories(mesh, branches_at_once(config))
+        # Beside the sink, a page holds the longest of: a recache, the replayed window, the local
+        # window.
+        replayed = recorded_blocks(config) * config.video.block_frames
+        written = max(config.window.recache_frames, replayed, self.window.past)
+        self.page_slots = self.window.sink + written
+        self.history_spec = self._spec((1,), sharding.PROMPTS)
+        self.page_spec = self._spec((1, 1), sharding.TRAJECTORIES)
+
+    def _empty(self, batch: tuple[int, ...], slots: int) -> KVCache:
+        section, video = self.config.window, self.config.video
+        kv = self.wan.kv_shape(video.height, video.width)
+        cache = kv_cache.empty(kv, batch, slots, self.window.sink, jnp.dtype(self.wan.dtype))
+        if not section.bank:
+            return cache
+        bank = memory_bank.empty(cache, section.bank, section.bank_interval, section.bank_reinsert)
+        return cache.replace(bank=bank)
+
+    def _spec(self, batch: tuple[int, ...], frame: PartitionSpec) -> KVCache:
+        like = jax.eval_shape(lambda: self._empty(batch, self.window.sink + 1))
+        return sharding.cache_spec(like, frame)
+
+    def blank(self, prompts: int) -> KVCache:
+        """A history without frames."""
+        history = self._empty((prompts,), self.window.cache_frames)
+        return sharding.constrain_like(history, self.mesh, self.history_spec)
+
+    def fork(self, history: KVCache) -> KVCache:
+        """Pages without frames, for every trajectory; each begins with the history's bank."""
+        trajectories = len(self.order)
+        page = self._empty((history.frame.shape[0], trajectories), self.page_slots)
+        page = page.replace(bank=memory_bank.repeat(history.bank, trajectories))
+        return sharding.constrain_like(page, self.mesh, self.page_spec)
+
+
+# ---------------------------------------------------------------- generation
+
+
+def _bound(model: Wan, variables: PyTree, text: TextKV, segment: Array) -> tuple[Any, TextKV]:
+    """The network of a policy, and the text of one segment."""
+    return partial(model.apply, variables), jax.tree.map(lambda x: x[:, :, segment], text)
+
+
+def _cache_programs(
+    config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
+) -> dict[str, Callable]:
+    """The programs that make text and caches, and that draw."""
+    model, window, video, rollout = Wan(caches.wan), caches.window, config.video, config.rollout
+    draw_frames = routing.DRAWS[rollout.draw]
+
+    def encode_text(variables, embeddings):
+        return model.apply(variables, embeddings, method=Wan.encode_prompts)
+
+    def draw(key, prompts, fork_frame):
+        last_start = fork_frame + (recorded_blocks(config) - 1) * video.block_frames
+        start, stop = routing.routable(window, fork_frame, last_start)
+        frames = video.blocks * video.block_frames
+
+        def draw_prompt(prompt):
+            own = jax.random.fold_in(key, prompt)
+            return draw_frames(own, window, rollout.branches, frames, start, stop)
+
+        return jax.vmap(draw_prompt)(prompts)
+
+    in_specs = (sharding.REPLICATED, sharding.PROMPTS)
+    encode = jax.shard_map(encode_text, mesh=mesh, in_specs=in_specs, out_specs=sharding.TEXT)
+    return {
+        "encode_text": jax.jit(encode),
+        "blank": jax.jit(caches.blank, static_argnums=0),
+        "draw": jax.jit(draw),
+        "fork": jax.jit(caches.fork),
+    }
+
+
+def _block_programs(
+    config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
+) -> dict[str, Callable]:
+    """The programs that make blocks. A program takes the key of the noise, a shard the noise."""
+    model, window, order = Wan(caches.wan), caches.window, caches.order
+    schedule, steps = flow.schedule(config.sampler), len(config.sampler.steps)
+    video, rollout = config.video, config.rollout
+    noise_shape = (steps + 1, video.block_frames, video.height, video.width, caches.wan.channels)
+
+    def shared_shard(variables, text, segment, history, frames, noise, start_frame):
+        network, text = _bound(model, variables, text, segment)
+        record, history = block.generate_block(
+            network, schedule, text, history, None, frames, noise, start_frame
+        )
+        return record.x_clean[:, 0], history
+
+    def branch_shard(variables, text, segment, history, page, frames, noise, start_frame):
+        network, text = _bound(model, variables, text, segment)
+        noise = sharding.vary_over_branch(noise)
+        return block.generate_block(
+            network, schedule, text, history, page, frames, noise, start_frame
+        )
+
+    one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
+    policy, record = (one, sharding.TEXT, one), BlockRecord(z=each, u=each, x_clean=each)
+    shared = jax.shard_map(
+        shared_shard,
+        mesh=mesh,
+        in_specs=(*policy, caches.history_spec, prompts, prompts, one),
+        out_specs=(prompts, caches.history_spec),
+    )
+    branches = jax.shard_map(
+        branch_shard,
+        mesh=mesh,
+        in_specs=(*policy, caches.history_spec, caches.page_spec, each, prompts, one),
+        out_specs=(record, caches.page_spec),
+    )
+
+    def shared_block(variables, text, segment, history, key, start_frame):
+        noise = keys.block_noise(key, start_frame, noise_shape)
+        frames = routing.deployment_frames(window, start_frame)
+        frames = jnp.broadcast_to(frames, (len(noise), 1, steps + 1, window.slots))
+        return shared(variables, text, segment, history, frames, noise, start_frame)
+
+    def branch_block(
+        variables, text, segment, history, page, routed_frames, window_blocks, key, start_frame
+    ):
+        noise = keys.block_noise(key, start_frame, noise_shape)
+        number = start_frame // video.block_frames
+        perturbed = routing.perturbed_passes(rollout, steps, order >= 0, number, window_blocks)
+        routed_frames = routed_frames[:, np.maximum(order, 0)]
+        frames = routing.context_frames(window, routed_frames, start_frame, perturbed)
+        return branches(variables, text, segment, history, page, frames, noise, start_frame)
+
+    return {
+        "shared_block": jax.jit(shared_block, donate_argnums=3),
+        "branch_block": jax.jit(branch_block, donate_argnums=4),
+    }
+
+
+def _recache_programs(
+    config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
+) -> dict[str, Callable]:
+    """The programs of a prompt switch."""
+    model = Wan(caches.wan)
+    switch = partial(block.switch_prompt, global_sink=config.window.global_sink)
+
+    def shared_recache(variables, text, segment, changed, history, latents, start_frame):
+        network, text = _bound(model, variables, text, segment)
+        return switch(network, text, changed, history, None, latents[:, None], start_frame)
+
+    def branch_recache(variables, text, segment, changed, history, page, latents, start_frame):
+        network, text = _bound(model, variables, text, segment)
+        return switch(network, text, changed, history, page, latents, start_frame)
+
+    one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
+    begin, history, page = (one, sharding.TEXT, one, prompts), caches.history_spec, caches.page_spec
+    shared = jax.shard_map(
+        shared_recache, mesh=mesh, in_specs=(*begin, history, prompts, one), out_specs=history
+    )
+    branches = jax.shard_map(
+        branch_recache, mesh=mesh, in_specs=(*begin, history, page, each, one), out_specs=page
+    )
+    return {
+        "shared_recache": jax.jit(shared, donate_argnums=4),
+        "branch_recache": jax.jit(branches, donate_argnums=5),
+    }
+
+
+# ---------------------------------------------------------------- replay and update
+
+
+def make_energies(
+    config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches | None = None
+) -> Callable[[PyTree, PyTree, Array, TextKV, ReplayTuples], Array]:
+    """(params, lora, embeddings, text, tuples) -> energies float[P, G] of Eq. 5, not yet jitted.
+
+    config.replay.text says whose text keys and values the replay reads (`replay.TEXTS`).
+    """
+    caches = caches or _Caches(config, mesh)
+    model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
+    energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
+    replay.ENERGIES[config.replay.energy]  # an unknown name is an error now, not while tracing
+
+    def policy(frozen, lora):
+        params, embeddings, text = frozen
+        variables = {"params": params, "lora": lora}
+        encode = partial(model.apply, variables, embeddings, method=Wan.encode_prompts)
+        return partial(model.apply, variables), read_text(encode, text)
+
+    def energies_per_shard(params, lora, embeddings, text, tuples):
+        text = jax.tree.map(sharding.vary_over_branch, text)
+        frozen = sharding.vary(params), embeddings, text
+        return energies(policy, config.replay, schedule, sharding.vary(lora), frozen, tuples)
+
+    one, prompts = sharding.REPLICATED, sharding.PROMPTS
+    return jax.shard_map(
+        energies_per_shard,
+        mesh=mesh,
+        in_specs=(one, one, prompts, sharding.TEXT, sharding.replay_spec(caches.history_spec)),
+        out_specs=sharding.TRAJECTORIES,
+    )
+
+
+def _make_gradient(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callable) -> Callable:
+    """(lora, params, Experience) -> (Gradient, energies of theta): Eq. 6 to Eq. 8, Eq. 15, Eq. 16.
+
+    Of a micro-batch, its share of the mean over all prompts of the iteration.
+    """
+
+    def loss(lora, params, experience):
+        current = energies(params, lora, experience.embeddings, experience.text, experience.tuples)
+        current = sharding.constrain(current, mesh)  # every device sees the G energies of a group
+        group_loss = partial(objective.loss, config.objective, on_policy=experience.on_policy)
+        losses, diagnostics = jax.vmap(group_loss)(
+            current,
+            experience.energies_old,
+            experience.energies_ref,
+            experience.advantages,
+            experience.gate_open,
+        )
+        share = len(losses) / config.train.prompts_per_iteration
+        return share * jnp.mean(losses), (share, diagnostics, current)
+
+    def gradient(lora, params, experience):
+        (value, (share, diagnostics, current)), of_lora = jax.value_and_grad(loss, has_aux=True)(
+            lora, params, experience
+        )
+        means = {name: share * mean for name, mean in diagnostics.means().items()}
+        counted = jnp.sum(diagnostics.gate > 0)
+        return Gradient(of_lora, counted, {"loss": value, **means}), current
+
+    return gradient
+
+
+def accumulate(total: Gradient, share: Gradient) -> Gradient:
+    """The sum of two micro-batches."""
+    return jax.tree.map(jnp.add, total, share)
+
+
+def _make_apply(config: ml_collections.ConfigDict) -> Callable:
+    """(state, Gradient) -> (state, metrics): one optimiser step.
+
+    If the gate leaves nothing of any prompt's loss, LoRA and optimiser state stay as they are: a
+    zero gradient alone would still let AdamW's momentum and decay move them.
+    """
+    optimiser = make_optimiser(config.train)
+
+    def apply(state, gradient):
+        skip = gradient.counted == 0
+
+        def unless_skipped(new, before):
+            return jax.tree.map(lambda n, b: jnp.where(skip, b, n), new, before)
+
+        updates, optimiser_state = optimiser.update(gradient.lora, state.optimiser, state.lora)
+        lora = unless_skipped(optax.apply_updates(state.lora, updates), state.lora)
+        ema = optax.incremental_update(lora, state.ema, 1 - config.train.ema_decay)
+        metrics = {
+            **gradient.metrics,
+            "grad_norm": optax.global_norm(gradient.lora),
+            "update_norm": optax.global_norm(jax.tree.map(jnp.subtract, lora, state.lora)),
+            "lora_norm": optax.global_norm(lora),
+            "skipped_update": skip.astype(jnp.float32),
+        }
+        state = state.replace(
+            lora=lora,
+            ema=unless_skipped(ema, state.ema),
+            optimiser=unless_skipped(optimiser_state, state.optimiser),
+        )
+        return state, metrics
+
+    return apply
+
+
+def pixel_std(pixels: Array) -> Array:
+    """The std over the branches of pixels [P, G, frames, h, w, 3], the mean over pixels, float[].
+
+    Exactly 0 where the branches are equal (`objective.group_std`).
+    """
+    scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
+    return jax.vmap(objective.group_std)(pixels.astype(jnp.float32)).mean() / scale
+
+
+# ---------------------------------------------------------------- before a run has programs
+
+
+def fresh_lora(config: ml_collections.ConfigDict, key: Array) -> PyTree:
+    """The collection `lora` of a new adapter, which changes nothing: its B is 0."""
+    init = jax.jit(lambda key: init_variables(wan_config(config), key)["lora"])
+    return init(key)
+
+
+def text_encoder(cfg: umt5.UMT5Config) -> Callable[[PyTree, Array, Array], Array]:
+    """(params, ids int32[n, K], mask bool[n, K]) -> token embeddings float[n, K, dim]."""
+    return jax.jit(partial(umt5.embed, cfg))
+
+
+# ---------------------------------------------------------------- for plans of a run
+
+
+def cache_specs(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[KVCache, KVCache]:
+    """The specs of a history and of pages, for a plan that knows their shapes from `eval_shape`."""
+    caches = _Caches(config, mesh)
+    return caches.history_spec, caches.page_spec

@@ -1,0 +1,104 @@
+"""Scorers by name: the paper's "hpsv3,videoalign", "motion", "toy", or "module:function".
+
+The last is a function of your own, see `composite.Scorer`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+
+from kvpo_jax.errors import UsageError
+from kvpo_jax.rewards import hpsv3, motion, toy, videoalign
+from kvpo_jax.rewards.composite import Scorer
+from kvpo_jax.types import Array
+
+Paths = Mapping[str, str]  # "hpsv3" and "videoalign" -> file of converted weights
+
+# Name -> how its scorer is loaded.
+SCORERS: dict[str, Callable[[Paths], Scorer]] = {
+    "hpsv3": lambda paths: hpsv3.load(paths["hpsv3"]),
+    "videoalign": lambda paths: videoalign.load(paths["videoalign"]),
+    "motion": lambda paths: motion.score,
+    "toy": lambda paths: toy.score,
+}
+# Name -> its components, so that the weights in a config are checked before weights are loaded.
+COMPONENTS = {
+    "hpsv3": ("VQ", "VQ_best"),
+    "videoalign": ("MQ", "TA", "videoalign_VQ", "videoalign_MQ", "Overall"),
+    "motion": ("motion", "smoothness"),
+    "toy": ("VQ", "MQ", "TA"),
+}
+
+
+def names_of(names: str) -> list[str]:
+    """The names in a list that commas separate."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def components_of(names: str) -> list[str] | None:
+    """The components of a list of names.
+
+    None if the list has a "module:function": its components are not known before it scores.
+    """
+    listed = names_of(names)
+    if not COMPONENTS.keys() >= set(listed):
+        return None
+    return [component for name in listed for component in COMPONENTS[name]]
+
+
+class Scorers:
+    """One scorer with the components of all scorers in a list.
+
+    Weights are loaded when a clip is scored for the first time, and again after `release`.
+
+    Args:
+      names: keys of SCORERS and "module:function"s, separated by commas. An empty list is a scorer
+        without components.
+      paths: the files of the scorers that need one.
+
+    Raises:
+      UsageError: a name is not a scorer, or a function cannot be imported.
+    """
+
+    def __init__(self, names: str, paths: Paths):
+        loaders = {
+            name: SCORERS[name] if name in SCORERS else _custom(name) for name in names_of(names)
+        }
+        self._names = names
+        self._loaded = cache(lambda: {name: load(paths) for name, load in loaders.items()})
+
+    def __call__(self, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+        """See `composite.Scorer`.
+
+        Raises:
+          UsageError: two scorers have a component of the same name.
+        """
+        components: dict[str, Array] = {}
+        for name, scorer in self._loaded().items():
+            scores = scorer(pixels, prompts)
+            if twice := components.keys() & scores.keys():
+                raise UsageError(
+                    f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is"
+                    " the second"
+                )
+            components |= scores
+        return components
+
+    def release(self) -> None:
+        """Frees the weights."""
+        self._loaded.cache_clear()
+
+
+def _custom(name: str) -> Callable[[Paths], Scorer]:
+    """How the scorer "module:function" is loaded; it is imported at once."""
+    module, _, function = name.partition(":")
+    try:
+        scorer = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        known = ", ".join(SCORERS)
+        raise UsageError(
+            f"there is no reward {name!r}: expected {known} or module:function ({error})"
+        ) from error
+    return lambda paths: scorer

@@ -1,0 +1,110 @@
+"""A run's equipment, assembled once for every command, tool and test."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import ml_collections
+from clu.parameter_overview import count_parameters
+from jax.sharding import Mesh, NamedSharding
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import programs as programs_lib
+from kvpo_jax.algorithm import keys, routing
+from kvpo_jax.backbone import Backbone
+from kvpo_jax.decoder import VideoDecoder
+from kvpo_jax.programs import Programs
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import sharding
+from kvpo_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from the first iteration to the last.
+
+    Attributes:
+      config: the checked configuration.
+      mesh: of the devices.
+      backbone: the generator's world: weights, prompts, text, pixels, rewards.
+      params: the frozen base weights, on every device.
+      programs: compiled for config and mesh.
+      decoder: latents to pixels.
+    """
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    backbone: Backbone
+    params: PyTree
+    programs: Programs
+    decoder: VideoDecoder
+
+    def variables(self, lora: PyTree) -> PyTree:
+        """What the programs take as the policy with this LoRA tree."""
+        return {"params": self.params, "lora": lora}
+
+    def initial_lora(self) -> PyTree:
+        """The adapter that every policy starts from: config.paths.lora, or a fresh one."""
+        lora = self.backbone.load_lora(None)
+        if lora is not None:
+            return lora
+        return programs_lib.fresh_lora(self.config, keys.draw_key(self.config.seed, "lora", 0))
+
+    def describe(self, lora: PyTree) -> str:
+        """What runs where, in a line."""
+        config = self.config
+        prompts, branches = config_lib.prompts_at_once(config), config_lib.branches_at_once(config)
+        return (
+            f"{config.backbone}: {count_parameters(self.params):,} parameters, "
+            f"{count_parameters(lora):,} in LoRA; "
+            f"{sharding.describe(self.mesh, prompts, branches)}"
+        )
+
+    def draw_pivot(self, iteration: int) -> int:
+        """The first perturbed block of an iteration, one for all prompts."""
+        video = self.config.video
+        pivots = routing.eligible_pivots(
+            routing.window(self.config.window),
+            video.blocks,
+            video.block_frames,
+            config_lib.recorded_blocks(self.config),
+            video.switch_frames,
+        )
+        return routing.draw_pivot(keys.draw_key(self.config.seed, "pivot", iteration), pivots)
+
+
+def make_mesh(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The mesh of a run: the config's sizes, or those that use the most devices."""
+    prompts, branches = config_lib.prompts_at_once(config), config_lib.branches_at_once(config)
+    return sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts, branches, devices)
+
+
+def load(
+    config: ml_collections.ConfigDict, mesh: Mesh | None = None, reads_prompts: bool = True
+) -> Run:
+    """The equipment of a run with this config.
+
+    Whatever cannot work is an error before weights are loaded: sizes for the devices, scorers,
+    prompts, and files other than the weights.
+
+    Args:
+      config: a checked one.
+      mesh: None is the one that the config asks for.
+      reads_prompts: whether the backbone's prompts are needed, which may be in a file.
+
+    Raises:
+      UsageError: it names the field or file.
+    """
+    mesh = make_mesh(config) if mesh is None else mesh
+    config_lib.heldout_at_once(config, mesh.shape["data"])
+    backbone = backbone_lib.load(config)
+    if reads_prompts:
+        backbone.prompts("heldout", 0)
+    programs = programs_lib.build(config, mesh)
+    params = backbone.load_params(NamedSharding(mesh, sharding.REPLICATED))
+    decoder = VideoDecoder(backbone, mesh, config.video.block_frames)
+    return Run(config, mesh, backbone, params, programs, decoder)

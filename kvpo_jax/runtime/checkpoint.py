@@ -1,0 +1,249 @@
+"""What a run saves: its train state (orbax) and weight files (safetensors).
+
+The train state is saved exactly, in the background, whole or not at all. Weight files are read
+strictly: a tensor that is missing, left over or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import textwrap
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.atomic import replacing
+from kvpo_jax.types import PyTree
+
+# ---------------------------------------------------------------- train state
+
+
+def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a run and clears away what a killed save has left.
+
+    A save is written beside the others and committed at the end, so a kill at any moment leaves the
+    last whole one. The caller closes the manager, which waits for the save in progress; it is a
+    context manager too. Several processes open, save, restore and close together, in a directory
+    that all of them see.
+
+    Args:
+      directory: made if it does not exist.
+      keep: how many checkpoints are kept, the newest.
+    """
+    return _open(
+        directory, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    )
+
+
+def reader(directory: Path | str) -> ocp.CheckpointManager:
+    """Opens the checkpoints of a run to read them. It changes nothing; the run may be under way."""
+    return _open(directory, ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _open(directory: Path | str, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = {"state": ocp.StandardCheckpointHandler(), "extra": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(
+        Path(directory).absolute(), options=options, item_handlers=handlers
+    )
+
+
+def save(
+    checkpoints: ocp.CheckpointManager, step: int, tree: PyTree, extra: Mapping[str, Any]
+) -> None:
+    """Saves arrays `tree` and JSON `extra` as `step`, in the background.
+
+    A step that is saved already stays as it is.
+    """
+    checkpoints.save(
+        step,
+        args=ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra)),
+    )
+
+
+def restore_latest(
+    checkpoints: ocp.CheckpointManager, like: PyTree
+) -> tuple[int, PyTree, dict[str, Any]] | None:
+    """(step, tree, extra) of the newest checkpoint, bit for bit as saved, or None if there is none.
+
+    Args:
+      checkpoints: from `manager`.
+      like: structure, shapes, dtypes and placement of the result: arrays or jax.ShapeDtypeStruct.
+        A leaf that is not committed to devices here (or has no sharding) is not committed there.
+
+    Raises:
+      UsageError: the saved state has other leaves, shapes or dtypes, or cannot be read; the message
+        names the checkpoint, and the leaves or the checkpoint before it.
+    """
+    checkpoints.wait_until_finished()
+    step = checkpoints.latest_step()
+    if step is None:
+        return None
+
+    def signature(x):
+        return f"{np.dtype(x.dtype).name}{list(x.shape)}"
+
+    wanted = {name: signature(x) for name, x in _named(like).items()}
+    with _readable(checkpoints, step):
+        saved = {
+            name: signature(x)
+            for name, x in _named(checkpoints.item_metadata(step).state.tree).items()
+        }
+    _check_same(f"checkpoint {checkpoints.directory / str(step)}", saved, wanted)
+    args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), extra=ocp.args.JsonRestore()
+    )
+    with _readable(checkpoints, step):
+        restored = checkpoints.restore(step, args=args)
+
+    def place(x, like):
+        return x if _is_committed(like) else jnp.asarray(np.asarray(x))
+
+    return step, jax.tree.map(place, restored.state, like), restored.extra
+
+
+@contextlib.contextmanager
+def _readable(checkpoints: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Turns an error of orbax, zarr or tensorstore, up to 150 lines, into one line that names the
+    checkpoint.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # of the machine, not of the file
+    except Exception as error:
+        older = [other for other in checkpoints.all_steps() if other < step]
+        instead = f"; if it is damaged, delete it to continue from {max(older)}" if older else ""
+        cause = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+        raise UsageError(
+            f"checkpoint {checkpoints.directory / str(step)} cannot be read ({cause}){instead}"
+        ) from error
+
+
+def _is_committed(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    return x.committed if isinstance(x, jax.Array) else x.sharding is not None
+
+
+def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    sharding = (
+        x.sharding
+        if _is_committed(x)
+        else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    )
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+# ---------------------------------------------------------------- weights
+
+
+def save_weights(path: Path | str, tree: PyTree, metadata: Mapping[str, str]) -> None:
+    """Writes a tree as a safetensors file, whole or not at all.
+
+    Its tensors have names like "blocks/self_q/kernel".
+    """
+    # safetensors reads memory in its order there, which is wrong for a transposed view.
+    tensors = {name: np.asarray(x, order="C") for name, x in _named(tree, "/").items()}
+    with replacing(Path(path)) as temporary:
+        safetensors.numpy.save_file(tensors, temporary, dict(metadata))
+
+
+def load_weights(path: Path | str, like: PyTree, unread: Collection[str] = ()) -> PyTree:
+    """The tree that `save_weights` wrote.
+
+    Args:
+      path: a safetensors file.
+      like: structure and shapes to load, arrays or jax.ShapeDtypeStruct; a tensor is cast to its
+        dtype there and put on its sharding, if it has one.
+      unread: first words of the names of tensors that the file may have and that are not loaded;
+        every other tensor must be in `like`.
+
+    Raises:
+      UsageError: a tensor is missing, left over or of another shape, or the file is not whole; the
+        message names the file and the tensors.
+    """
+    try:
+        file = safetensors.safe_open(path, framework="flax")
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
+    with file:
+        read = [name for name in file.keys() if name.partition("/")[0] not in unread]
+        saved = {name: str(file.get_slice(name).get_shape()) for name in read}
+        _check_same(
+            str(path), saved, {name: str(list(x.shape)) for name, x in _named(like, "/").items()}
+        )
+
+        def load(keys: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+            tensor = file.get_tensor(_name(keys, "/")).astype(x.dtype)
+            placement = getattr(x, "sharding", None)
+            return tensor if placement is None else sharding.put(tensor, placement)
+
+        return jax.tree_util.tree_map_with_path(load, like)
+
+
+def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
+    """The model config that kvpo-convert wrote into a file.
+
+    Raises:
+      UsageError: the file is of another kind than `kind`, or was not made by kvpo-convert.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{path} is not a safetensors file: {error}") from error
+    if metadata.get("kind") != kind:
+        raise UsageError(
+            f"{path} holds {metadata.get('kind', 'no converted weights')!r}, expected {kind!r}:"
+            " make it with kvpo-convert"
+        )
+    return json.loads(metadata["config"])
+
+
+# ---------------------------------------------------------------- names
+
+
+def _name(keys: Any, separator: str) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=separator)
+
+
+def _named(tree: PyTree, separator: str = ".") -> dict[str, Any]:
+    """name -> leaf."""
+    return {
+        _name(keys, separator): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_same(where: str, saved: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """UsageError that says how the leaves in `where` differ from those wanted.
+
+    Args:
+      where: a file or checkpoint.
+      saved: name -> signature of its leaves.
+      wanted: name -> signature.
+    """
+    faults = {
+        "missing": sorted(wanted.keys() - saved.keys()),
+        "left over": sorted(saved.keys() - wanted.keys()),
+        "wrong": [
+            f"{n} is {saved[n]}, not {wanted[n]}"
+            for n in wanted
+            if saved.get(n, wanted[n]) != wanted[n]
+        ],
+    }
+    found = [
+        f"{kind}: {', '.join(names[:5])}"
+        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        for kind, names in faults.items()
+        if names
+    ]
+    if found:
+        raise UsageError(f"{where}: {'; '.join(found)}")

@@ -1,0 +1,71 @@
+"""What every command has in common: flags, one-line errors, the cache of compiled programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import jax
+from absl import app, flags, logging
+
+from kvpo_jax.errors import UsageError
+
+
+def run(module: str, define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
+    """Runs a command, whichever way it was started: -m, a console script, or a file of tools/.
+
+    Args:
+      module: `__name__` of the command's module; its docstring is the usage text.
+      define_flags: defines its flags; several commands have flags of the same name, so they are
+        defined by the one that runs.
+      main: takes the program's name and what is left of the command line.
+    """
+    define_flags()
+    if module in sys.modules:  # else it runs as __main__, by -m
+        sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
+        for flag in flags.FLAGS.get_flags_for_module(module):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+    def quiet_main(arguments: list[str]) -> None:
+        # Orbax logs thirty lines for a checkpoint, and a warning for one that is only read.
+        logging.set_verbosity(logging.ERROR)
+        main(arguments)
+
+    app.run(quiet_main, flags_parser=parse_flags)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the command's own flags.
+
+    It leaves every --config.FIELD=VALUE in place: the fields are known once the configuration is
+    loaded.
+    """
+    flags.FLAGS.set_gnu_getopt()
+    try:
+        return flags.FLAGS(argv, known_only=True)
+    except flags.Error as error:
+        sys.exit(f"error: {'; '.join(str(error).splitlines())}")
+
+
+def fail(error: UsageError | OSError) -> NoReturn:
+    """Ends the program with one line that says what is wrong.
+
+    Any other exception is a fault of a program, of this one or of somebody's scorer, and keeps its
+    traceback.
+    """
+    notes = getattr(error, "__notes__", ())
+    message = str(error.args[0]) if error.args and isinstance(error, UsageError) else str(error)
+    sys.exit(f"error: {': '.join([*notes, message])}")
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between processes, under ~/.cache/kvpo_jax.
+
+    JAX's own variables override the folder and the compile time from which a program is kept.
+    """
+    if not jax.config.values["jax_compilation_cache_dir"]:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kvpo_jax/xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

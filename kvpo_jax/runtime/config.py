@@ -1,0 +1,500 @@
+"""The configuration of a run: loaded from a file, overridden by flags, checked and compared.
+
+A configuration is named `FILE[:PRESET]`, as in `configs/tiny.py:release`; FILE defines
+`get_config(preset)`. Whatever is wrong with one is a UsageError that names the file or the field,
+and the nearest name or value if there is one.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import re
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from kvpo_jax.algorithm import flow, objective, replay, routing
+from kvpo_jax.errors import UsageError, nearest
+from kvpo_jax.models import attention, layers, wan
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TINY = "configs/tiny.py"  # what runs when nothing else is asked for
+
+# Where the alternatives of a field are implemented, there they are registered. The registry of
+# backbones, whose modules need this one, is checked by `backbone.load`.
+REGISTRIES = (
+    layers.DTYPES,
+    attention.IMPLEMENTATIONS,
+    wan.REMAT,
+    flow.SOLVERS,
+    routing.DRAWS,
+    replay.CONTEXTS,
+    replay.TEXTS,
+    replay.ENERGIES,
+    objective.TAU_UNITS,
+    objective.ADVANTAGES,
+    objective.NORMALIZERS,
+    objective.GATES,
+)
+
+# The smallest value that means something; a group needs two branches to have a spread, an interval
+# two prompts.
+MINIMUM = {
+    "model.dim": 1,
+    "model.num_heads": 1,
+    "model.num_layers": 1,
+    "model.freq_dim": 2,
+    "lora.rank": 1,
+    "video.height": 1,
+    "video.width": 1,
+    "video.blocks": 1,
+    "video.block_frames": 1,
+    "sampler.context_step": 0.0,
+    "window.sink": 0,
+    "window.recache_frames": 0,
+    "window.bank": 0,
+    "window.bank_interval": 1,
+    "model.sparse_memory": 0,
+    "rollout.branches": 2,
+    "rollout.branch_chunk": 0,
+    "rollout.window_blocks": 1,
+    "rollout.perturbed_steps": 0,
+    "replay.sigma_floor": 0.0,
+    "replay.blocks": 0,
+    "replay.grad_steps": 1,
+    "replay.chunk": 0,
+    "objective.beta": 0.0,
+    "objective.clip_low": 0.0,
+    "objective.clip_high": 0.0,
+    "objective.advantage_clip": 0.0,
+    "reward.clip_frames": 0,
+    "train.iterations": 1,
+    "train.micro_batch": 0,
+    "train.prompts_per_iteration": 1,
+    "train.epochs": 1,
+    "train.rollouts_per_sync": 1,
+    "train.learning_rate": 0.0,
+    "train.warmup": 0,
+    "train.weight_decay": 0.0,
+    "train.ema_decay": 0.0,
+    "train.checkpoint_every": 1,
+    "train.keep": 1,
+    "train.video_every": 0,
+    "eval.prompts": 2,
+    "eval.every": 0,
+    "eval.batch": 0,
+    "mesh.data": 0,
+    "mesh.branch": 0,
+}
+POSITIVE = ("sampler.shift", "objective.tau", "lora.alpha", "train.grad_clip")
+# What may differ when a run is continued: how long it runs, what is only looked at, and the
+# machine: its devices and where it has the files, which are taken to be the same ones.
+RESUMABLE = (
+    "train.iterations",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.video_every",
+    "eval.",
+    "reward.resident",
+    "mesh.",
+    "paths.",
+    "weights",
+)
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """dotted field name -> value, of every leaf."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            out |= {f"{key}.{name}": leaf for name, leaf in flat(value).items()}
+        else:
+            out[key] = value
+    return out
+
+
+# ---------------------------------------------------------------- files
+
+
+def shipped(path: str) -> Path:
+    """The file that comes with the package: inside an installed one, next to it in a checkout."""
+    inside = PACKAGE / path
+    return inside if inside.is_file() else PACKAGE.parent / path
+
+
+def find(path: str) -> Path:
+    """The file `path`, or the shipped one of that name."""
+    for candidate in (Path(path), shipped(path)):
+        if candidate.is_file():
+            return candidate
+    names = [f"configs/{file.name}" for file in shipped(TINY).parent.glob("*.py")]
+    raise UsageError(f"there is no configuration file {path!r}{nearest(path, names)}")
+
+
+def derive(path: str, preset: str) -> ConfigDict:
+    """The configuration `path:preset` as another configuration file changes it: unlocked."""
+    return load(f"{path}:{preset}").copy_and_resolve_references().unlock()
+
+
+def load(spec: str) -> ConfigDict:
+    """The configuration FILE[:PRESET]."""
+    path, _, preset = spec.partition(":")
+    file = find(path)
+    if file.suffix != ".py":
+        raise UsageError(f"{path}: a configuration is a Python file with a get_config()")
+    defined = runpy.run_path(str(file))
+    if "get_config" not in defined:
+        raise UsageError(f"{path} defines no get_config()")
+    get_config, presets = defined["get_config"], defined.get("PRESETS", (preset,))
+    if preset and not inspect.signature(get_config).parameters:
+        raise UsageError(f"{path} has no presets, so not {preset!r} either")
+    if preset and preset not in presets:
+        raise UsageError(f"{path} has the presets {', '.join(presets)}, not {preset!r}")
+    config = get_config(*([preset] if preset else [])).lock()
+    if file != shipped(TINY):
+        check_fields(config, file)
+    return config
+
+
+def load_saved(path: Path) -> ConfigDict:
+    """The configuration that a run directory's config.json holds."""
+    if not path.is_file():
+        raise UsageError(f"{path.parent} is not the directory of a run: there is no {path}")
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or not even text
+        raise UsageError(f"{path} is not a saved configuration: {error}") from error
+    config = ConfigDict(with_tuples(saved) if isinstance(saved, dict) else {})
+    fill_defaults(config, path)
+    check_fields(config, path)
+    return config.lock()
+
+
+def fill_defaults(config: ConfigDict, path: Path) -> None:
+    """Gives fields that are newer than the run in `path` their defaults, and says so once.
+
+    A file that has hardly any of the fields is left alone: it is not of a run.
+    """
+    defaults, own = flat(load(str(shipped(TINY)))), flat(config)
+    missing = [name for name in defaults if name not in own and not _is_weight(name)]
+    if not missing or 2 * len(missing) > len(defaults):
+        return
+    for name in missing:
+        *sections, field = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ConfigDict()
+            section = section[part]
+        section[field] = defaults[name]
+    _say_defaults(str(path), ", ".join(f"{name}={defaults[name]!r}" for name in missing))
+
+
+@functools.cache
+def _say_defaults(path: str, fields: str) -> None:
+    print(f"{path} is older than these fields, which take their defaults: {fields}", flush=True)
+
+
+def _is_weight(name: str) -> bool:
+    """Whether a field is a component in reward.weights, which are the scorers' business."""
+    return name.startswith("reward.weights.")
+
+
+def with_tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: with_tuples(inner) for key, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------- sizes that follow from it
+
+
+def recorded_blocks(config: ConfigDict) -> int:
+    """Blocks replayed from the pivot on: at least the perturbed window, or replay.blocks."""
+    return max(config.replay.blocks, config.rollout.window_blocks)
+
+
+def prompts_at_once(config: ConfigDict) -> int:
+    """Prompts that are rolled out, scored and replayed together."""
+    return config.train.micro_batch or config.train.prompts_per_iteration
+
+
+def branches_at_once(config: ConfigDict) -> int:
+    """Branches that are rolled out together, each chunk with an anchor of its own."""
+    return config.rollout.branch_chunk or config.rollout.branches
+
+
+def heldout_at_once(config: ConfigDict, shards: int) -> int:
+    """Held-out videos generated at once: eval.batch, or as many as there are prompts in training.
+
+    Raises:
+      UsageError: the held-out prompts cannot be divided into such batches, or a batch over the
+        `shards` of prompts of the mesh.
+    """
+    prompts, batch = config.eval.prompts, config.eval.batch
+    most = batch or prompts_at_once(config)
+    fitting = [n for n in range(1, most + 1) if prompts % n == 0 and n % shards == 0]
+    if not fitting or batch not in (0, fitting[-1]):
+        also = f"eval.batch={batch}, and that of " if batch else ""
+        raise UsageError(
+            f"eval.prompts={prompts} must be a multiple of {also}the mesh's {shards} shards of "
+            "prompts"
+        )
+    return fitting[-1]
+
+
+def wan_config(config: ConfigDict) -> wan.WanConfig:
+    """The sizes of the generator: sections `model` and `lora`."""
+    return wan.WanConfig(**config.model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha)
+
+
+def segment_of(frame: int, switch_frames: Sequence[int]) -> int:
+    """Index of the prompt segment that holds a latent frame."""
+    return sum(frame >= switch for switch in switch_frames)
+
+
+def is_on_policy(config: ConfigDict, iteration: int) -> bool:
+    """Whether pi_old has just been set to pi_theta."""
+    return iteration % config.train.rollouts_per_sync == 0
+
+
+def micro_batches(config: ConfigDict) -> Iterator[np.ndarray]:
+    """The numbers of the prompts of an iteration, so many at a time."""
+    size = prompts_at_once(config)
+    for first in range(0, config.train.prompts_per_iteration, size):
+        yield np.arange(first, first + size, dtype=np.int32)
+
+
+def is_pictured(config: ConfigDict, iteration: int) -> bool:
+    """Whether the branches of an iteration, numbered from 0, are shown.
+
+    Those of the first and the last are, and of every `train.video_every`-th.
+    """
+    done, every = iteration + 1, config.train.video_every
+    return every > 0 and (done in (1, config.train.iterations) or done % every == 0)
+
+
+# ---------------------------------------------------------------- overrides
+
+
+def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """A copy of `config` with the flags `--config.FIELD=VALUE` of the command line `arguments` (no
+    program name).
+    """
+    config = config.copy_and_resolve_references()
+    for argument in arguments:
+        # A custom scorer may have components that the config does not list: give each a default
+        # weight of 0 so that the flag can set it.
+        if match := re.match(r"--?config\.reward\.weights\.(\w+)", argument):
+            with config.unlocked():
+                config.reward.weights[match[1]] = config.reward.weights.get(match[1], 0.0)
+    names, sections = flat(config), {name.rpartition(".")[0] for name in flat(config)}
+    for argument in arguments:
+        if re.match(r"--?config=", argument):
+            raise UsageError(
+                f"{argument}: the configuration is the run's own; --config.FIELD=VALUE changes a"
+                " field"
+            )
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        if not match or match[1] in names:
+            continue
+        if match[1] in sections:
+            fields = ", ".join(name for name in names if name.startswith(f"{match[1]}."))
+            raise UsageError(f"config.{match[1]} is a section; its fields are {fields}")
+        raise UsageError(f"there is no field config.{match[1]}{nearest(match[1], names)}")
+    values = flags.FlagValues()
+    command_line = ["", *arguments]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command_line)
+    try:
+        left = values(command_line)[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise UsageError(
+            f"there is no flag --{error.flagname}{nearest(error.flagname, flags.FLAGS)}"
+        ) from error
+    except flags.IllegalFlagValueError as error:
+        found = re.findall(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
+        name, value = found[0]
+        raise UsageError(
+            f"config.{name}={value}: expected {type(names[name]).__name__}, as in {names[name]!r}"
+        ) from error
+    except flags.Error as error:
+        raise UsageError(str(error)) from error
+    if left:
+        raise UsageError(f"unexpected argument {left[0]!r}")
+    flag: Any = values["config"]
+    given = flag.override_values
+    with flag.value.unlocked() as out:
+        for name, value in given.items():
+            out.update_from_flattened_dict({name: _like(name, value, names[name])})
+        # config.reward.weights belong to the configured scorers. If the flags replace all of those,
+        # drop their weights.
+        if not _names(names["reward.scorer"]) & _names(out.reward.scorer):
+            weights = out.reward.weights.items()
+            own = {name: weight for name, weight in weights if f"reward.weights.{name}" in given}
+            out.reward.weights = ConfigDict(own)
+    return out.lock()
+
+
+def _names(listed: str) -> set[str]:
+    """The names in a list that commas separate."""
+    return {name.strip() for name in listed.split(",")}
+
+
+def _like(name: str, value: Any, default: Any) -> Any:
+    """`value`, the elements of a tuple as the type of those of `default`; a scalar has its type
+    already.
+    """
+    if not isinstance(default, tuple) or not default:
+        return value
+    kind = type(default[0])
+    if any(type(x) is not kind and (kind, type(x)) != (float, int) for x in value):
+        raise UsageError(
+            f"config.{name}={value}: expected elements of type {kind.__name__}, as in {default}"
+        )
+    return tuple(kind(x) for x in value)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_fields(config: ConfigDict, path: Path) -> None:
+    """UsageError if what `path` holds has other fields than configs/tiny.py.
+
+    It is another version's, or foreign.
+    """
+    own = {name for name in flat(config) if not _is_weight(name)}
+    known = {name for name in flat(load(str(shipped(TINY)))) if not _is_weight(name)}
+
+    def listed(names: list[str]) -> str:
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    faults = {"missing": sorted(known - own), "unknown": sorted(own - known)}
+    if found := [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]:
+        raise UsageError(
+            f"{path} has other fields than {TINY}, {'; '.join(found)}; correct it or name another"
+        )
+
+
+def check(config: ConfigDict) -> None:
+    """UsageError that names the first field whose value cannot be meant."""
+    fields = flat(config)
+    for registry in REGISTRIES:
+        registry[fields[registry.field]]  # an unknown name is an error
+    _check_ranges(fields)
+    _check_model(config, fields)
+    _check_video(config, fields)
+    _check_batches(config)
+
+
+def _check_ranges(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"config.{name}={value} is not finite")
+        if name in MINIMUM and value < MINIMUM[name]:
+            raise UsageError(f"config.{name}={value} is less than {MINIMUM[name]}")
+        if name in POSITIVE and value <= 0:
+            raise UsageError(f"config.{name}={value} is not positive")
+    if fields["train.ema_decay"] > 1:
+        raise UsageError(f"config.train.ema_decay={fields['train.ema_decay']} is more than 1")
+
+
+def _check_model(config: ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Sizes that divide one another, and as many steps as there are levels."""
+    model = config.model
+    if len(model.patch) != 3 or min(model.patch) < 1:
+        raise UsageError(
+            f"config.model.patch={model.patch}: expected the frames, height and width of a token"
+        )
+    for name, divisor, what in (
+        # Rotary positions turn pairs of channels.
+        ("model.dim", 2 * model.num_heads, "twice config.model.num_heads"),
+        ("model.freq_dim", 2, "a cosine and a sine"),
+        ("video.height", model.patch[1], "config.model.patch[1]"),
+        ("video.width", model.patch[2], "config.model.patch[2]"),
+        ("window.recache_frames", config.video.block_frames, "config.video.block_frames"),
+    ):
+        if fields[name] % divisor:
+            raise UsageError(f"config.{name}={fields[name]} is not a multiple of {divisor}, {what}")
+    flow.levels(config.sampler)  # no arrays of JAX: processes may still have to join
+    routing.window(config.window)
+    steps = len(config.sampler.steps)
+    for name in ("rollout.perturbed_steps", "replay.grad_steps"):
+        if fields[name] > steps:
+            raise UsageError(
+                f"config.{name}={fields[name]}, but config.sampler.steps has only {steps}"
+            )
+
+
+def _check_video(config: ConfigDict, fields: Mapping[str, Any]) -> None:
+    """Frames that have positions, and prompt switches that can be made."""
+    video, recache_frames = config.video, config.window.recache_frames
+    frames, given = (
+        video.blocks * video.block_frames,
+        f"config.video.switch_frames={video.switch_frames}",
+    )
+    if frames > layers.MAX_FRAMES:
+        raise UsageError(
+            f"config.video.blocks={video.blocks} of config.video.block_frames={video.block_frames} "
+            f"are {frames} frames; there are positions for {layers.MAX_FRAMES}"
+        )
+    if video.switch_frames and not recache_frames:
+        raise UsageError(f"config.window.recache_frames=0, but prompts switch at {given}")
+    check_switches(given, video.switch_frames, video.block_frames, frames)
+    if video.switch_frames and video.switch_frames[0] < recache_frames:
+        raise UsageError(
+            f"{given}: the first prompt must have config.window.recache_frames={recache_frames} "
+            "frames, which are cached anew when it ends"
+        )
+
+
+def check_switches(
+    given: str, switch_frames: Sequence[int], block_frames: int, frames: int
+) -> None:
+    """UsageError, beginning with `given`, unless every prompt segment has blocks of its own."""
+    bounds = (0, *switch_frames, frames)
+    if list(bounds) != sorted(set(bounds)) or any(f % block_frames for f in bounds):
+        raise UsageError(
+            f"{given}: expected ascending multiples of config.video.block_frames={block_frames} "
+            f"between 0 and {frames}, the frames of the video"
+        )
+
+
+def _check_batches(config: ConfigDict) -> None:
+    """Batches that divide what they are of."""
+    for name, part, whole_name, whole in (
+        (
+            "train.micro_batch",
+            config.train.micro_batch,
+            "train.prompts_per_iteration",
+            config.train.prompts_per_iteration,
+        ),
+        (
+            "rollout.branch_chunk",
+            config.rollout.branch_chunk,
+            "rollout.branches",
+            config.rollout.branches,
+        ),
+        ("eval.batch", config.eval.batch, "eval.prompts", config.eval.prompts),
+    ):
+        if part and whole % part:
+            raise UsageError(f"config.{name}={part} does not divide config.{whole_name}={whole}")
+
+
+def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
+    """UsageError if continuing a run of `saved` with `given` would be another run (RESUMABLE)."""
+    before, now = flat(saved), flat(given)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name) and not name.startswith(RESUMABLE):
+            raise UsageError(
+                f"config.{name}: the run was started with {before.get(name)!r}, not with"
+                f" {now.get(name)!r}; continue it with its own configuration or start another run"
+            )

@@ -1,0 +1,289 @@
+"""The numbers of an iteration: what its groups look like, whether they are finite, their writers.
+
+The writers have the methods of clu's `metric_writers.MetricWriter` that a run needs, and do not
+inherit from it: clu's package of writers cannot be imported without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import struct
+
+from kvpo_jax.algorithm import objective
+from kvpo_jax.errors import NotFiniteError, UsageError
+from kvpo_jax.runtime.atomic import replacing
+from kvpo_jax.runtime.doctor import Doctor
+from kvpo_jax.runtime.pictures import sheet
+from kvpo_jax.runtime.progress import Progress
+from kvpo_jax.types import Array, Judged
+
+# ---------------------------------------------------------------- what is reported of an iteration
+
+
+class Group(struct.PyTreeNode):
+    """What is reported of a micro-batch.
+
+    Attributes:
+      judged: rewards, gates and pictures of its P groups.
+      energies: float[P, G], of the old policy.
+      sentences: P sequences (static).
+      ratio_check: float[], how far the ratio of these energies and of the old policy's forward pass
+        is from 1; None where it is not looked at.
+    """
+
+    judged: Judged
+    energies: Array
+    sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
+    ratio_check: Array | None = None
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What the groups of an iteration look like, name -> mean over its micro-batches.
+
+    Rewards, win rate over the anchor, diversity, spread of energies.
+    """
+
+    def mean_std(values: Array) -> Array:
+        return jax.vmap(objective.group_std)(jnp.asarray(values)).mean()
+
+    def of_batch(group: Group) -> dict[str, Array]:
+        scores = group.judged.scores
+        means = {f"reward_{name}": x.mean() for name, (x, _) in scores.components.items()}
+        return {
+            "reward": scores.branches.mean(),
+            "reward_anchor": scores.anchor.mean(),
+            "reward_std_in_group": mean_std(scores.branches),
+            "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
+            "pixel_std_in_group": group.judged.pixel_std,
+            "gate_open": group.judged.gate_open.mean(),
+            "energy_old_std_in_group": mean_std(group.energies),
+            **means,
+        }
+
+    batches = [of_batch(group) for group in groups]
+    metrics = {name: float(np.mean([batch[name] for batch in batches])) for name in batches[0]}
+    checks = [float(group.ratio_check) for group in groups if group.ratio_check is not None]
+    return metrics | ({"ratio_check": checks[0]} if checks else {})
+
+
+def check_finite(
+    metrics: Mapping[str, Array], energies: Mapping[str, Array], sentences: Sequence[Sequence[str]]
+) -> None:
+    """NotFiniteError that names what is not finite: policy, prompt and branch, or the gradient.
+
+    Args:
+      metrics: of the gradient or of the update.
+      energies: policy -> float[P, G].
+      sentences: of the P prompts.
+    """
+    for policy, values in energies.items():
+        finite = np.isfinite(np.asarray(values))
+        for prompt, branch in np.argwhere(~finite)[:1]:
+            raise NotFiniteError(
+                f"the energy of branch {branch} of prompt {sentences[prompt]} is "
+                f"{values[prompt, branch]} under the {policy} policy"
+            )
+    for name in ("loss", "grad_norm"):
+        if name in metrics and not np.isfinite(metrics[name]):
+            raise NotFiniteError(f"{name} is {metrics[name]} though every energy is finite")
+
+
+# ---------------------------------------------------------------- writers
+
+
+class JsonlWriter:
+    """Appends to a file one JSON object per call, which is in the file when the call returns.
+
+    Args:
+      path: the file; its folder exists.
+      first_step: the step that this process begins with. A continued run repeats the steps after
+        its checkpoint: what an earlier process wrote of them is dropped, as is a last line that a
+        kill has cut short.
+    """
+
+    def __init__(self, path: Path, first_step: int = 0):
+        _truncate(path, first_step)
+        self._file = path.open("a")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes {"iteration": step, ...}, with null for what is not finite, as JSON has no NaN."""
+        values = {name: float(value) for name, value in scalars.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"iteration": step, **finite}) + "\n")
+        self._file.flush()
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes nothing: the file is for numbers."""
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _truncate(path: Path, first_step: int) -> None:
+    """Drops the lines from `first_step` on, and one that a kill has cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n") and json.loads(line)["iteration"] < first_step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}:{number} has no metrics of an iteration: {error}") from error
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+class TensorboardXWriter:
+    """Writes TensorBoard's event files.
+
+    It uses tensorboardX's event files and not its SummaryWriter, whose thread does not report a
+    full disk: the training loop would wait for it forever.
+
+    Args:
+      logdir: the folder of the event files; it is made.
+      first_step: as in JsonlWriter; TensorBoard hides what earlier files have of later steps.
+    """
+
+    def __init__(self, logdir: Path, first_step: int = 0):
+        from tensorboardX import summary  # imports torch where that is installed
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        logdir.mkdir(parents=True, exist_ok=True)
+        self._summary, self._event = summary, Event
+        # Names begin with the second, which two processes of a run may share.
+        self._file = EventsWriter(str(logdir / "events"), f".{os.getpid()}.{first_step}")
+        if first_step:
+            start = SessionLog(status=SessionLog.START)
+            self._file.write_event(Event(step=first_step, session_log=start))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes a point of each curve."""
+        self._write(step, [self._summary.scalar(name, scalars[name]) for name in scalars])
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures, uint8 or float in [0, 1], [h, w, 3] or several [n, h, w, 3] as one."""
+        self._write(
+            step,
+            [
+                self._summary.image(name, image, dataformats="NHWC"[-image.ndim :])
+                for name, image in images.items()
+            ],
+        )
+
+    def _write(self, step: int, summaries: list[Any]) -> None:
+        for part in summaries:
+            event = self._event(step=step, wall_time=time.time(), summary=part)
+            self._file.write_event(event)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricWriter:
+    """Writes metrics.jsonl and, in a thread of its own, TensorBoard's event files.
+
+    An error of that thread is raised by the next call, at the latest by `close`.
+
+    Args:
+      workdir: the run directory; it is made.
+      first_iteration: the iteration that this process begins with, 0 for a new run.
+    """
+
+    def __init__(self, workdir: Path | str, first_iteration: int):
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._lines = JsonlWriter(workdir / "metrics.jsonl", first_iteration)
+        self._events = TensorboardXWriter(workdir / "tensorboard", first_iteration)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
+        self._pending: deque[Future[None]] = deque()
+
+    def write_scalars(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics of an iteration, once: a line of metrics.jsonl, a point per curve."""
+        values = {name: float(value) for name, value in metrics.items()}
+        self._lines.write_scalars(iteration, values)
+        self._later(self._events.write_scalars, iteration, values)
+
+    def write_images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures for TensorBoard, as in TensorboardXWriter."""
+        self._later(self._events.write_images, iteration, images)
+
+    def flush(self) -> None:
+        """Waits until everything is in the files."""
+        self._check(wait=True)
+
+    def close(self) -> None:
+        """Flushes and closes the files, also after an error."""
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown()
+            try:
+                self._events.close()
+            finally:
+                self._lines.close()
+
+    def _later(self, write: Callable[[int, Any], None], step: int, values: Any) -> None:
+        self._check()
+        self._pending.append(self._thread.submit(write, step, values))
+        self._pending.append(self._thread.submit(self._events.flush))
+
+    def _check(self, wait: bool = False) -> None:
+        """Raises what the thread has raised."""
+        while self._pending and (wait or self._pending[0].done()):
+            self._pending.popleft().result()
+
+
+# ---------------------------------------------------------------- recorder
+
+
+class Recorder:
+    """Writes and prints what happens in the iterations of a run; the main process has one.
+
+    Args:
+      config: of the run.
+      workdir: its directory.
+      first_iteration: the iteration that this process begins with.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, first_iteration: int):
+        self._writer = MetricWriter(workdir, first_iteration)
+        self._progress = Progress(config.train.iterations)
+        self._doctor = Doctor(config)
+        self._branches = config.rollout.branches
+
+    def record(self, iteration: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
+        """Reports an iteration, numbered from 0."""
+        self._writer.write_scalars(iteration, metrics)
+        self._progress.show(iteration, metrics)
+        for line in self._doctor.visit(metrics):
+            print(line, flush=True)
+        clips = groups[0].judged.clips
+        if clips is not None:
+            names = ("anchor", *(f"branch {g}" for g in range(self._branches)))
+            picture = np.asarray(sheet(list(zip(names, clips, strict=False))))
+            self._writer.write_images(iteration, {"branches": picture})
+
+    def close(self) -> None:
+        """Finishes the files."""
+        self._writer.close()

@@ -1,0 +1,284 @@
+"""The device mesh, the specs of the structs of `types`, and what several processes need.
+
+The mesh has the axes ("data", "branch") over all devices. Prompts are split over data, branches
+over branch, and every device has the weights. A rollout carries one copy of the anchor per shard of
+`branch`, so that the anchor and the branches of a device run in the same batch of the same program,
+and identity routing gives the anchor bit for bit.
+
+With several processes (docs/cluster.md) each holds a rectangle of the mesh, and all run the same
+program. The host reads what every device has, or its own part of an array (`own_part`), which
+`gather` joins with those of the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kvpo_jax.errors import UsageError
+from kvpo_jax.types import Array, KVCache, PyTree, ReplayTuples, TextKV
+
+# Any, because specs stand where a struct has arrays.
+Spec: Any = PartitionSpec
+REPLICATED = Spec()
+PROMPTS = Spec("data")
+TRAJECTORIES = Spec("data", "branch")
+TEXT = TextKV(k=Spec(None, "data"), v=Spec(None, "data"))
+
+
+def cache_spec(cache: KVCache, frame: Spec) -> KVCache:
+    """Specs of a cache (arrays or shapes) whose `frame` has the spec PROMPTS or TRAJECTORIES."""
+    kv = Spec(None, *frame)
+    return jax.tree.map(lambda _: kv, cache).replace(frame=frame)
+
+
+def replay_spec(history: KVCache) -> ReplayTuples:
+    """Specs of ReplayTuples, from those of a history, with or without a memory bank."""
+    return ReplayTuples(
+        z=TRAJECTORIES,
+        u=TRAJECTORIES,
+        history=history.replace(bank=None),
+        page=history,
+        frames=REPLICATED,
+        start_frame=REPLICATED,
+        segment=REPLICATED,
+        noise=PROMPTS,
+    )
+
+
+def make_mesh(
+    data: int, branch: int, prompts: int, branches: int, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh of data x branch devices.
+
+    Args:
+      data: devices over prompts; 0 lets the device count choose.
+      branch: devices over branches; 0 likewise.
+      prompts: what `data` must divide.
+      branches: what `branch` must divide.
+      devices: to choose from; None: all.
+
+    A chosen size uses the most devices. If several do, it has the most over prompts, because every
+    shard of branches rolls out an anchor of its own.
+
+    Raises:
+      UsageError: given sizes do not divide, or need more devices than there are. With several
+        processes also: a device would be idle, or a process would not hold a rectangle.
+    """
+    devices = devices or jax.devices()
+    if data and prompts % data:
+        raise UsageError(
+            f"mesh.data={data} does not divide {prompts} prompts at a time (train.micro_batch)"
+        )
+    if branch and branches % branch:
+        raise UsageError(
+            f"mesh.branch={branch} does not divide {branches} branches at a time"
+            " (rollout.branch_chunk)"
+        )
+
+    def divisors(size, count):
+        return [size] if size else [n for n in range(1, count + 1) if count % n == 0]
+
+    sizes = itertools.product(divisors(data, prompts), divisors(branch, branches))
+    fitting = [size for size in sizes if math.prod(size) <= len(devices)]
+    data, branch = max(
+        fitting, key=lambda size: (math.prod(size), size[0]), default=(data or 1, branch or 1)
+    )
+    if data * branch > len(devices):
+        raise UsageError(
+            f"mesh.data={data} x mesh.branch={branch} needs {data * branch} of {len(devices)}"
+            " devices"
+        )
+    own = jax.local_device_count()
+    if jax.process_count() > 1 and (data * branch < len(devices) or branch % own and own % branch):
+        raise UsageError(
+            f"mesh.data={data} x mesh.branch={branch} does not fit {jax.process_count()} processes"
+            f" of {own} devices: every device must have a place, and mesh.branch and the devices of"
+            " a process must divide one another; try other mesh sizes, prompts"
+            " (train.prompts_per_iteration or train.micro_batch) or rollout.branches"
+        )
+    return Mesh(np.asarray(devices[: data * branch]).reshape(data, branch), ("data", "branch"))
+
+
+def describe(mesh: Mesh, prompts: int, branches: int) -> str:
+    """What is split over what, in words, and how many devices are idle."""
+    data, branch = mesh.shape["data"], mesh.shape["branch"]
+    idle = len(jax.devices()) - mesh.size
+    text = (
+        f"{mesh.size} device{'s' * (mesh.size > 1)}: {prompts} prompts over {data}, {branches}"
+        f" branches over {branch}"
+    )
+    return f"{text}; {idle} idle, for no larger sizes divide prompts and branches" if idle else text
+
+
+def vary_over_branch(x: Array) -> Array:
+    """Inside `shard_map`: lets a loop change an array that is equal on all shards of `branch`."""
+    return jax.lax.pcast(x, "branch", to="varying")
+
+
+def put(x: np.ndarray | Array, sharding: jax.sharding.Sharding) -> Array:
+    """Puts `x`, which every process has, on the devices of `sharding`.
+
+    Nothing is sent or compared between processes.
+    """
+    return jax.make_array_from_process_local_data(sharding, x, x.shape)
+
+
+def vary(tree: PyTree) -> PyTree:
+    """Inside `shard_map`: gives every shard its own copy of a replicated tree.
+
+    Its gradients are then summed over the shards once, and not at every use in the innermost loop.
+    """
+    return jax.tree.map(lambda x: jax.lax.pcast(x, ("data", "branch"), to="varying"), tree)
+
+
+def place(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
+    """The tree on the mesh, every leaf with the same spec."""
+    return jax.tree.map(partial(put, sharding=NamedSharding(mesh, spec)), tree)
+
+
+def constrain(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
+    """Inside jit: asks for every leaf to have this spec."""
+    return jax.tree.map(
+        partial(jax.lax.with_sharding_constraint, shardings=NamedSharding(mesh, spec)), tree
+    )
+
+
+def constrain_like(tree: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
+    """Inside jit: asks for every leaf to have its own spec."""
+    named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, named)
+
+
+def trajectories(mesh: Mesh, branches: int) -> np.ndarray:
+    """The branch of each of the T trajectories, int[T]; -1 for an anchor.
+
+    T is the number of branch shards plus G. Every shard of the mesh axis `branch` begins with its
+    copy of the anchor.
+    """
+    shards = mesh.shape["branch"]
+    order = np.arange(branches).reshape(shards, -1)
+    return np.concatenate([np.full((shards, 1), -1), order], axis=1).reshape(-1)
+
+
+def branches_of(x: Array, mesh: Mesh, branches: int) -> Array:
+    """The branches of x [P, T, ...], as [P, G, ...]."""
+    shards = mesh.shape["branch"]
+    x = x.reshape(x.shape[0], shards, 1 + branches // shards, *x.shape[2:])[:, :, 1:]
+    return x.reshape(x.shape[0], branches, *x.shape[3:])
+
+
+# ---------------------------------------------------------------- several processes
+
+# Environment variables that reveal several processes: the counts set by srun and Open MPI's mpirun,
+# and the index set by Kubernetes.
+STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+INDEXED_POD = "JOB_COMPLETION_INDEX"
+
+
+def distributed_arguments(
+    environment: Mapping[str, str],
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> dict[str, Any] | None:
+    """The arguments of jax.distributed.initialize; None for a run of a single process.
+
+    Args:
+      environment: os.environ; if it shows a launcher, JAX works out the rest itself.
+      coordinator, num_processes, process_id: the flags, which take precedence over a launcher.
+
+    Raises:
+      UsageError: some of the flags are missing.
+    """
+    if num_processes == 1:
+        return None
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if missing := [name for name, value in given.items() if value is None]:
+        if len(missing) < len(given):
+            raise UsageError(
+                "several processes are told --coordinator, --num_processes and --process_id;"
+                f" --{missing[0]} is missing"
+            )
+        several = INDEXED_POD in environment or any(
+            int(environment.get(name, 1)) > 1 for name in STARTED
+        )
+        return {} if several else None
+    return {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def is_main() -> bool:
+    """Whether this process writes and prints; the prompts of its devices are the first."""
+    return jax.process_index() == 0
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is up on any process. Every process has to ask."""
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
+
+
+def _processes(mesh: Mesh) -> np.ndarray:
+    """int[rows, columns]: the process of each rectangle of the mesh."""
+    rows, columns = mesh.local_mesh.devices.shape
+    return np.vectorize(lambda device: device.process_index)(mesh.devices[::rows, ::columns])
+
+
+def own_prompts(mesh: Mesh, prompts: int) -> np.ndarray:
+    """Which of the prompts are on this process's devices, in order."""
+    rows = np.any(_processes(mesh) == jax.process_index(), axis=1)
+    return np.arange(prompts).reshape(len(rows), -1)[rows].reshape(-1)
+
+
+def from_own_prompts(x: np.ndarray, mesh: Mesh, prompts: int) -> Array:
+    """float[P, ...] with the spec PROMPTS; each process brings its `own_prompts`."""
+    return jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PROMPTS), x, (prompts, *x.shape[1:])
+    )
+
+
+def own_part(x: Array) -> Array:
+    """The part of a sharded array that is on this process's devices, as an array of its own."""
+    if x.is_fully_addressable:
+        return x
+    placed: Any = x.sharding
+    return multihost_utils.global_array_to_host_local_array(x, placed.mesh, placed.spec)
+
+
+def gather(compute: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    """Joins what `compute` makes of each process's part: float[P, G] or float[P], on every process.
+
+    If several processes hold a prompt, what depends on it alone is taken from the first of them. A
+    FloatingPointError on one process becomes one on all, so that none waits for another.
+    """
+    own = error = None
+    try:
+        own = compute()
+    except FloatingPointError as raised:
+        error = raised
+    if any_process(error is not None):
+        raise error or FloatingPointError(
+            "another process met a number that is not finite, and names it"
+        )
+    processes = _processes(mesh)
+
+    def join(x: np.ndarray) -> Array:  # [processes, ...]
+        if x.ndim == 2:
+            return jnp.asarray(x[processes[:, 0]].reshape(-1))
+        return jnp.asarray(rearrange(x[processes], "row column p g -> (row p) (column g)"))
+
+    return jax.tree.map(join, multihost_utils.process_allgather(own))

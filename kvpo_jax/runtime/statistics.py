@@ -1,0 +1,94 @@
+"""Statistics of held-out rewards: gains, intervals and win rates of policies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvpo_jax.errors import UsageError
+
+
+def heldout_summary(
+    reference: np.ndarray, online: np.ndarray, ema: np.ndarray
+) -> dict[str, float | int | list[float] | None]:
+    """Sums up the rewards float[n] of three policies for the same n prompts and noise.
+
+    Returns:
+      Their mean rewards; `gain` of online over reference with its interval `gain_ci95`, see
+      `paired_gain`; `win_rate` of online; `num_prompts`.
+    """
+    gain, interval = paired_gain(reference, online)
+    return {
+        "reference": float(np.mean(reference)),
+        "online": float(np.mean(online)),
+        "ema": float(np.mean(ema)),
+        "gain": gain,
+        "gain_ci95": interval,
+        "win_rate": win_rate(reference, online),
+        "num_prompts": len(reference),
+    }
+
+
+def paired_gain(reference: np.ndarray, policy: np.ndarray) -> tuple[float, list[float] | None]:
+    """Returns the mean of policy - reference, float[n] each, and its interval: `mean_interval`."""
+    return mean_interval(_differences(reference, policy))
+
+
+def win_rate(reference: np.ndarray, policy: np.ndarray) -> float:
+    """Returns the share of prompts, float[n], with policy above reference; a tie counts half."""
+    return float(np.mean(0.5 * (np.sign(_differences(reference, policy)) + 1)))
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, list[float] | None]:
+    """Returns the mean of float[n] and its 95 % Student-t interval [low, high].
+
+    A single value says nothing of its spread: its interval is None (null in JSON).
+
+    Raises:
+      UsageError: there are no values, or they are not a vector.
+    """
+    from scipy import stats  # takes half a second, and is needed once, at the end of a run
+
+    values = np.asarray(values, np.float64)
+    if values.ndim != 1 or not values.size:
+        raise UsageError(f"a mean needs a vector of one value or more, not shape {values.shape}")
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return mean, None
+    half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return mean, [mean - half, mean + half]
+
+
+def show_interval(interval: list[float] | None) -> str:
+    """Formats an interval for a table; "-" if there is none."""
+    return "-" if interval is None else f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+
+
+def heldout_table(
+    rewards: Mapping[str, Mapping[str, np.ndarray]],
+) -> tuple[list[str], list[list[str]]]:
+    """Makes the columns and rows of the table that a run ends with, for `progress.table`.
+
+    Args:
+      rewards: policy -> column -> float[n], for the same n prompts and noise. The first policy is
+        the one that the others are compared with, the first column the reward that the gain is of.
+    """
+    first, *_ = rewards
+    columns = list(rewards[first])
+    rows = []
+    for policy, values in rewards.items():
+        row = [policy, *(f"{np.mean(values[column]):.4f}" for column in columns)]
+        before, after = rewards[first][columns[0]], values[columns[0]]
+        gain, interval = paired_gain(before, after)
+        compared = [f"{gain:+.4f}", show_interval(interval), f"{win_rate(before, after):.0%}"]
+        rows.append([*row, *(["", "", ""] if policy == first else compared)])
+    return ["policy", *columns, f"gain over {first}", "95 % interval", "win rate"], rows
+
+
+def _differences(reference: np.ndarray, policy: np.ndarray) -> np.ndarray:
+    """Returns policy - reference, float64[n]; UsageError if they differ in n."""
+    if np.shape(reference) != np.shape(policy):
+        raise UsageError(f"rewards of {np.shape(policy)} and of {np.shape(reference)} prompts")
+    return np.asarray(policy, np.float64) - np.asarray(reference, np.float64)

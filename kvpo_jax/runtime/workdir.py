@@ -1,0 +1,131 @@
+"""The run directory: where it is, and what it records of the run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+import kvpo_jax
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.config import (
+    PACKAGE,
+    TINY,
+    check,
+    check_resumable,
+    flat,
+    load,
+    load_saved,
+    override,
+    shipped,
+    with_tuples,
+)
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether there is a checkpoint to continue from. A save under way has a longer name."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
+def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
+    """Where the run is or will be.
+
+    `workdir` if it is given; else the newest run under runs/ to resume, or a new directory there.
+    """
+    if workdir:
+        if Path(workdir).is_file():
+            raise UsageError(f"--workdir={workdir} is a file; name a directory")
+        if resume and not (Path(workdir) / "config.json").exists():
+            raise UsageError(f"--resume: there is no run in {workdir}")
+        return Path(workdir)
+    if resume:
+        configs = list(Path("runs").glob("*/config.json"))
+        if not configs:
+            raise UsageError(f"--resume: there is no run under {Path('runs').absolute()}")
+        return max(configs, key=lambda file: file.stat().st_mtime).parent
+    path, _, preset = (spec or TINY).partition(":")
+    name = "-".join(
+        [Path(path).stem, *([preset] if preset else []), time.strftime("%Y%m%d-%H%M%S")]
+    )
+    candidates = (Path("runs", f"{name}-{i}" if i else name) for i in itertools.count())
+    return next(path for path in candidates if not path.exists())
+
+
+def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) -> ConfigDict:
+    """The checked configuration of the run in `workdir`, new or continued.
+
+    A continued run that is given no `spec` keeps its own configuration, with `arguments` over it.
+    Before there is a checkpoint, any configuration may replace the one that is saved.
+    """
+    saved = None
+    if workdir is not None and (workdir / "config.json").exists():
+        saved = load_saved(workdir / "config.json")
+    base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
+    config = override(base, arguments)
+    check(config)
+    if workdir is not None and saved is not None and has_checkpoint(workdir):
+        check_resumable(saved, config)
+    return config
+
+
+def start_run(config: ConfigDict, workdir: Path) -> None:
+    """Writes config.json and versions.json, and prints how a continued run differs from them."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    for record, now, what in (
+        (workdir / "config.json", config.to_dict(), "continued with another configuration"),
+        (workdir / "versions.json", versions(), "not bit for bit the run that was interrupted"),
+    ):
+        if has_checkpoint(workdir) and record.exists():
+            before = flat(with_tuples(json.loads(record.read_text())))
+            pairs = [(name, before.get(name), value) for name, value in flat(now).items()]
+            if changed := [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]:
+                print(f"{what}: {', '.join(changed)}", flush=True)
+        write_json(now, record)
+
+
+def versions() -> dict[str, Any]:
+    """What this run's numbers depend on besides its configuration."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+    devices = jax.devices()
+    return {
+        "kvpo_jax": kvpo_jax.__version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that holds the package, "-dirty" if it has changes.
+
+    None outside of a checkout.
+    """
+    if not (PACKAGE.parent / ".git").exists():
+        return None
+    command = [
+        "git",
+        "-C",
+        str(PACKAGE.parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return None
+    return done.stdout.strip()

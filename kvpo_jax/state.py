@@ -1,0 +1,97 @@
+"""What a run carries from one iteration to the next, and its optimiser."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+
+from kvpo_jax.errors import UsageError
+from kvpo_jax.models.wan import init_variables
+from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.types import Array, PyTree
+
+
+class TrainState(struct.PyTreeNode):
+    """The state of a run; all of it is in a checkpoint.
+
+    Attributes:
+      iteration: int32[], iterations done.
+      lora: the policy that is trained (pi_theta).
+      old: the policy that makes the rollouts (pi_old).
+      reference: the frozen initial policy (pi_ref).
+      ema: the average of lora over optimiser steps.
+      optimiser: optax state.
+    """
+
+    iteration: Array
+    lora: PyTree
+    old: PyTree
+    reference: PyTree
+    ema: PyTree
+    optimiser: optax.OptState
+
+
+def make_optimiser(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
+    """AdamW on the LoRA tree: global-norm clip, linear warm-up, decoupled weight decay.
+
+    `train` is that section of the config.
+    """
+    rate = train.learning_rate
+    if train.warmup:
+        rate = optax.linear_schedule(rate / train.warmup, rate, max(train.warmup - 1, 1))
+    return optax.chain(
+        optax.clip_by_global_norm(train.grad_clip),
+        optax.adamw(rate, weight_decay=train.weight_decay),
+    )
+
+
+def init_state(config: ml_collections.ConfigDict, mesh: Mesh, lora: PyTree) -> TrainState:
+    """The state before the first iteration: every policy is `lora`."""
+    optimiser = make_optimiser(config.train)
+    old, reference, ema = (jax.tree.map(jnp.copy, lora) for _ in range(3))
+    state = TrainState(
+        iteration=jnp.zeros((), jnp.int32),
+        lora=lora,
+        old=old,
+        reference=reference,
+        ema=ema,
+        optimiser=optimiser.init(lora),
+    )
+    return sharding.place(state, mesh)
+
+
+def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and placement of a run's state."""
+    variables = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
+    lora, optimiser = variables["lora"], make_optimiser(config.train)
+    iteration: Any = jax.ShapeDtypeStruct((), jnp.int32)
+    state = TrainState(iteration, lora, lora, lora, lora, jax.eval_shape(optimiser.init, lora))
+    place = NamedSharding(mesh, sharding.REPLICATED)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+
+
+def newest_state(workdir: Path, config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
+    """The state in a run's newest checkpoint, to read; the run may be under way.
+
+    Raises:
+      UsageError: there is none yet, or it is not of this config (see `checkpoint.restore_latest`).
+    """
+    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
+        restored = checkpoint.restore_latest(checkpoints, abstract_state(config, mesh))
+    if restored is None:
+        raise UsageError(f"{workdir / 'checkpoints'} has no checkpoint yet")
+    return restored[1]
+
+
+def policy_of(state: TrainState, name: str) -> PyTree:
+    """The LoRA tree of the policy "online", "ema" or "reference"."""
+    return {"online": state.lora, "ema": state.ema, "reference": state.reference}[name]

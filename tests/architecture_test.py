@@ -1,0 +1,133 @@
+"""Every alternative of docs/architecture.md, registered from outside the package and run."""
+
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from equipment import configure
+
+from kvpo_jax import backbone, train
+from kvpo_jax.algorithm import flow, objective, replay, routing
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import config as config_lib
+
+DOC = Path(__file__).parents[1] / "docs" / "architecture.md"
+
+
+@pytest.fixture
+def used(monkeypatch) -> set[str]:
+    """The names of the outside alternatives that have been called; they are all called "mine"."""
+    used = set()
+
+    def register(registry, function):
+        def mine(*arguments):
+            used.add(registry.field)
+            return function(*arguments)
+
+        monkeypatch.setitem(registry, "mine", mine)
+
+    register(flow.SOLVERS, lambda x, v, sigma, sigma_next, noise: x + (sigma_next - sigma) * v)
+    register(
+        routing.DRAWS,
+        lambda key, window, g, frames, start, stop: jnp.sort(
+            (start + jnp.arange(g)[:, None] + jnp.arange(window.routed)) % stop, axis=-1
+        ),
+    )
+    register(replay.ENERGIES, lambda v, u, sigma, options: jnp.abs(v - u).mean((1, 2, 3, 4)))
+    register(replay.CONTEXTS, replay.anchor_energies)
+    register(replay.TEXTS, lambda encode, text: encode())
+    register(objective.ADVANTAGES, lambda options, weights, scores, local: scores.branches)
+    register(objective.GATES, lambda gate_open, log_pi: jnp.ones(()))
+    register(objective.TAU_UNITS, lambda energies: energies.max())
+    return used
+
+
+ALTERNATIVES = {
+    "sampler.solver",
+    "rollout.draw",
+    "replay.energy",
+    "replay.context",
+    "replay.text",
+    "objective.advantage",
+    "objective.gate",
+    "objective.tau_unit",
+}
+
+
+def test_alternatives_from_outside_make_a_run(used, tmp_path, monkeypatch):
+    made = []
+
+    def my_backbone(config):
+        made.append(config.backbone)
+        return backbone.toy_backbone(config)
+
+    monkeypatch.setitem(backbone.BACKBONES, "mine", backbone.Kind(my_backbone))
+    fields = {
+        **dict.fromkeys(ALTERNATIVES, "mine"),
+        "backbone": "mine",
+        "reward.scorer": f"{__name__}:score",
+        "reward.weights.brightness": 1.0,
+        "eval.scorer": "",
+        "train.iterations": 1,
+        "train.prompts_per_iteration": 1,
+        "rollout.branches": 3,
+        "eval.prompts": 2,
+        "eval.batch": 2,
+        "video.blocks": 9,
+    }
+    config = configure("configs/tiny.py", fields)
+    config_lib.check(config)
+    summary = train.train_and_evaluate(config, tmp_path)
+    assert used == ALTERNATIVES and made == ["mine"]
+    assert set(summary["components"]["online"]) == {"brightness"}
+
+
+def score(pixels, prompts):
+    return {"brightness": pixels.mean((1, 2, 3, 4))}
+
+
+@pytest.mark.parametrize("registry", config_lib.REGISTRIES, ids=lambda r: r.field)
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(registry):
+    config = config_lib.load("configs/tiny.py").copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({registry.field: "mien"})
+    with pytest.raises(UsageError) as error:
+        config_lib.check(config)
+    assert str(error.value).startswith(
+        f"config.{registry.field}='mien' is not one of {', '.join(registry)}"
+    )
+
+
+def test_every_registry_is_in_the_table():
+    """And the table names no registry that there is not."""
+    table = set(re.findall(r"`([A-Z_]{4,})`", DOC.read_text()))
+    modules = {**vars(flow), **vars(routing), **vars(replay), **vars(objective), **vars(backbone)}
+    registries = {n for n, value in modules.items() if type(value).__name__ == "Registry"}
+    assert table == registries - {"TEXTS", "NORMALIZERS"}
+
+
+def test_the_rooms_of_the_layout_exist():
+    layout = DOC.read_text().partition("```\n")[2].partition("```")[0]
+    package = DOC.parents[1] / "kvpo_jax"
+    files = set(re.findall(r"(\w+\.py)\b", layout.partition("kvpo_jax/")[2]))
+    folders = set(re.findall(r"^  (?:(\w+)/)", layout, re.MULTILINE))
+    assert files == {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert folders and all((package / folder).is_dir() for folder in folders)
+
+
+def test_the_config_names_the_registry_of_every_alternative():
+    """configs/tiny.py does not list the alternatives again."""
+    comments = {
+        "model.dtype": "layers.DTYPES",
+        "model.attention": "attention.IMPLEMENTATIONS",
+        "model.remat": "wan.REMAT",
+    }
+    source = config_lib.shipped("configs/tiny.py").read_text()
+    named = set(re.findall(r"# in (\w+\.[A-Z_]+)", source))
+    modules = {"flow": flow, "routing": routing, "replay": replay, "objective": objective}
+    for module, registries in modules.items():
+        for name, value in vars(registries).items():
+            if type(value).__name__ == "Registry" and value.field.split(".")[0] != "backbone":
+                comments[value.field] = f"{module}.{name}"
+    comments["backbone"] = "backbone.BACKBONES"
+    assert named == set(comments.values())

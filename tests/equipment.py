@@ -1,0 +1,55 @@
+"""Equipment that several test files need: runs without files, small configurations."""
+
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from kvpo_jax import programs, run
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.types import PromptBatch, PyTree
+
+# A generator that compiles in a moment; its latents are the toy's.
+SMALL = {
+    "model.dim": 16,
+    "model.ffn_dim": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.freq_dim": 16,
+    "lora.rank": 2,
+    "lora.alpha": 2.0,
+}
+# With texts and latents that are as small; the toy's rewards cannot score them.
+SMALLEST = {
+    **SMALL,
+    "model.text_dim": 4,
+    "model.text_len": 3,
+    "model.channels": 2,
+    "video.height": 4,
+    "video.width": 2,
+}
+
+
+def configure(spec: str, fields: dict) -> ml_collections.ConfigDict:
+    """The configuration `spec` with fields, dotted name -> value, over it."""
+    arguments = [f"--config.{name}={value}" for name, value in fields.items()]
+    return config_lib.override(config_lib.load(spec), arguments)
+
+
+def assert_ratio_is_one(row: dict) -> None:
+    """The energies of the gradient and of a forward pass differ by rounding.
+
+    `row` is the first line of metrics.jsonl. The bound is in stds of the group's energies, as the
+    ratio sees them; 1e-6 is what the ratio itself rounds.
+    """
+    assert row["ratio_check"] < max(1e-4 * row["energy_old_std_in_group"] / row["tau"], 1e-6)
+
+
+def bare_run(config: ml_collections.ConfigDict, mesh: Mesh, params: PyTree = None) -> run.Run:
+    """A Run of these base weights, without a backbone: it generates, and cannot decode or score."""
+    return run.Run(config, mesh, None, params, programs.build(config, mesh), None)
+
+
+def batch_of(embeddings: np.ndarray, changed: np.ndarray) -> PromptBatch:
+    """PromptBatch of float[P, M, K, text_dim] and bool[P, M], with sentences that nobody reads."""
+    numbers = np.arange(len(embeddings), dtype=np.int32)
+    return PromptBatch(embeddings, changed, numbers, (("",) * changed.shape[1],) * len(changed))

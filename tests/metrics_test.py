@@ -1,0 +1,190 @@
+"""Metrics that survive a kill and a full disk, and TensorBoard's events."""
+
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvpo_jax.runtime import metrics
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def iterations(path):
+    return [line["iteration"] for line in lines(path)]
+
+
+def events(folder):
+    """The events of a folder's files, read with the length of each record; checksums are not."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    out = []
+    for path in sorted(folder.iterdir()):
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            (length,) = struct.unpack_from("<Q", content, at)
+            out.append(Event.FromString(content[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+    return out
+
+
+def points(folder):
+    """(step, tag) -> value of all scalars."""
+    found = {}
+    for event in events(folder):
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                found[event.step, value.tag] = value.simple_value
+    return found
+
+
+def run(program, *arguments):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_a_line_per_iteration_with_null_for_what_is_not_finite(tmp_path):
+    writer = metrics.MetricWriter(tmp_path / "run", first_iteration=0)
+    writer.write_scalars(0, {"reward": np.float32(0.5), "loss": jnp.float32(2), "kl": math.inf})
+    path = tmp_path / "run" / "metrics.jsonl"  # before anything is closed or flushed
+    assert path.read_text() == '{"iteration": 0, "reward": 0.5, "loss": 2.0, "kl": null}\n'
+    writer.close()
+
+
+def test_a_continued_run_has_every_iteration_once(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, first_iteration=0)
+    for i in range(5):
+        writer.write_scalars(i, {"reward": i})
+    writer.close()
+    path = tmp_path / "metrics.jsonl"
+    with path.open("a") as file:
+        file.write('{"iteration": 5, "rew')  # killed while it wrote
+    writer = metrics.MetricWriter(tmp_path, first_iteration=3)
+    writer.write_scalars(3, {"reward": 30.0})
+    writer.close()
+    assert iterations(path) == [0, 1, 2, 3]
+    assert lines(path)[-1] == {"iteration": 3, "reward": 30.0}
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_cut_line_goes_even_if_its_iteration_is_not_repeated(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\n{"iteration": 1, "rew')
+    metrics.JsonlWriter(path, first_step=2).close()
+    assert iterations(path) == [0]
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"iteration": 0}\nnonsense\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2 has no metrics of an iteration"):
+        metrics.MetricWriter(tmp_path, first_iteration=1)
+
+
+KILLED = """
+import os, signal, sys
+from kvpo_jax.runtime import metrics
+writer = metrics.MetricWriter(sys.argv[1], first_iteration=0)
+for i in range(100):
+    writer.write_scalars(i, {"reward": i})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_kill_loses_no_line_that_was_written(tmp_path):
+    assert run(KILLED, tmp_path).returncode == -signal.SIGKILL
+    assert iterations(tmp_path / "metrics.jsonl") == list(range(100))
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, first_iteration=0)
+    writer.write_scalars(0, {"reward": 0.25, "kl": math.nan})
+    writer.write_images(0, {"branches": np.zeros((12, 34, 3), np.uint8)})
+    writer.write_images(1, {"several": np.zeros((2, 12, 34, 3), np.float32)})
+    writer.flush()
+    found = points(tmp_path / "tensorboard")
+    assert found[0, "reward"] == 0.25 and math.isnan(found[0, "kl"])
+    values = [v for event in events(tmp_path / "tensorboard") for v in event.summary.value]
+    pictures = {v.tag: v.image for v in values if v.HasField("image")}
+    assert (pictures["branches"].height, pictures["branches"].width) == (12, 34)
+    assert pictures["branches"].encoded_image_string.startswith(b"\x89PNG")
+    assert set(pictures) == {"branches", "several"}
+    writer.close()
+
+
+def test_tensorboard_is_told_which_steps_are_written_again(tmp_path):
+    for first in (0, 3):
+        writer = metrics.MetricWriter(tmp_path, first_iteration=first)
+        for i in range(first, 5):
+            writer.write_scalars(i, {"reward": i + first})
+        writer.close()
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    starts = [event for event in events(tmp_path / "tensorboard") if event.HasField("session_log")]
+    assert [event.step for event in starts] == [3]
+    assert points(tmp_path / "tensorboard")[4, "reward"] == 7
+
+
+FULL = """
+import resource, sys
+import numpy as np
+from kvpo_jax.runtime import metrics
+writer = metrics.MetricWriter(sys.argv[1], first_iteration=0)
+writer.write_scalars(0, {"reward": 0.0})
+writer.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))  # the disk is full
+try:
+    if sys.argv[2] == "close":
+        writer.write_images(0, {"noise": np.random.default_rng(0).random((256, 256, 3))})
+        writer.close()
+    for i in range(1, 20):
+        writer.write_images(i, {"noise": np.random.default_rng(i).random((256, 256, 3))})
+        writer.write_scalars(i, {"reward": i})
+    writer.flush()
+except OSError as error:
+    print("raised", error.strerror)
+"""
+
+
+@pytest.mark.parametrize("call", ["write", "close"])
+def test_an_error_of_the_thread_is_raised_and_nothing_hangs(tmp_path, call):
+    done = run(FULL, tmp_path, call)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"raised {os.strerror(27)}\n"
+    assert "Traceback" not in done.stderr
+    assert iterations(tmp_path / "metrics.jsonl")[0] == 0
+
+
+def test_a_writer_is_closed_after_an_error(tmp_path):
+    writer = metrics.MetricWriter(tmp_path, first_iteration=0)
+    writer.write_images(0, {"no picture": np.zeros((2, 2, 2, 2, 2))})
+    with pytest.raises(AssertionError, match="size of input tensor"):  # tensorboardX's
+        writer.close()
+    with pytest.raises(ValueError, match="closed file"):
+        writer.write_scalars(0, {"reward": 1.0})
+
+
+def test_the_writers_have_the_methods_of_clu(tmp_path):
+    """Their parameters too, by clu's own file: its package would import TensorFlow."""
+    import importlib.util
+    import inspect
+
+    path = importlib.util.find_spec("clu").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location(
+        "clu_interface", f"{path}/metric_writers/interface.py"
+    )
+    clu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(clu)
+    for ours in (metrics.JsonlWriter, metrics.TensorboardXWriter):
+        for name in ("write_scalars", "write_images", "flush", "close"):
+            mine, theirs = getattr(ours, name), getattr(clu.MetricWriter, name)
+            names = [list(inspect.signature(f).parameters) for f in (mine, theirs)]
+            assert names[0] == names[1]

@@ -1,0 +1,59 @@
+"""Pictures of videos: strips of frames, before and after."""
+
+import numpy as np
+from PIL import Image
+
+from kvpo_jax.runtime import pictures
+
+
+def test_strips_show_pixels_as_squares():
+    rng = np.random.default_rng(0)
+    clips = rng.random((2, 3, 12, 12, 3)).astype(np.float32)
+    sheet = np.asarray(pictures.sheet([("anchor", clips[0]), ("branch 0", clips[1])]))
+    right = 12  # the margin; tiles of 48 pixels, 4 to a pixel of the clip, end there
+    tile = sheet[26 : 26 + 48, -right - 1 - 48 : -right - 1]
+    np.testing.assert_array_equal(tile[::4, ::4], np.round(255 * clips[0, 2]).astype(np.uint8))
+    np.testing.assert_array_equal(tile[::4], tile[3::4])
+
+
+def test_before_after_has_two_strips_per_prompt(tmp_path):
+    prompts = [["a red disk moves left", "a blue disk moves left"]] * 3
+    shape = (3, 48, 12, 12, 3)
+    path = tmp_path / "report" / "before_after.png"
+    pictures.before_after(
+        prompts,
+        (24,),
+        {"before": np.zeros(shape), "after": np.ones(shape)},
+        {"before": np.zeros(3), "after": np.asarray([1, -1, 0])},
+        path,
+    )
+    picture = np.asarray(Image.open(path)).astype(int)
+    black_rows = np.sum(np.all(picture == 0, axis=-1), axis=1) == 24 * 48
+    assert np.sum(black_rows) == 3 * 48
+
+
+def test_every_segment_is_shown_however_short(tmp_path):
+    path = tmp_path / "p.png"
+    clips = np.zeros((1, 48, 12, 12, 3))
+    pictures.before_after(
+        [["one", "two", "three"]],
+        (1, 3),
+        {"before": clips, "after": clips},
+        {"before": np.zeros(1), "after": np.zeros(1)},
+        path,
+    )
+    black = np.all(np.asarray(Image.open(path)) == 0, axis=-1)
+    assert (
+        np.max(np.sum(black, axis=1)) == (24 + 2) * 48
+    )  # frames 1 and 3 are shown besides 24 even ones
+
+
+def test_long_prompts_are_cut_to_two_lines():
+    font = pictures._font(13)
+    assert pictures._wrap("a red disk moves left", font, 400) == ["a red disk moves left"]
+    lines = pictures._wrap("word " * 100, font, 120)
+    assert (
+        len(lines) == 2
+        and lines[1].endswith("...")
+        and all(font.getlength(line) <= 120 for line in lines)
+    )
