@@ -124,15 +124,15 @@ def test_an_unfinished_save_is_passed_over(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
-@pytest.mark.parametrize("damage", ["a cut data file", "no state", "empty metadata"])
+@pytest.mark.parametrize("damage", ["cut data files", "no state", "empty metadata"])
 def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_the_one_before(tmp_path, damage):
     with checkpoint.manager(tmp_path, keep=3) as checkpoints:
         for step in (1, 2):
             checkpoint.save(checkpoints, step, train_state(step), {})
     state = tmp_path / "2" / "state"
-    if damage == "a cut data file":
-        largest = max((path for path in state.rglob("d/*")), key=lambda path: path.stat().st_size)
-        os.truncate(largest, largest.stat().st_size // 2)
+    if damage == "cut data files":
+        for path in state.rglob("d/*"):  # all: some are leftovers of the save, which nobody reads
+            os.truncate(path, path.stat().st_size // 2)
     elif damage == "no state":
         shutil.rmtree(state)
     else:
