@@ -241,18 +241,18 @@ def main(arguments: list[str]) -> None:
 
 def define_flags() -> None:
     """The flags of the command."""
-    flags.DEFINE_string("workdir", None, "run directory")
-    flags.DEFINE_string("videos", None, "folder of video files to score instead")
-    flags.DEFINE_string("prompts", None, "file of their prompt sequences")
+    command.define_path("workdir", None, "run directory")
+    command.define_path("videos", None, "folder of video files to score instead")
+    command.define_path("prompts", None, "file of their prompt sequences")
     flags.DEFINE_string(
         "rewards",
         "motion",
         "names, separated by commas: hpsv3, videoalign, motion, module:function",
     )
-    flags.DEFINE_string("hpsv3", "", "converted HPSv3")
-    flags.DEFINE_string("videoalign", "", "converted VideoAlign")
+    command.define_path("hpsv3", "", "converted HPSv3")
+    command.define_path("videoalign", "", "converted VideoAlign")
     flags.DEFINE_integer("clip_frames", 36, "frames scored of each segment, centred; 0 = all")
-    flags.DEFINE_string("output", None, "CSV file; scores.csv beside the videos by default")
+    command.define_path("output", None, "CSV file; scores.csv beside the videos by default")
 
 
 def cli() -> None:

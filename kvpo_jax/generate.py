@@ -336,18 +336,18 @@ def define_flags() -> None:
         None,
         "FILE[:PRESET]; default: configs/tiny.py, or that of the run in --checkpoint",
     )
-    flags.DEFINE_string("checkpoint", None, "run directory, or converted base model")
-    flags.DEFINE_string("lora", "", "converted LoRA to use instead of the run's")
+    command.define_path("checkpoint", None, "run directory, or converted base model")
+    command.define_path("lora", "", "converted LoRA to use instead of the run's")
     flags.DEFINE_bool("ema", False, "the averaged policy of the run")
     flags.DEFINE_multi_string("prompt", [], "a sentence; once per segment")
-    flags.DEFINE_string("prompts", "", "file of prompt sequences (docs/data.md); a video each")
+    command.define_path("prompts", "", "file of prompt sequences (docs/data.md); a video each")
     flags.DEFINE_bool("interactive", False, "read prompts from the terminal while it streams")
     flags.DEFINE_list(
         "switch_frames", [], "latent frames at which the next prompt begins; default: evenly"
     )
     flags.DEFINE_integer("num_frames", 0, "latent frames; default: as long as the config's videos")
-    flags.DEFINE_integer("seed", 0, "of the noise")
-    flags.DEFINE_string("output", "videos", "folder for the mp4 files")
+    flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=config_lib.SEEDS - 1)
+    command.define_path("output", "videos", "folder for the mp4 files")
 
 
 def cli() -> None:

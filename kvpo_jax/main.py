@@ -7,6 +7,7 @@ On several hosts one command per process, each with the same arguments (docs/clu
 """
 
 import os
+import sys
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from absl import flags
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import command, sharding, workdir
+from kvpo_jax.runtime.process import STOPPED
 from kvpo_jax.runtime.progress import legend
 
 __doc__ = f"{__doc__}\nThe words in the line of an iteration:\n\n{legend()}\n"
@@ -40,10 +42,12 @@ def main(arguments: list[str]) -> None:
             join(distributed)
         command.use_compilation_cache()
         equipment = run.load(config)  # fails before the run directory is made
-        if sharding.is_main():
-            workdir.start_run(config, directory)
-            print(f"run directory: {directory}", flush=True)
-        train.train(equipment, directory, given.profile)
+        with workdir.locked(directory):
+            if sharding.is_main():
+                workdir.start_run(config, directory)
+                print(f"run directory: {directory}", flush=True)
+            if train.train(equipment, directory, given.profile) is None:
+                sys.exit(STOPPED)
     except (UsageError, OSError) as error:
         command.fail(error)
 
@@ -70,7 +74,7 @@ def define_flags() -> None:
         None,
         "FILE[:PRESET]; default: configs/tiny.py. --config.FIELD=VALUE changes a field",
     )
-    flags.DEFINE_string("workdir", None, "run directory; a run that is in it already is continued")
+    command.define_path("workdir", None, "run directory; a run that is in it already is continued")
     flags.DEFINE_bool("resume", False, "continue the run in --workdir, or else the newest in runs/")
     flags.DEFINE_bool("profile", False, "leave a trace of the third iteration in WORKDIR/profile")
     flags.DEFINE_string("coordinator", None, "host:port of process 0; any free port of its host")

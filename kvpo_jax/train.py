@@ -217,7 +217,7 @@ def improve(
 
 def train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: Path | str, profile: bool = False
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Aligns the configured generator and reports held-out rewards before and after.
 
     Every process of a run calls it; the main one writes and prints.
@@ -229,8 +229,8 @@ def train_and_evaluate(
       profile: leaves a trace of one iteration in workdir/profile.
 
     Returns:
-      What summary.json holds; nothing if the run is stopped, or on processes other than the main
-      one.
+      What summary.json holds, which is nothing on processes other than the main one; None if the
+      run is stopped.
 
     Raises:
       NotFiniteError: a reward, energy or gradient is not finite; the last good state has been
@@ -239,7 +239,7 @@ def train_and_evaluate(
     return train(run_lib.load(config), Path(workdir), profile)
 
 
-def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any]:
+def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | None:
     """`train_and_evaluate` with equipment that is assembled already."""
     config, clock = run.config, Clock()
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
@@ -257,11 +257,17 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any]:
             return evaluate(run, lora)
 
     def save(state: TrainState) -> None:
-        checkpoint.save(checkpoints, int(state.iteration), state, {"seconds": clock.seconds})
+        extra = {"seconds": clock.seconds, "config": config.to_dict()}
+        checkpoint.save(checkpoints, int(state.iteration), state, extra)
 
-    before = evaluation(state.reference)
+    def save_good() -> None:
+        if int(good.iteration):  # before that nothing is lost, and the configuration may change
+            save(good)
+
     online = ema = None  # evaluations of the state's policies, if there are any
-    with stop_signal() as stop, saved_on_error(checkpoints, lambda: save(good)):
+    good = state
+    with stop_signal() as stop, saved_on_error(checkpoints, save_good):
+        before = evaluation(state.reference)
         trace = workdir / "profile" if profile else None
         for iteration in until_stopped(first, iterations, stop, trace):
             good = state
@@ -280,7 +286,6 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any]:
                 save(state)
         if int(state.iteration) < iterations:
             save(state)
-    checkpoints.wait_until_finished()
     checkpoints.close()
     if recorder:
         recorder.close()
@@ -288,7 +293,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any]:
         if recorder:
             done = int(state.iteration)
             print(f"stopped after iteration {done}; continue with --workdir={workdir}", flush=True)
-        return {}
+        return None
 
     online, ema = online or evaluation(state.lora), ema or evaluation(state.ema)
     results = {"reference": before, "online": online, "ema": ema}

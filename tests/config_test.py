@@ -1,5 +1,6 @@
 """Configurations: what is wrong with one is named, with the nearest name or value."""
 
+import json
 import os
 
 import pytest
@@ -126,6 +127,10 @@ def test_a_wrong_override_is_named(argument, message):
         (
             "--config.window.recache_frames=0",
             "config.window.recache_frames=0, but prompts switch at config.video.sw",
+        ),
+        (
+            "--config.window.cache_frames=14",
+            "config.window.recache_frames=12 frames do not fit beside config.window.sink=3",
         ),
         (
             "--config.window.recache_frames=10",
@@ -315,6 +320,28 @@ def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "continued with another configuration: train.iterations 7 -> 9\n" in out
     assert f"jax 0.1 -> {versions['jax']}" in out
+
+
+def test_a_checkpoint_says_what_the_run_is(tmp_path):
+    """config.json is edited, then lost: the run that its checkpoint was made with is continued, or
+    none.
+    """
+    config = overridden("--config.seed=5")
+    workdir_lib.start_run(config, tmp_path)
+    extra = tmp_path / "checkpoints" / "7" / "extra"
+    extra.mkdir(parents=True)
+    atomic.write_json({"seconds": {}, "config": config.to_dict()}, extra / "metadata")
+    longer = workdir_lib.resolve(None, tmp_path, ["--config.train.iterations=99"])
+    workdir_lib.start_run(longer, tmp_path)
+    assert workdir_lib.resolve(None, tmp_path, []) == longer
+    edited = json.loads((tmp_path / "config.json").read_text()) | {"seed": 6}
+    atomic.write_json(edited, tmp_path / "config.json")
+    with pytest.raises(ValueError, match="config.seed: the run was started with 5, not with 6"):
+        workdir_lib.resolve(None, tmp_path, [])
+    (tmp_path / "config.json").unlink()
+    assert workdir_lib.resolve(None, tmp_path, []) == config
+    with pytest.raises(ValueError, match="config.seed: the run was started with 5, not with 0"):
+        workdir_lib.resolve("configs/tiny.py", tmp_path, [])
 
 
 def test_files_of_scorers():

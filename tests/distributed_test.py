@@ -27,6 +27,7 @@ from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.runtime.process import STOPPED
 
 PROMPTS, BRANCHES, ITERATIONS = 2, 2, 4
 FIELDS = {
@@ -142,10 +143,10 @@ def text_of(process: subprocess.Popen) -> str:
     return process.log.read()
 
 
-def finish(processes: Sequence[subprocess.Popen]) -> None:
+def finish(processes: Sequence[subprocess.Popen], status: int = 0) -> None:
     try:
         for process in processes:
-            assert process.wait(200) == 0, text_of(process)
+            assert process.wait(200) == status, text_of(process)
     finally:
         for process in processes:
             process.kill()
@@ -378,7 +379,7 @@ def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
         wait_for_lines(two, 2, processes)
         second.send_signal(sent)
         if sent == signal.SIGTERM:  # both agree on the iteration to stop after, save and leave
-            finish(processes)
+            finish(processes, STOPPED)
             assert "stopped after iteration" in text_of(first)
             assert "stopped" not in text_of(second)
     finally:

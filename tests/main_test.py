@@ -51,6 +51,12 @@ def run(*arguments, cwd, path=ROOT):
             "config.eval.batch=16 does not divide config.eval.prompts=30",
         ),
         (["--config.reward.scorer=hpsv2"], "there is no reward 'hpsv2'"),
+        (["--config.seed=-1"], "config.seed=-1: expected 0 to 4294967295"),
+        (["--config.seed=4294967296"], "config.seed=4294967296: expected 0 to 4294967295"),
+        (["--workdir=gs://bucket/run"], "flag --workdir=gs://bucket/run: gs://bucket/run is a URL"),
+        (["--config.paths.lora=s3://a"], "config.paths.lora: s3://a is a URL"),
+        (["--workdir=run[1]"], "run[1]: orbax cannot read checkpoints from a path with [ ]"),
+        (["--workdir=/proc/nowhere"], "error: /proc/nowhere: No such file or directory"),
         (["--config.mesh.data=3"], "mesh.data=3 does not divide"),
         (["--config.mesh.data=4", "--config.eval.batch=2"], "shards of prompts"),
     ],
@@ -69,6 +75,23 @@ def test_another_configuration_does_not_continue_a_run(tmp_path):
     done = run("--resume", "--config.seed=3", cwd=tmp_path)
     assert done.returncode == 1
     assert "config.seed: the run was started with 0, not with 3" in done.stderr
+
+
+def test_a_second_process_in_a_run_directory_is_refused(tmp_path):
+    with workdir_lib.locked(tmp_path / "w"):
+        with pytest.raises(ValueError, match=f"under way here, process {os.getpid()} on"):
+            with workdir_lib.locked(tmp_path / "w"):
+                pass
+    with workdir_lib.locked(tmp_path / "w"):  # the lock goes with the one that held it
+        pass
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config_lib.local_path("~/run") == "/home/someone/run"
+    assert config_lib.local_path("a/~b") == "a/~b"
+    config = config_lib.override(config_lib.load("configs/tiny.py"), ["--config.paths.lora=~/a"])
+    assert config.paths.lora == "/home/someone/a"
 
 
 def test_what_a_run_stumbles_over_is_one_line_and_may_be_corrected(tmp_path):

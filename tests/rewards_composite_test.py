@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kvpo_jax import backbone
-from kvpo_jax.errors import NotFiniteError
+from kvpo_jax.errors import NotFiniteError, UsageError
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.rewards.composite import Clip, Clipping
 from kvpo_jax.runtime import config as config_lib
@@ -169,6 +169,34 @@ def test_video_too_short_to_score_is_an_error():
     video = counting_video(1, 1, 2)
     with pytest.raises(ValueError, match="no prompt segment"):
         composite.segment_rewards(mean_and_length, video, [["a", "b"]], clipping(1))
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (None, "reward mine returned nothing, expected a dict {component: 2 numbers}"),
+        ({}, "reward mine returned nothing, "),
+        (np.zeros(2), "reward mine returned a ndarray, "),
+        ({"q": 0.5}, r"reward mine: q has shape \(\), expected one number for each of 2 clips"),
+        ({"q": np.zeros((2, 1))}, r"reward mine: q has shape \(2, 1\), "),
+        ({"q": [0.5]}, r"reward mine: q has shape \(1,\), "),
+        ({"q": [[0.5], [0.5, 1.0]]}, "reward mine: q is ragged, "),
+        ({"q": ["a", "b"]}, "reward mine: q is of type <U1, "),
+        ({"q": None}, r"reward mine: q has shape \(\), "),
+    ],
+)
+def test_what_a_scorer_returns_wrongly_is_named(monkeypatch, returned, message):
+    monkeypatch.setitem(scorers.SCORERS, "mine", lambda paths: lambda pixels, prompts: returned)
+    with pytest.raises(UsageError, match=message):
+        scorers.Scorers("mine", {})(jnp.zeros((2, 1, 8, 8, 3)), ["a", "b"])
+
+
+@pytest.mark.parametrize("values", [[0.25, 1], (True, False), jnp.ones(2, jnp.bfloat16)])
+def test_a_scorer_may_return_numbers_in_any_form(monkeypatch, values):
+    score = {"q": values}
+    monkeypatch.setitem(scorers.SCORERS, "mine", lambda paths: lambda pixels, prompts: score)
+    scored = scorers.Scorers("mine", {})(jnp.zeros((2, 1, 8, 8, 3)), ["a", "b"])
+    np.testing.assert_array_equal(np.asarray(scored["q"], np.float32), np.float32(values))
 
 
 def test_composite_is_the_weighted_sum():

@@ -29,6 +29,7 @@ from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.runtime.process import STOPPED
 from kvpo_jax.state import TrainState
 from kvpo_jax.types import Experience, Judged, Scores
 
@@ -429,11 +430,10 @@ def test_only_lora_is_trained(experience):
     assert all(config.lora.rank in leaf.shape[1:] for leaf in jax.tree.leaves(state.lora))
 
 
-def test_a_reward_that_is_not_finite_stops_the_run_and_loses_nothing(
-    weights, tmp_path, monkeypatch
-):
-    """NaN from the second iteration on: an error that names the component, after the first one has
-    been saved.
+@pytest.mark.parametrize("fault", ["not finite", "raises"])
+def test_a_fault_of_a_reward_stops_the_run_and_loses_nothing(weights, tmp_path, monkeypatch, fault):
+    """NaN or an exception from the second iteration on: an error that names it, after the first
+    iteration has been saved.
     """
     config = make_config(weights, train__checkpoint_every=100)
     segments = len(config.video.switch_frames) + 1
@@ -441,13 +441,15 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_loses_nothing(
 
     def score(pixels, prompts):
         good = next(calls) < 2 * segments  # the evaluation before, and the first iteration
+        if not good and fault == "raises":
+            raise RuntimeError("MQ has no weights")
         return {
             name: jnp.full(len(prompts), 0.5 if good or name != "MQ" else jnp.nan)
             for name in ("VQ", "MQ", "TA")
         }
 
     monkeypatch.setitem(scorers.SCORERS, "toy", lambda paths: score)
-    with pytest.raises(FloatingPointError, match="MQ"):
+    with pytest.raises((FloatingPointError, RuntimeError), match="MQ"):
         train.train_and_evaluate(config, tmp_path)
     assert saved_state(tmp_path, config, 1).iteration == 1
 
@@ -518,7 +520,7 @@ def wait_for_lines(workdir: Path, count: int, process: subprocess.Popen) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
     """The real command, killed in the middle of an iteration, then run again with the same
     arguments.
@@ -530,7 +532,7 @@ def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
     wait_for_lines(tmp_path / "killed", 2, process)
     process.send_signal(sent)
     code = process.wait(120)
-    assert code == (0 if sent == signal.SIGTERM else -sent)
+    assert code == (-sent if sent == signal.SIGKILL else STOPPED)
     again = start(weights, tmp_path / "killed", **iterations)
     assert again.wait(600) == 0, again.stdout.read()
     config = make_config(weights, **iterations)

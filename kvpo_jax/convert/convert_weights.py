@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> None:
 
 def define_flags() -> None:
     """The flags of the command."""
-    flags.DEFINE_string(
+    command.define_path(
         "output", None, "safetensors file to write; its manifest is written beside it"
     )
     flags.DEFINE_bool("dry-run", False, "print which tensor becomes which, and write nothing")
@@ -198,8 +198,8 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "text_len", None, "tokens that a prompt is padded to, 512 in every published Wan"
     )
-    flags.DEFINE_string("base", None, "folder of the Qwen2-VL that a reward model was made of")
-    flags.DEFINE_string(
+    command.define_path("base", None, "folder of the Qwen2-VL that a reward model was made of")
+    command.define_path(
         "templates",
         None,
         "file or folder with the instruction of a reward model: the hpsv3 wheel, VideoAlign's "

@@ -117,9 +117,9 @@ def define_flags() -> None:
     flags.DEFINE_multi_string(
         "prompts", None, "prompt file (.txt or .jsonl); may be repeated", required=True
     )
-    flags.DEFINE_string("output", None, "folder of the embeddings", required=True)
-    flags.DEFINE_string("weights", None, "UMT5 weights that kvpo-convert wrote", required=True)
-    flags.DEFINE_string("tokenizer", None, "folder of the UMT5 tokenizer", required=True)
+    command.define_path("output", None, "folder of the embeddings", required=True)
+    command.define_path("weights", None, "UMT5 weights that kvpo-convert wrote", required=True)
+    command.define_path("tokenizer", None, "folder of the UMT5 tokenizer", required=True)
     flags.DEFINE_integer("batch", 16, "sentences per forward pass", lower_bound=1)
     flags.DEFINE_integer(
         "max_length", 512, "tokens per sentence, the model's text_len", lower_bound=1

@@ -275,7 +275,7 @@ def main(arguments: list[str]) -> None:
 
 def define_flags() -> None:
     """The flags of the command."""
-    flags.DEFINE_string(
+    command.define_path(
         "output", None, "a .safetensors; for peft a folder, or LongLive's .pt", required=True
     )
     flags.DEFINE_enum(
@@ -285,10 +285,10 @@ def define_flags() -> None:
         "what is written; merged is the base with the LoRA in it",
         required=True,
     )
-    flags.DEFINE_string("workdir", None, "run directory, whose newest checkpoint is read")
-    flags.DEFINE_string("lora", None, "or a LoRA that kvpo-convert wrote")
+    command.define_path("workdir", None, "run directory, whose newest checkpoint is read")
+    command.define_path("lora", None, "or a LoRA that kvpo-convert wrote")
     flags.DEFINE_enum("policy", "online", list(POLICIES), "the policy of the run")
-    flags.DEFINE_string(
+    command.define_path(
         "base", None, "converted weights to merge with; those of the run by default"
     )
 

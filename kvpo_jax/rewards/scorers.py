@@ -8,6 +8,11 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.rewards import hpsv3, motion, toy, videoalign
@@ -73,11 +78,12 @@ class Scorers:
         """See `composite.Scorer`.
 
         Raises:
-          UsageError: two scorers have a component of the same name.
+          UsageError: two scorers have a component of the same name, or one returns something else
+            than a number per clip for each of its components.
         """
         components: dict[str, Array] = {}
         for name, scorer in self._loaded().items():
-            scores = scorer(pixels, prompts)
+            scores = _checked(name, scorer(pixels, prompts), len(prompts))
             if twice := components.keys() & scores.keys():
                 raise UsageError(
                     f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is"
@@ -89,6 +95,32 @@ class Scorers:
     def release(self) -> None:
         """Frees the weights."""
         self._loaded.cache_clear()
+
+
+def _checked(name: str, scores: Any, clips: int) -> dict[str, Array]:
+    """What scorer `name` returned for so many clips, as arrays of that many numbers.
+
+    Lists of numbers are taken too.
+    """
+    if not isinstance(scores, Mapping) or not scores:
+        nothing = scores is None or isinstance(scores, Mapping)  # an empty one
+        returned = "nothing" if nothing else f"a {type(scores).__name__}"
+        raise UsageError(
+            f"reward {name} returned {returned}, expected a dict {{component: {clips} numbers}}"
+        )
+    checked: dict[str, Any] = {}
+    for component, values in scores.items():
+        expected = f"expected one number for each of {clips} clips"
+        try:
+            array = values if isinstance(values, jax.Array) else np.asarray(values)
+        except ValueError as error:  # lists of unlike lengths
+            raise UsageError(f"reward {name}: {component} is ragged, {expected}") from error
+        if array.shape != (clips,):
+            raise UsageError(f"reward {name}: {component} has shape {array.shape}, {expected}")
+        if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
+            raise UsageError(f"reward {name}: {component} is of type {array.dtype}, {expected}")
+        checked[component] = array
+    return checked
 
 
 def _custom(name: str) -> Callable[[Paths], Scorer]:

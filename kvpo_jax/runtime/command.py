@@ -11,6 +11,9 @@ import jax
 from absl import app, flags, logging
 
 from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime.config import local_path
+
+flags.disclaim_key_flags()  # what define_path defines is a flag of the module that calls it
 
 
 def run(module: str, define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
@@ -31,7 +34,10 @@ def run(module: str, define_flags: Callable[[], None], main: Callable[[list[str]
     def quiet_main(arguments: list[str]) -> None:
         # Orbax logs thirty lines for a checkpoint, and a warning for one that is only read.
         logging.set_verbosity(logging.ERROR)
-        main(arguments)
+        try:
+            main(arguments)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
 
     app.run(quiet_main, flags_parser=parse_flags)
 
@@ -49,6 +55,22 @@ def parse_flags(argv: list[str]) -> list[str]:
         sys.exit(f"error: {'; '.join(str(error).splitlines())}")
 
 
+class _PathParser(flags.ArgumentParser):
+    """Of a flag that is a local path; a leading ~ is the home directory, as in a shell."""
+
+    def parse(self, argument: str) -> str:
+        return local_path(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, default: str | None, help: str, required: bool = False) -> None:
+    """Defines a flag that is a local path, a str."""
+    serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
+    flags.DEFINE(_PathParser(), name, default, help, serializer=serializer, required=required)
+
+
 def fail(error: UsageError | OSError) -> NoReturn:
     """Ends the program with one line that says what is wrong.
 
@@ -56,7 +78,12 @@ def fail(error: UsageError | OSError) -> NoReturn:
     traceback.
     """
     notes = getattr(error, "__notes__", ())
-    message = str(error.args[0]) if error.args and isinstance(error, UsageError) else str(error)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
+    elif error.args and isinstance(error, UsageError):
+        message = str(error.args[0])
+    else:
+        message = str(error)
     sys.exit(f"error: {': '.join([*notes, message])}")
 
 

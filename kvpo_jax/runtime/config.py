@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
@@ -94,6 +95,7 @@ MINIMUM = {
     "mesh.data": 0,
     "mesh.branch": 0,
 }
+SEEDS = 2**32  # as many keys as JAX makes of a seed; others would repeat them
 POSITIVE = ("sampler.shift", "objective.tau", "lora.alpha", "train.grad_clip")
 # What may differ when a run is continued: how long it runs, what is only looked at, and the
 # machine: its devices and where it has the files, which are taken to be the same ones.
@@ -172,6 +174,11 @@ def load_saved(path: Path) -> ConfigDict:
         saved = json.loads(path.read_text())
     except ValueError as error:  # no JSON, or not even text
         raise UsageError(f"{path} is not a saved configuration: {error}") from error
+    return from_record(saved, path)
+
+
+def from_record(saved: Any, path: Path) -> ConfigDict:
+    """The configuration in a JSON value that the file `path` holds."""
     config = ConfigDict(with_tuples(saved) if isinstance(saved, dict) else {})
     fill_defaults(config, path)
     check_fields(config, path)
@@ -286,6 +293,13 @@ def is_pictured(config: ConfigDict, iteration: int) -> bool:
 # ---------------------------------------------------------------- overrides
 
 
+def local_path(text: str) -> str:
+    """`text` with a leading ~ expanded; UsageError if it is a URL."""
+    if re.match(r"\w+://", text):
+        raise UsageError(f"{text} is a URL; expected a local or mounted path")
+    return os.path.expanduser(text)
+
+
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     """A copy of `config` with the flags `--config.FIELD=VALUE` of the command line `arguments` (no
     program name).
@@ -334,6 +348,11 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     given = flag.override_values
     with flag.value.unlocked() as out:
         for name, value in given.items():
+            if name == "weights" or name.startswith("paths."):
+                try:
+                    value = local_path(value)
+                except UsageError as error:
+                    raise UsageError(f"config.{name}: {error}") from error
             out.update_from_flattened_dict({name: _like(name, value, names[name])})
         # config.reward.weights belong to the configured scorers. If the flags replace all of those,
         # drop their weights.
@@ -403,6 +422,8 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
             raise UsageError(f"config.{name}={value} is less than {MINIMUM[name]}")
         if name in POSITIVE and value <= 0:
             raise UsageError(f"config.{name}={value} is not positive")
+    if not 0 <= fields["seed"] < SEEDS:
+        raise UsageError(f"config.seed={fields['seed']}: expected 0 to {SEEDS - 1}")
     if fields["train.ema_decay"] > 1:
         raise UsageError(f"config.train.ema_decay={fields['train.ema_decay']} is more than 1")
 
@@ -426,6 +447,13 @@ def _check_model(config: ConfigDict, fields: Mapping[str, Any]) -> None:
             raise UsageError(f"config.{name}={fields[name]} is not a multiple of {divisor}, {what}")
     flow.levels(config.sampler)  # no arrays of JAX: processes may still have to join
     routing.window(config.window)
+    ring = config.window.cache_frames - config.window.sink
+    if config.window.recache_frames > ring:
+        raise UsageError(
+            f"config.window.recache_frames={config.window.recache_frames} frames do not fit beside "
+            f"config.window.sink={config.window.sink} into "
+            f"config.window.cache_frames={config.window.cache_frames}"
+        )
     steps = len(config.sampler.steps)
     for name in ("rollout.perturbed_steps", "replay.grad_steps"):
         if fields[name] > steps:

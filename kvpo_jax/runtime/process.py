@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -14,11 +15,14 @@ import orbax.checkpoint as ocp
 
 from kvpo_jax.runtime import sharding
 
+STOPPED = 75  # exit status of a run that was stopped and can be continued: "try again" in sysexits
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 def until_stopped(
     first: int, end: int, stop: threading.Event, profile: Path | None
 ) -> Iterator[int]:
-    """first ... end - 1, until SIGTERM has reached a process.
+    """first ... end - 1, until a stop signal has reached a process.
 
     A trace of the third iteration, or else of the last, goes to the folder `profile`: the first
     iteration of a process compiles, the second may still read what was compiled from disk.
@@ -36,28 +40,52 @@ def until_stopped(
 
 @contextmanager
 def saved_on_error(checkpoints: ocp.CheckpointManager, save: Callable[[], None]) -> Iterator[None]:
-    """Saves the last good state before a FloatingPointError leaves the loop."""
+    """Saves the last good state before an error leaves the loop.
+
+    Every way out waits for the save under way, which would be lost otherwise. An error that one of
+    several processes has alone saves nothing, because all of them have to take part in a save;
+    a value that is not finite is seen by all.
+    """
     try:
         yield
-    except FloatingPointError:
-        save()
-        checkpoints.wait_until_finished()
+    except Exception as error:
+        if jax.process_count() == 1 or isinstance(error, FloatingPointError):
+            try:
+                save()
+            except Exception as failure:
+                error.add_note(f"the last good state could not be saved either ({failure})")
         raise
+    finally:
+        checkpoints.wait_until_finished()
 
 
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the loop can save and leave."""
+    """An event that SIGTERM, SIGINT (Ctrl-C) and SIGHUP set, so that the loop can save and leave.
+
+    A second SIGINT is a KeyboardInterrupt; further ones of the others change nothing.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+
+    def handle(number: int, _: object) -> None:
+        if stop.is_set():
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        stop.set()
+        if number == signal.SIGINT:  # os.write: a print may be under way, and is not reentrant
+            os.write(2, b"\nsaving after this iteration; Ctrl-C again ends at once\n")
+
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
     try:
         yield stop
     finally:
-        # None is the handler of jax.distributed, which is not Python's.
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            # None is the handler of jax.distributed, which is not Python's.
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class Clock:

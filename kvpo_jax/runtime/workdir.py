@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from ml_collections import ConfigDict
 
 import kvpo_jax
 from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.atomic import write_json
 from kvpo_jax.runtime.config import (
     PACKAGE,
@@ -24,6 +28,7 @@ from kvpo_jax.runtime.config import (
     check,
     check_resumable,
     flat,
+    from_record,
     load,
     load_saved,
     override,
@@ -37,11 +42,30 @@ def has_checkpoint(workdir: Path) -> bool:
     return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
+def _checkpoint_config(workdir: Path) -> ConfigDict | None:
+    """The configuration that the newest checkpoint was made with; None if it does not say."""
+    steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    if not steps:
+        return None
+    # Orbax's JSON item, read without orbax: processes may still have to join.
+    record = max(steps, key=lambda path: int(path.name)) / "extra" / "metadata"
+    try:
+        saved = json.loads(record.read_text())["config"]
+    except (OSError, ValueError, KeyError):  # damage is named when the checkpoint is restored
+        return None
+    return from_record(saved, record)
+
+
 def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
     """Where the run is or will be.
 
     `workdir` if it is given; else the newest run under runs/ to resume, or a new directory there.
     """
+    where = Path(workdir or "runs").absolute()
+    if found := set("[]\\") & set(str(where)):
+        raise UsageError(
+            f"{where}: orbax cannot read checkpoints from a path with {' '.join(sorted(found))}"
+        )
     if workdir:
         if Path(workdir).is_file():
             raise UsageError(f"--workdir={workdir} is a file; name a directory")
@@ -65,17 +89,48 @@ def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) ->
     """The checked configuration of the run in `workdir`, new or continued.
 
     A continued run that is given no `spec` keeps its own configuration, with `arguments` over it.
-    Before there is a checkpoint, any configuration may replace the one that is saved.
+    Before there is a checkpoint, any configuration may replace the one that is saved; afterwards
+    the newest checkpoint says what the run is, for config.json may have been edited or lost.
     """
-    saved = None
-    if workdir is not None and (workdir / "config.json").exists():
-        saved = load_saved(workdir / "config.json")
+    saved = made_with = None
+    if workdir is not None:
+        saved = made_with = _checkpoint_config(workdir)
+        if (workdir / "config.json").exists():
+            saved = load_saved(workdir / "config.json")
     base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
     config = override(base, arguments)
     check(config)
     if workdir is not None and saved is not None and has_checkpoint(workdir):
-        check_resumable(saved, config)
+        check_resumable(made_with or saved, config)
     return config
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes the run directory and holds it for the main process of one run.
+
+    The lock is the kernel's: it goes with the process, however that ends.
+
+    Raises:
+      UsageError: another process holds it; the message says which.
+    """
+    if not sharding.is_main():
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UsageError(f"{workdir}: a run is under way here, {file.read()}") from error
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()} since {now}")
+        file.flush()
+        yield
 
 
 def start_run(config: ConfigDict, workdir: Path) -> None:
