@@ -665,7 +665,7 @@ def define_flags() -> None:
     flags.DEFINE_float("memory_gb", 141.0, "memory of one device, in 1e9 bytes (H200: 141)")
     flags.DEFINE_bool("compile", False, "compile the programs too; minutes at full size")
     flags.DEFINE_enum("target", "cpu", ["cpu", *GPUS], "what to compile for")
-    flags.DEFINE_string("json", "", "file to write the figures to")
+    command.define_path("json", "", "file to write the figures to")
 
 
 def cli() -> None:

@@ -86,6 +86,20 @@ def release_window(sizes: dict, nearest: int, capacity: int) -> routing.Window:
     return routing.Window(sink, past, nearest - frames, nearest, capacity, shared_ring=True)
 
 
+def branch_contexts(
+    window: routing.Window, drawn: np.ndarray, start_frame: int, is_perturbed: bool, passes: int
+) -> jnp.ndarray:
+    """int32[1, 1 + G, passes, A] of the anchor and G branches, which drew the frames int32[G, 6].
+
+    The release routes every pass of a perturbed block, that for the cache too.
+    """
+    anchor = jnp.zeros((1, window.routed), jnp.int32)  # it never reads these
+    drawn = jnp.concatenate([anchor, jnp.asarray(drawn)])[None]
+    is_branch = jnp.arange(drawn.shape[1])[:, None] > 0
+    perturbed = is_branch & jnp.full(passes, bool(is_perturbed))
+    return routing.context_frames(window, drawn, start_frame, perturbed)
+
+
 def bank_of(
     data, prefix: str, recorded: int, newest: int, frames, pending: bool, cfg: WanConfig
 ) -> MemoryBank:
@@ -245,15 +259,8 @@ def test_longlive_chr(golden_dir, sizes, cfg, schedule, case):
     for block, noise in enumerate(data["shared.noise"]):
         first = fork + block * frames
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
-        default = routing.deployment_frames(window, first)
-        routed = routing.routed_context(window, routed_frames, first)
-        routed = (
-            routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
-        )
-        context = jnp.concatenate([default[None], routed])
-        context = jnp.broadcast_to(
-            context[None, :, None], (1, 1 + branches, noise.shape[1], window.slots)
-        )
+        is_perturbed = first < data["perturb_end_frame"]
+        context = branch_contexts(window, routed_frames, first, is_perturbed, noise.shape[1])
         record, kv = step(text, history, page, context, noise, first)
         page = kv_cache.append(page, kv, first)
         for trajectory, name in enumerate(["anchor", *(f"branch{g}" for g in range(branches))]):
@@ -559,17 +566,10 @@ def test_memflow_chr(golden_dir, sizes, cfg, schedule, case):
         first = fork + block * frames
         page = kv_cache.admit(page, text)
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
-        default = routing.deployment_frames(window, first)
         evicted = max(0, first + frames - capacity)
         held = np.where(routed_frames < sink, routed_frames, routed_frames + evicted)
-        routed = routing.routed_context(window, jnp.asarray(held), first)
-        routed = (
-            routed if first < data["perturb_end_frame"] else jnp.broadcast_to(default, routed.shape)
-        )
-        context = jnp.concatenate([default[None], routed])
-        context = jnp.broadcast_to(
-            context[None, :, None], (1, 1 + branches, noise.shape[1], window.slots)
-        )
+        is_perturbed = first < data["perturb_end_frame"]
+        context = branch_contexts(window, held, first, is_perturbed, noise.shape[1])
         record, kv = step(text, history, page, context, noise, first)
         page = kv_cache.append(page, kv, first)
         for trajectory, name in enumerate(["anchor", *(f"branch{g}" for g in range(branches))]):
@@ -659,15 +659,9 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             )
             page = kv_cache.append(page, kv, first - recent.shape[2])
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
-        default = routing.deployment_frames(window, first)
-        context = default[None]
-        if first >= fork:
-            routed = routing.routed_context(window, routed_frames, first)
-            routed = routed if first < perturb_end else jnp.broadcast_to(default, routed.shape)
-            context = jnp.concatenate([default[None], routed])
-        context = jnp.broadcast_to(
-            context[None, :, None], (1, trajectories, noise.shape[1], window.slots)
-        )
+        is_perturbed = fork <= first < perturb_end
+        drawn = routed_frames[: trajectories - 1]
+        context = branch_contexts(window, drawn, first, is_perturbed, noise.shape[1])
         record, kv = step(texts[int(first >= switch)], history, page, context, noise, first)
         if page is None:
             history = kv_cache.append(history, kv, first)

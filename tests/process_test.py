@@ -18,6 +18,18 @@ class Checkpoints:
         self.waited += 1
 
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """The signals as a shell starts a program in the foreground, however these tests are run."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_first_signal_asks_the_loop_to_stop(number):
     before = [signal.getsignal(s) for s in STOP_SIGNALS]
@@ -33,6 +45,16 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_stays_ignored(number):
+    """As by nohup, or in a job of a script that runs in the background."""
+    signal.signal(number, signal.SIG_IGN)
+    with stop_signal() as stop:
+        os.kill(os.getpid(), number)
+        assert not stop.is_set()
+    assert signal.getsignal(number) == signal.SIG_IGN
 
 
 @pytest.mark.parametrize("error", [FloatingPointError, RuntimeError, OSError])

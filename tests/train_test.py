@@ -505,9 +505,14 @@ def start(weights: Path, workdir: Path, **fields) -> subprocess.Popen:
     }
     command = [sys.executable, "-m", "kvpo_jax.main", f"--workdir={workdir}"]
     command += [f"--config.{name}={value}" for name, value in arguments.items()]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
+    # A job in the background ignores SIGINT, and so would its children.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def wait_for_lines(workdir: Path, count: int, process: subprocess.Popen) -> None:

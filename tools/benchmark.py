@@ -565,7 +565,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "preset", "golden_perf", sorted(PRESETS), "sizes; --config.FIELD=VALUE changes a field"
     )
-    flags.DEFINE_string("json", "", "file to write the figures to")
+    command.define_path("json", "", "file to write the figures to")
     flags.DEFINE_integer(
         "threads", 0, "CPU threads that compute; 0 is one for each core", lower_bound=0
     )

@@ -114,8 +114,8 @@ def main(arguments: list[str]) -> None:
 
 def define_flags() -> None:
     """The flags of the command."""
-    flags.DEFINE_multi_string(
-        "prompts", None, "prompt file (.txt or .jsonl); may be repeated", required=True
+    command.define_path(
+        "prompts", None, "prompt file (.txt or .jsonl); may be repeated", required=True, multi=True
     )
     command.define_path("output", None, "folder of the embeddings", required=True)
     command.define_path("weights", None, "UMT5 weights that kvpo-convert wrote", required=True)

@@ -65,10 +65,15 @@ class _PathParser(flags.ArgumentParser):
         return "path"
 
 
-def define_path(name: str, default: str | None, help: str, required: bool = False) -> None:
-    """Defines a flag that is a local path, a str."""
+def define_path(
+    name: str, default: str | None, help: str, required: bool = False, multi: bool = False
+) -> None:
+    """Defines a flag that is a local path, a str; with `multi` a list of them, one per use."""
     serializer: flags.ArgumentSerializer = flags.ArgumentSerializer()
-    flags.DEFINE(_PathParser(), name, default, help, serializer=serializer, required=required)
+    if multi:
+        flags.DEFINE_multi(_PathParser(), serializer, name, default, help, required=required)
+    else:
+        flags.DEFINE(_PathParser(), name, default, help, serializer=serializer, required=required)
 
 
 def fail(error: UsageError | OSError) -> NoReturn:

@@ -63,7 +63,8 @@ def saved_on_error(checkpoints: ocp.CheckpointManager, save: Callable[[], None])
 def stop_signal() -> Iterator[threading.Event]:
     """An event that SIGTERM, SIGINT (Ctrl-C) and SIGHUP set, so that the loop can save and leave.
 
-    A second SIGINT is a KeyboardInterrupt; further ones of the others change nothing.
+    A second SIGINT is a KeyboardInterrupt; further ones of the others change nothing. A signal that
+    the process was started to ignore, by nohup or as a job in the background, stays ignored.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -79,7 +80,8 @@ def stop_signal() -> Iterator[threading.Event]:
         if number == signal.SIGINT:  # os.write: a print may be under way, and is not reentrant
             os.write(2, b"\nsaving after this iteration; Ctrl-C again ends at once\n")
 
-    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield stop
     finally:

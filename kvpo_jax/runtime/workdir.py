@@ -38,17 +38,22 @@ from kvpo_jax.runtime.config import (
 
 
 def has_checkpoint(workdir: Path) -> bool:
-    """Whether there is a checkpoint to continue from. A save under way has a longer name."""
-    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    """Whether there is a checkpoint to continue from."""
+    return bool(_steps(workdir))
+
+
+def _steps(workdir: Path) -> list[int]:
+    """The steps of the checkpoints. A save under way has a longer name."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def _checkpoint_config(workdir: Path) -> ConfigDict | None:
     """The configuration that the newest checkpoint was made with; None if it does not say."""
-    steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-    if not steps:
+    if not (steps := _steps(workdir)):
         return None
     # Orbax's JSON item, read without orbax: processes may still have to join.
-    record = max(steps, key=lambda path: int(path.name)) / "extra" / "metadata"
+    record = workdir / "checkpoints" / str(max(steps)) / "extra" / "metadata"
     try:
         saved = json.loads(record.read_text())["config"]
     except (OSError, ValueError, KeyError):  # damage is named when the checkpoint is restored
@@ -94,14 +99,16 @@ def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) ->
     """
     saved = made_with = None
     if workdir is not None:
-        saved = made_with = _checkpoint_config(workdir)
         if (workdir / "config.json").exists():
             saved = load_saved(workdir / "config.json")
+        if has_checkpoint(workdir):
+            made_with = _checkpoint_config(workdir) or saved
+            saved = saved or made_with
     base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
     config = override(base, arguments)
     check(config)
-    if workdir is not None and saved is not None and has_checkpoint(workdir):
-        check_resumable(made_with or saved, config)
+    if made_with is not None:
+        check_resumable(made_with, config)
     return config
 
 
@@ -124,8 +131,8 @@ def locked(workdir: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise UsageError(f"{workdir}: a run is under way here, {file.read()}") from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            print(f"{workdir} cannot be locked ({error}): start no second run in it", flush=True)
         file.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(f"process {os.getpid()} on {platform.node()} since {now}")
