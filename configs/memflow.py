@@ -23,7 +23,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.model.sparse_memory = 0  # 3 turns MemFlow's sparse memory activation on; released off
     if preset == "release":
         # m = 3 nearest frames are the current block alone, and routing replaces the sink too: 9 of
-        # 9 slots.
-        c.window.update(near=0, excluded=3, keep_sink=False)
+        # 9 slots. What is drawn is what the history holds at the fork, the sink included.
+        c.window.update(near=0, excluded=3, keep_sink=False, shared_ring=False)
         c.window.bank_reinsert = True  # the newest frame enters the bank before every block
     return c

@@ -94,10 +94,13 @@ def prompt_batch(
     return PromptBatch(embeddings, changed, numbers, sentences)
 
 
-def clipping(config: ml_collections.ConfigDict, backbone: Backbone) -> composite.Clipping:
-    """Which frames of a run's videos are scored."""
+def clipping(
+    config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
+) -> composite.Clipping:
+    """Which frames of a run's videos are scored; `to_pixel` is the backbone's."""
+    reward = config.reward
     return composite.Clipping(
-        config.video.switch_frames, config.reward.clip_frames, backbone.to_pixel
+        config.video.switch_frames, reward.clip_frames, to_pixel, reward.clip_spacing
     )
 
 
@@ -121,7 +124,7 @@ def score_group(
     """
     weights = config.reward.weights
     whole = composite.score_rollout(
-        backbone.rewards, branches, anchor, sentences, weights, clipping(config, backbone)
+        backbone.rewards, branches, anchor, sentences, weights, clipping(config, backbone.to_pixel)
     )
     if config.objective.advantage != "anchor":
         return whole, None

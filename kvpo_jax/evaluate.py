@@ -98,7 +98,7 @@ class _Scores:
 
     def __call__(self) -> dict[str, Array]:
         backbone = self._run.backbone
-        clipping = backbone_lib.clipping(self._run.config, self._run.backbone)
+        clipping = backbone_lib.clipping(self._run.config, backbone.to_pixel)
         rewards, watched = (
             composite.segment_rewards(scorer, self._videos, self._sentences, clipping)
             for scorer in (backbone.rewards, backbone.watch)

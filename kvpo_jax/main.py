@@ -41,7 +41,9 @@ def main(arguments: list[str]) -> None:
         if distributed is not None:
             join(distributed)
         command.use_compilation_cache()
-        equipment = run.load(config)  # fails before the run directory is made
+        # What cannot work is an error before the run directory is made.
+        equipment = run.load(config)
+        run.eligible_pivots(config, equipment.backbone.to_pixel)
         with workdir.locked(directory):
             if sharding.is_main():
                 workdir.start_run(config, directory)

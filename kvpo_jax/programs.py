@@ -173,13 +173,13 @@ def _cache_programs(
         return model.apply(variables, embeddings, method=Wan.encode_prompts)
 
     def draw(key, prompts, fork_frame):
-        last_start = fork_frame + (recorded_blocks(config) - 1) * video.block_frames
-        start, stop = routing.routable(window, fork_frame, last_start)
+        last_start = fork_frame + (rollout.window_blocks - 1) * video.block_frames
         frames = video.blocks * video.block_frames
+        pool = routing.routable(window, frames, fork_frame, last_start)
 
         def draw_prompt(prompt):
             own = jax.random.fold_in(key, prompt)
-            return draw_frames(own, window, rollout.branches, frames, start, stop)
+            return draw_frames(own, window, rollout.branches, pool, fork_frame)
 
         return jax.vmap(draw_prompt)(prompts)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import ml_collections
@@ -15,7 +16,9 @@ from kvpo_jax import programs as programs_lib
 from kvpo_jax.algorithm import keys, routing
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.decoder import VideoDecoder
+from kvpo_jax.errors import UsageError
 from kvpo_jax.programs import Programs
+from kvpo_jax.rewards import composite
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
 from kvpo_jax.types import PyTree
@@ -59,20 +62,18 @@ class Run:
         return (
             f"{config.backbone}: {count_parameters(self.params):,} parameters, "
             f"{count_parameters(lora):,} in LoRA; "
-            f"{sharding.describe(self.mesh, prompts, branches)}"
+            f"{sharding.describe(self.mesh, prompts, branches)}; "
+            f"{len(self.pivots)} of {config.video.blocks} blocks can be the pivot"
         )
+
+    @functools.cached_property
+    def pivots(self) -> tuple[int, ...]:
+        """The blocks at which a perturbed window may begin (`eligible_pivots`)."""
+        return eligible_pivots(self.config, self.backbone.to_pixel)
 
     def draw_pivot(self, iteration: int) -> int:
         """The first perturbed block of an iteration, one for all prompts."""
-        video = self.config.video
-        pivots = routing.eligible_pivots(
-            routing.window(self.config.window),
-            video.blocks,
-            video.block_frames,
-            config_lib.recorded_blocks(self.config),
-            video.switch_frames,
-        )
-        return routing.draw_pivot(keys.draw_key(self.config.seed, "pivot", iteration), pivots)
+        return routing.draw_pivot(keys.draw_key(self.config.seed, "pivot", iteration), self.pivots)
 
 
 def make_mesh(
@@ -81,6 +82,59 @@ def make_mesh(
     """The mesh of a run: the config's sizes, or those that use the most devices."""
     prompts, branches = config_lib.prompts_at_once(config), config_lib.branches_at_once(config)
     return sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts, branches, devices)
+
+
+def eligible_pivots(
+    config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
+) -> tuple[int, ...]:
+    """The blocks at which a perturbed window may begin and enough of what is scored may change.
+
+    Args:
+      config: a checked one.
+      to_pixel: the backbone's: first pixel frame of a latent frame.
+
+    Raises:
+      UsageError: there are none; it names the fields.
+    """
+    video, rollout, least = config.video, config.rollout, config.reward.min_behind
+    window, recorded = routing.window(config.window), config_lib.recorded_blocks(config)
+    switches = tuple(video.switch_frames)
+    possible = routing.eligible_pivots(
+        window,
+        video.blocks,
+        video.block_frames,
+        switches,
+        rollout.branches,
+        rollout.window_blocks,
+        recorded,
+    )
+    if not possible:
+        raise UsageError(
+            f"no block can be a pivot of config.video.blocks={video.blocks}, with"
+            f" config.video.block_frames={video.block_frames},"
+            f" config.video.switch_frames={switches},"
+            f" {recorded} replayed blocks, config.rollout.branches={rollout.branches} and {window}."
+            " Lengthen video.blocks, shorten rollout.window_blocks or replay.blocks, or move"
+            " video.switch_frames"
+        )
+    clips = composite.segment_clips(
+        to_pixel(video.blocks * video.block_frames),
+        len(switches) + 1,
+        backbone_lib.clipping(config, to_pixel),
+    )
+
+    def behind(pivot: int) -> float:
+        return composite.share_behind(clips, to_pixel(pivot * video.block_frames))
+
+    pivots = tuple(pivot for pivot in possible if behind(pivot) >= least)
+    if not pivots:
+        raise UsageError(
+            f"no block can be a pivot: at least config.reward.min_behind={least:g} of the scored"
+            f" frames must lie behind it, and behind block {possible[0]}, the first that could be"
+            f" one, there are {behind(possible[0]):.2f}. Lower reward.min_behind or"
+            " reward.clip_spacing"
+        )
+    return pivots
 
 
 def load(

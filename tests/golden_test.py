@@ -18,12 +18,15 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from kvpo_jax import programs
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import flow, kv_cache, memory_bank, objective, replay, routing
 from kvpo_jax.convert.wan_weights import to_ours, wan_table
 from kvpo_jax.models.wan import Wan, WanConfig
 from kvpo_jax.rewards import composite
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import sharding
 from kvpo_jax.types import BlockKV, KVCache, MemoryBank, ReplayTuples
 
 pytestmark = pytest.mark.golden
@@ -282,36 +285,42 @@ def test_routed_pool(golden_dir, sizes, case):
         sizes, plan["m_nearest_frames"], int(load_chr(golden_dir, case)["capacity"])
     )
     fork, end = plan["perturb_block_abs_frame"], plan["perturb_block_end_frame"]
-    start, stop = routing.routable(window, fork, end - sizes["num_frame_per_block"])
-    assert (int(start), int(stop)) == (
-        plan["stable_older_frame_start"],
-        plan["stable_older_frame_end"],
-    )
+    pool = routing.routable(window, fork, fork, end - sizes["num_frame_per_block"])
+    expected = range(plan["stable_older_frame_start"], plan["stable_older_frame_end"])
+    assert np.flatnonzero(pool).tolist() == list(expected)
     assert window.routed == plan["n_random_frames"]
 
 
-@pytest.mark.parametrize("layout", ["longlive_m4", "longlive_m3"])
-def test_official_plans(golden_dir, sizes, layout):
-    """The released layout: pools of every eligible start, and the branches' shifted draws of one
-    permutation.
+OFFICIAL = {
+    "longlive_m4": ("configs/longlive.py:release", ()),
+    "longlive_m3": ("configs/longlive.py:release", ("window.near=0", "window.excluded=3")),
+    "memflow_m3": ("configs/memflow.py:release", ()),
+}
+
+
+@pytest.mark.parametrize("layout", OFFICIAL)
+def test_official_plans(golden_dir, layout):
+    """The frames that a run of the preset draws at every start of the released layout are those of
+    its pool, and the branches' draws the release's shifts of one permutation.
     """
     data = json.loads((golden_dir / "plans_official_layout.json").read_text())[layout]
-    branches, perturbed = data["args"]["K"], data["args"]["perturb_num_blocks"]
-    frames = sizes["num_frame_per_block"]
-    for _, _, fork, pool, draws, first, last in data[
-        "eligible_starts_chunk_block_abs_pool_n_start_end"
-    ]:
-        nearest = sizes["local_attn_size"] - sizes["sink_size"] - draws
-        window = release_window(sizes, nearest, data["cache_frames"])
-        start, stop = routing.routable(window, fork, fork + (perturbed - 1) * frames)
-        assert (int(start), int(stop), int(stop - start), window.routed) == (
-            first,
-            last,
-            pool,
-            draws,
-        )
+    spec, fields = OFFICIAL[layout]
+    config = config_lib.override(config_lib.load(spec), [f"--config.{field}" for field in fields])
+    branches, capacity = data["args"]["K"], data["cache_frames"]
+    assert config.rollout.window_blocks == data["args"]["perturb_num_blocks"]
+    assert (config.window.cache_frames, config.rollout.branches) == (capacity, branches)
+    draw = programs.build(config, sharding.make_mesh(1, 1, 1, branches)).draw
+    starts = data["eligible_starts_chunk_block_abs_pool_n_start_end"]
+    for _, _, fork, size, draws, first, last in starts:
+        # MemFlow's are slots of its cache at the fork: the sink, then the newest frames.
+        slots = [*range(3), *range(max(fork - capacity, 0) + 3, fork)]
+        pool = slots[:size] if first < 0 else list(range(first, last))
+        drawn = np.asarray(draw(jax.random.key(fork), np.arange(40), fork))
+        assert drawn.shape == (40, branches, draws) and len(pool) == size
+        assert np.unique(drawn).tolist() == pool
     for plan in data["plans"]:
-        permutation = np.asarray(plan["master_perm"]) + plan["plan"]["stable_older_frame_start"]
+        permutation = np.asarray(plan["master_perm"])
+        permutation += plan["plan"].get("stable_older_frame_start", 0)
         ours = routing.disperse(
             permutation, len(permutation), plan["plan"]["n_random_frames"], branches
         )
@@ -545,7 +554,9 @@ def test_memflow_chr(golden_dir, sizes, cfg, schedule, case):
         sizes["sink_size"],
         sizes["tokens_per_frame"],
     )
-    window = dataclasses.replace(release_window(sizes, nearest, capacity), keep_sink=False)
+    window = dataclasses.replace(
+        release_window(sizes, nearest, capacity), keep_sink=False, shared_ring=False
+    )
     routed_frames = data["selected"]
     branches, slots = len(routed_frames), data["branch0.bank_frames"].shape[-1]
     assert routed_frames.shape[1] == window.routed

@@ -111,6 +111,29 @@ def test_segments_of_one_frame_are_not_scored():
     assert composite.segment_clips(10, 3, clipping(1, 9)) == [Clip(1, 1, 9)]
 
 
+def test_a_long_segment_has_a_clip_for_every_so_many_frames():
+    """585 frames, about four times 160: clips around 73, 219, 365 and 511."""
+    spaced = Clipping((), 36, composite.latent_to_pixel, spacing=160)
+    clips = composite.segment_clips(585, 1, spaced)
+    assert [(c.segment, c.start, c.end) for c in clips] == [
+        (0, 55, 91),
+        (0, 201, 237),
+        (0, 347, 383),
+        (0, 493, 529),
+    ]
+    # A segment of up to one and a half times as many has one, as have whole segments.
+    assert len(composite.segment_clips(239, 1, spaced)) == 1
+    assert len(composite.segment_clips(241, 1, spaced)) == 2
+    whole = Clipping((), 0, composite.latent_to_pixel, spacing=160)
+    assert composite.segment_clips(585, 1, whole) == [Clip(0, 0, 585)]
+
+
+def test_the_share_of_the_scored_frames_behind_a_fork():
+    clips = [Clip(0, 2, 6), Clip(1, 10, 14)]
+    shares = [composite.share_behind(clips, frame) for frame in (0, 3, 8, 12, 14)]
+    assert shares == [1.0, 7 / 8, 0.5, 0.25, 0.0]
+
+
 def test_missing_switch_frames_are_an_error():
     with pytest.raises(ValueError, match="4 prompts need 3 switch frames"):
         composite.segment_clips(48, 4, clipping(12, 24))

@@ -14,9 +14,11 @@ import pytest
 from equipment import SMALLEST, bare_run, batch_of, configure
 
 from kvpo_jax import programs, rollout
+from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import block, flow, keys, kv_cache, routing
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import Wan, WanConfig, init_variables
+from kvpo_jax.rewards import composite
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
@@ -470,7 +472,7 @@ def test_a_prompt_that_does_not_change_keeps_its_cache(world):
 def test_nothing_compiles_twice(world):
     """Over all pivots, window lengths and draws."""
     for pivot in routing.eligible_pivots(
-        routing.window(world.config.window), BLOCKS, FRAMES, 1, SWITCHES
+        routing.window(world.config.window), BLOCKS, FRAMES, SWITCHES, BRANCHES, 1, 1
     ):
         for window_blocks in (1, 3):
             if pivot + window_blocks <= BLOCKS:
@@ -482,6 +484,44 @@ def test_nothing_compiles_twice(world):
     assert world.run.programs.compilations() == expected
 
 
+# ---------------------------------------------------------------- pivots
+
+
+def longlive(*fields: str) -> ml_collections.ConfigDict:
+    spec = config_lib.load("configs/longlive.py")
+    return config_lib.override(spec, [f"--config.{field}" for field in fields])
+
+
+def test_a_pivot_leaves_enough_of_what_is_scored_behind_it():
+    """Of LongLive's 144 scored frames the last clip, [495, 531), has 36. Block 42 begins at pixel
+    1 + 4 * 125 = 501, where 30 are left; block 44, the last with five to perturb, at 525 with 6.
+    """
+    to_pixel = composite.latent_to_pixel
+    assert run_lib.eligible_pivots(longlive(), to_pixel)[-1] == 41
+    assert run_lib.eligible_pivots(longlive("reward.min_behind=0.2"), to_pixel)[-1] == 42
+    assert run_lib.eligible_pivots(longlive("reward.min_behind=0"), to_pixel)[-1] == 44
+
+
+def test_one_long_prompt_is_scored_to_its_end():
+    """585 frames are four clips, as far apart as those of four prompts; with one clip in the middle
+    half of the pivots would have nothing to change.
+    """
+    to_pixel = composite.latent_to_pixel
+    one = longlive("video.switch_frames=()")
+    assert run_lib.eligible_pivots(one, to_pixel) == tuple(range(5, 42))
+    single = longlive("video.switch_frames=()", "reward.clip_spacing=0")
+    assert run_lib.eligible_pivots(single, to_pixel)[-1] == 25  # pixel 297; the clip is [274, 310)
+
+
+def test_no_pivot_is_an_error_that_says_what_to_change():
+    changes = "video.blocks.*rollout.window_blocks.*video.switch_frames"
+    with pytest.raises(UsageError, match=changes):
+        run_lib.eligible_pivots(longlive("rollout.window_blocks=45"), int)
+    whole = longlive("reward.clip_frames=0", "reward.min_behind=0.95")  # 528 of 585 are behind 5
+    with pytest.raises(UsageError, match=r"reward.min_behind=0.95 .* block 5.* 0.90"):
+        run_lib.eligible_pivots(whole, composite.latent_to_pixel)
+
+
 # ---------------------------------------------------------------- the release
 
 
@@ -491,10 +531,7 @@ def test_the_release_preset(world):
     """
     release = make_world(make_config("configs/tiny.py:release", video__switch_frames=()))
     window = routing.window(release.config.window)
-    pivots = routing.eligible_pivots(
-        window, BLOCKS, FRAMES, config_lib.recorded_blocks(release.config), ()
-    )
-    assert pivots == [5, 6, 7, 8]
+    assert run_lib.eligible_pivots(release.config, int) == (5, 6, 7, 8)
     routed_frames = release.draw(8)
     assert routed_frames.shape == (PROMPTS, BRANCHES, 5)
     out = release.roll(8, routed_frames)

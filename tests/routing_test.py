@@ -14,6 +14,7 @@ from kvpo_jax.runtime import config as config_lib
 
 PAPER = routing.Window(sink=3, past=9, near=3, excluded=3, cache_frames=36)
 RELEASE = routing.Window(sink=3, past=6, near=1, excluded=4, cache_frames=33, shared_ring=True)
+MEMFLOW = routing.Window(sink=3, past=6, near=0, excluded=3, cache_frames=33, keep_sink=False)
 BLOCK = 3
 
 
@@ -116,9 +117,8 @@ def test_the_draw_of_the_deployment_window_is_the_deployment_row():
 
 
 def test_routed_rows_of_many_branches():
-    routed_frames = routing.draw_independent(
-        jax.random.key(0), PAPER, 10, 36, *routing.routable(PAPER, 21, 33)
-    )
+    pool = routing.routable(PAPER, 36, 21, 33)
+    routed_frames = routing.draw_independent(jax.random.key(0), PAPER, 10, pool, 21)
     rows = routing.routed_context(PAPER, routed_frames.reshape(2, 5, 6), 21)
     assert rows.shape == (2, 5, 12) and rows.dtype == jnp.int32
     for branch, ours in zip(routed_frames, rows.reshape(10, 12), strict=True):
@@ -128,34 +128,39 @@ def test_routed_rows_of_many_branches():
 # ---------------------------------------------------------------- the routable set
 
 
+def pool_of(window, fork: int, last_start: int) -> list[int]:
+    return np.flatnonzero(routing.routable(window, 60, fork, last_start)).tolist()
+
+
 def test_omega_of_the_paper():
-    start, stop = routing.routable(PAPER, 15, 27)
     # L = 15: {4, ..., 12} counted from 1
-    assert list(range(int(start) + 1, int(stop) + 1)) == [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert [frame + 1 for frame in pool_of(PAPER, 15, 27)] == [4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
 @pytest.mark.parametrize(
     "window, fork, last_start, expected",
     [
-        (PAPER, 12, 24, (3, 9)),
-        (PAPER, 36, 48, (3, 33)),
-        (PAPER, 42, 54, (9, 39)),  # 36 frames held: 0 1 2 and 9 ... 41; the fork freezes them
-        (RELEASE, 15, 21, (3, 11)),
-        (RELEASE, 36, 36, (6, 32)),  # 33 held: 0 1 2 and 6 ... 35
-        (RELEASE, 36, 48, (18, 32)),  # and still held when block 48 is written
+        (PAPER, 12, 24, range(3, 9)),
+        (PAPER, 36, 48, range(3, 33)),
+        (PAPER, 42, 54, range(9, 39)),  # 36 frames held: 0 1 2 and 9 ... 41; the fork freezes them
+        (RELEASE, 15, 21, range(3, 11)),
+        (RELEASE, 36, 36, range(6, 32)),  # 33 held: 0 1 2 and 6 ... 35
+        (RELEASE, 36, 48, range(18, 32)),  # and still held when block 48 is written
+        # MemFlow: the sink can be drawn, before the ring rolls and after it.
+        (MEMFLOW, 21, 33, range(18)),
+        (MEMFLOW, 39, 51, [0, 1, 2, *range(9, 36)]),
     ],
 )
 def test_routable_frames_by_hand(window, fork, last_start, expected):
-    start, stop = routing.routable(window, fork, last_start)
-    assert (int(start), int(stop)) == expected
+    assert pool_of(window, fork, last_start) == list(expected)
 
 
 # ---------------------------------------------------------------- draws
 
 
 def draws(kind: str, window=PAPER, seed=0, branches=8, fork=15):
-    start, stop = routing.routable(window, fork, fork)
-    return np.asarray(routing.DRAWS[kind](jax.random.key(seed), window, branches, 36, start, stop))
+    pool = routing.routable(window, 36, fork, fork)
+    return np.asarray(routing.DRAWS[kind](jax.random.key(seed), window, branches, pool, fork))
 
 
 @pytest.mark.parametrize("window, fork", [(PAPER, 15), (PAPER, 30), (RELEASE, 15), (RELEASE, 30)])
@@ -174,58 +179,96 @@ def test_draws_are_a_function_of_the_key(kind):
     assert not np.array_equal(draws(kind, seed=3), draws(kind, seed=4))
 
 
-def test_branches_draw_differently():
-    assert len({tuple(branch) for branch in draws("independent", fork=33)}) == 8
+@pytest.mark.parametrize("fork, branches", [(15, 8), (15, 83), (33, 40)])
+def test_branches_draw_differently_and_not_the_deployment_window(fork, branches):
+    """At fork 15 there are 84 subsets of 9 frames: 83 branches take all but the deployed one."""
+    drawn = {tuple(branch) for branch in draws("independent", fork=fork, branches=branches)}
+    assert len(drawn) == branches
+    assert tuple(range(fork - 9, fork - 3)) not in drawn
+
+
+def test_more_branches_than_subsets_repeat_some():
+    drawn = [tuple(branch) for branch in draws("independent", branches=90)]
+    assert len(drawn) == 90 and len(set(drawn)) == 83
+
+
+@pytest.mark.parametrize("window, fork", [(PAPER, 15), (RELEASE, 24), (MEMFLOW, 39)])
+def test_the_deployed_subset_routes_nothing(window, fork):
+    deployed = routing.deployed_subset(window, fork)
+    assert deployed.shape == (window.routed,)
+    np.testing.assert_array_equal(
+        routing.routed_context(window, deployed, fork), routing.deployment_frames(window, fork)
+    )
 
 
 def test_the_bound_on_frames_does_not_matter():
     """The same set of draws is possible for any `frames` that holds the routable set."""
-    start, stop = routing.routable(PAPER, 15, 15)
-    routed_frames = routing.draw_independent(jax.random.key(0), PAPER, 1200, 12, start, stop)
-    assert (int(routed_frames.min()), int(routed_frames.max())) == (3, 11)
-    assert len({tuple(branch) for branch in np.asarray(routed_frames)}) == 84
+    for frames in (12, 60):
+        pool = routing.routable(PAPER, frames, 15, 15)
+        drawn = routing.draw_independent(jax.random.key(0), PAPER, 83, pool, 15)
+        assert (int(drawn.min()), int(drawn.max())) == (3, 11)
 
 
-def subsets_p_value(routed_frames: np.ndarray, pool: range) -> float:
-    """p of the chi-square test that every subset of `pool` is equally often among the draws [n,
-    routed].
+def subsets_p_value(routed_frames: np.ndarray, pool: range, besides: tuple = ()) -> float:
+    """p of the chi-square test that every subset of `pool`, `besides` apart, is equally often among
+    the draws [n, routed].
     """
     subsets = itertools.combinations(pool, routed_frames.shape[1])
-    cell = {subset: i for i, subset in enumerate(subsets)}
+    cell = {subset: i for i, subset in enumerate(s for s in subsets if s != besides)}
     counts = np.bincount([cell[tuple(branch)] for branch in routed_frames], minlength=len(cell))
     assert counts.sum() / len(cell) > 50
     return stats.chisquare(counts).pvalue
 
 
-def test_independent_draws_are_uniform():
-    """Over all 84 subsets of the 9 routable frames, which says more than that each frame is as
-    frequent.
+def many_groups(kind: str, groups: int, branches: int = 8) -> np.ndarray:
+    """int32[groups, G, routed] at fork 15, where nine frames can be drawn."""
+    pool = routing.routable(PAPER, 36, 15, 15)
+
+    def draw(key):
+        return routing.DRAWS[kind](key, PAPER, branches, pool, 15)
+
+    return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), groups)))
+
+
+DEPLOYED = tuple(range(6, 12))
+
+
+@pytest.mark.parametrize("branch", [0, 7])
+def test_independent_draws_are_uniform(branch):
+    """Every branch over all 83 subsets of the 9 routable frames but the deployed one, which says
+    more than that each frame is as frequent.
     """
-    p = subsets_p_value(draws("independent", branches=8400), range(3, 12))
-    assert 0.01 < p < 0.99
+    drawn = many_groups("independent", 8400)[:, branch]
+    assert 0.01 < subsets_p_value(drawn, range(3, 12), besides=DEPLOYED) < 0.99
+
+
+def test_draws_of_a_group_are_uniform_pairs():
+    """Two branches are any two of the 83 subsets, with equal chances in either order: the rank of
+    the second among the 82 that the first leaves is uniform.
+    """
+    subsets = [s for s in itertools.combinations(range(3, 12), 6) if s != DEPLOYED]
+    cell = {subset: i for i, subset in enumerate(subsets)}
+    first, second = (
+        np.array([cell[tuple(draw)] for draw in draws])
+        for draws in many_groups("independent", 33600, branches=2).swapaxes(0, 1)
+    )
+    counts = np.bincount(second - (second > first), minlength=82)
+    assert len(counts) == 82 and 0.01 < stats.chisquare(counts).pvalue < 0.99
 
 
 @pytest.mark.parametrize("branch", [0, 5])
 def test_dispersed_draws_of_a_branch_are_uniform(branch):
-    start, stop = routing.routable(PAPER, 15, 15)
-    keys = jax.random.split(jax.random.key(1), 8400)
-
-    def draw(key):
-        return routing.draw_dispersed(key, PAPER, 8, 36, start, stop)[branch]
-
-    routed_frames = jax.vmap(draw)(keys)
-    assert 0.01 < subsets_p_value(np.asarray(routed_frames), range(3, 12)) < 0.99
+    drawn = many_groups("dispersed", 8400)[:, branch]
+    assert 0.01 < subsets_p_value(drawn, range(3, 12)) < 0.99
 
 
 def test_the_test_of_uniformity_sees_a_bias():
     """Draws that leave frame 11 out every tenth time."""
-    routed_frames = draws("independent", branches=8400)
-    biased = np.where(routed_frames == 11, np.int32(20), routed_frames)
-    replacement = np.array([min(set(range(3, 12)) - set(branch)) for branch in routed_frames])
-    every_tenth = np.arange(8400) % 10 == 0
-    replaced = every_tenth[:, None] & (biased == 20)
-    routed_frames = np.where(replaced, replacement[:, None], routed_frames)
-    assert subsets_p_value(np.sort(routed_frames, axis=1), range(3, 12)) < 1e-6
+    drawn = many_groups("dispersed", 8400)[:, 0]
+    replacement = np.array([min(set(range(3, 12)) - set(draw)) for draw in drawn])
+    replaced = (np.arange(8400) % 10 == 0)[:, None] & (drawn == 11)
+    biased = np.sort(np.where(replaced, replacement[:, None], drawn), axis=1)
+    assert subsets_p_value(biased, range(3, 12)) < 1e-6
 
 
 def test_dispersed_draws_by_hand():
@@ -252,45 +295,55 @@ def test_dispersed_draws_are_shifts_of_one_permutation():
 # ---------------------------------------------------------------- pivots
 
 
+def pivots(window, blocks: int, recorded: int, switches=(), perturbed=None, branches=8):
+    return routing.eligible_pivots(
+        window, blocks, BLOCK, switches, branches, perturbed or recorded, recorded
+    )
+
+
 def test_pivots_without_switches():
     # From 15 past frames on (12 fill the window, but then there are as many routable frames as
     # slots to route), up to the last block at which three blocks are left of twelve.
-    assert routing.eligible_pivots(PAPER, 12, BLOCK, 3, ()) == [5, 6, 7, 8, 9]
-    assert routing.eligible_pivots(PAPER, 12, BLOCK, 1, ()) == [5, 6, 7, 8, 9, 10, 11]
+    assert pivots(PAPER, 12, 3) == [5, 6, 7, 8, 9]
+    assert pivots(PAPER, 12, 1) == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_every_branch_has_a_subset_of_its_own():
+    """15 past frames have 84 subsets, one of them the deployed one; 18 have 924."""
+    assert pivots(PAPER, 12, 1, branches=83)[0] == 5
+    assert pivots(PAPER, 12, 1, branches=84)[0] == 6
 
 
 def test_no_switch_strictly_inside_the_window():
     # A switch at 24 forbids windows that begin at 18 or 21; one that begins or ends at 24 is
     # allowed.
-    assert routing.eligible_pivots(PAPER, 12, BLOCK, 3, (12, 24)) == [5, 8, 9]
-    assert routing.eligible_pivots(PAPER, 12, BLOCK, 1, (12, 24)) == [5, 6, 7, 8, 9, 10, 11]
+    assert pivots(PAPER, 12, 3, (12, 24)) == [5, 8, 9]
+    assert pivots(PAPER, 12, 1, (12, 24)) == [5, 6, 7, 8, 9, 10, 11]
 
 
 def test_pivots_of_the_release():
     # 12 past frames: 3 ... 7 are as many as are routed; 15: 3 ... 10 are eight.
-    assert routing.eligible_pivots(RELEASE, 12, BLOCK, 4, (12, 24)) == [8]
-    assert routing.eligible_pivots(RELEASE, 12, BLOCK, 4, ()) == [5, 6, 7, 8]
+    assert pivots(RELEASE, 12, 4, (12, 24)) == [8]
+    assert pivots(RELEASE, 12, 4) == [5, 6, 7, 8]
 
 
 def test_pivots_of_a_shared_ring_need_frames_that_stay_resident():
     """A history of 18 frames is a sink of 3 and a ring of 15."""
     small = routing.Window(sink=3, past=6, near=1, excluded=4, cache_frames=18, shared_ring=True)
-    assert routing.eligible_pivots(small, 12, BLOCK, 1, ()) == [5, 6, 7, 8, 9, 10, 11]
+    assert pivots(small, 12, 1) == [5, 6, 7, 8, 9, 10, 11]
     # When the fourth block of the window is written, fork - 6 is the oldest frame held; fork - 5
     # the youngest routable.
-    with pytest.raises(ValueError, match="no block can be a pivot"):
-        routing.eligible_pivots(small, 12, BLOCK, 4, ())
+    assert pivots(small, 12, 4) == []
+    # The blocks that are replayed after the window write to the ring, too late for a draw.
+    assert pivots(small, 12, 4, perturbed=1) == [5, 6, 7, 8]
     # Where the fork freezes the history, how long the window lasts does not matter.
     frozen = dataclasses.replace(small, shared_ring=False)
-    assert routing.eligible_pivots(frozen, 12, BLOCK, 4, ()) == [5, 6, 7, 8]
+    assert pivots(frozen, 12, 4) == [5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
-    "blocks, window_blocks, switches",
+    "blocks, recorded, switches",
     [(5, 1, ()), (7, 3, ()), (9, 4, (18,)), (12, 3, (18, 21, 24, 27, 30))],
 )
-def test_no_pivot_is_an_error_that_says_what_to_change(blocks, window_blocks, switches):
-    with pytest.raises(
-        ValueError, match="video.blocks.*rollout.window_blocks.*video.switch_frames"
-    ):
-        routing.eligible_pivots(PAPER, blocks, BLOCK, window_blocks, switches)
+def test_there_may_be_no_pivot(blocks, recorded, switches):
+    assert pivots(PAPER, blocks, recorded, switches) == []

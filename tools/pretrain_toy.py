@@ -109,11 +109,13 @@ def make_loss(
             x = jax.lax.dynamic_slice_in_dim(latents, start, frames_in_block, axis=1)
             # Each video attends to the deployment window, or where there is enough history perhaps
             # to a routed one.
-            first, stop = routing.routable(window, start, start)
-            drawn = routing.draw_independent(draw_key, window, p, frames, first, stop)
+            pool = routing.routable(window, frames, start, start)
+            drawn = jax.vmap(routing.draw_subset, (0, None, None))(
+                jax.random.split(draw_key, p), window, pool
+            )
             routed = routing.routed_context(window, drawn, start)
             use_routed = jax.random.bernoulli(choose_key, 0.5, (p,))
-            use_routed &= stop - first >= window.routed
+            use_routed &= jnp.sum(pool) >= window.routed
             deployed = routing.deployment_frames(window, start)
             context_frames = jnp.where(use_routed[:, None], routed, deployed)
             context = kv_cache.read(context_frames[:, None], cache)

@@ -11,6 +11,7 @@ they were routed.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import chex
@@ -158,58 +159,85 @@ def perturbed_passes(
 # ---------------------------------------------------------------- the routable set and the draws
 
 
-def routable(window: Window, fork: Array | int, last_start: Array | int) -> tuple[Array, Array]:
-    """The routable set Omega = [start, stop) of Eq. 3, at a fork with `fork` past frames.
+def routable(window: Window, frames: int, fork: Array | int, last_start: Array | int) -> Array:
+    """The routable set Omega of Eq. 3 at a fork with `fork` past frames, bool[frames].
 
     Paper: {4, ..., L - 3} counted from 1, which is [sink, fork - near) from 0. Frames that the
-    history has evicted are left out. `last_start` is the first frame of the last routed block.
+    history has evicted are left out; the sink's own are in it unless a routed context keeps them.
+
+    Args:
+      window: the slots.
+      frames: of the video, or any bound on fork.
+      fork: int32[], past frames.
+      last_start: int32[], first frame of the last perturbed block; read by a shared ring only.
     """
+    frame = jnp.arange(frames)
     held = window.cache_frames - window.sink
-    resident = (last_start if window.shared_ring else fork) - held
-    # While the ring has not evicted anything, every frame is resident; afterwards the sink's own
-    # slots are set apart.
-    start = jnp.where(resident <= window.sink, window.kept, resident)
-    return start, jnp.asarray(fork - window.excluded)
+    oldest = jnp.maximum((last_start if window.shared_ring else fork) - held, window.sink)
+    in_sink = (frame >= window.kept) & (frame < window.sink)
+    return (in_sink | (frame >= oldest)) & (frame < fork - window.excluded)
 
 
-# A draw: (key, window, branches, frames, start, stop) -> int32[G, routed], frames of [start, stop).
-Draw = Callable[[Array, Window, int, int, Array, Array], Array]
-
-
-def _permutation(key: Array, frames: int, start: Array, stop: Array) -> Array:
-    """int32[frames]: the frames of [start, stop) in random order, the others behind them."""
-    index = jnp.arange(frames)
-    inside = (index >= start) & (index < stop)
-    rank = jnp.where(inside, jax.random.uniform(key, (frames,)), 2.0)
+def _permutation(key: Array, pool: Array) -> Array:
+    """int32[frames]: the frames of the pool in random order, the others behind them."""
+    rank = jnp.where(pool, jax.random.uniform(key, pool.shape), 2.0)
     return jnp.argsort(rank).astype(jnp.int32)
 
 
-def draw_independent(
-    key: Array, window: Window, branches: int, frames: int, start: Array, stop: Array
-) -> Array:
-    """Paper: for each branch, distinct frames of [start, stop), uniform. `frames` bounds stop."""
-
-    def draw(branch_key: Array) -> Array:
-        return jnp.sort(_permutation(branch_key, frames, start, stop)[: window.routed])
-
-    return jax.vmap(draw)(jax.random.split(key, branches))
+def draw_subset(key: Array, window: Window, pool: Array) -> Array:
+    """Distinct frames of the pool bool[frames] for the routed slots, uniform; int32[routed]."""
+    return jnp.sort(_permutation(key, pool)[: window.routed])
 
 
-def disperse(permutation: Array, pool: Array, routed: int, branches: int) -> Array:
-    """Release: branch g takes consecutive entries of one permutation of `pool` frames.
+def deployed_subset(window: Window, fork: Array | int) -> Array:
+    """The draw that leaves the deployment window at the fork as it is, int32[routed]."""
+    sink = jnp.arange(window.kept, window.sink)
+    return jnp.concatenate([sink, fork - window.past + jnp.arange(window.past - window.near)])
 
-    It begins at g * max(1, pool // G) and goes round. int32[G, routed], sorted.
+
+# A draw: (key, window, branches, pool bool[frames], fork) -> int32[G, routed], frames of the pool.
+Draw = Callable[[Array, Window, int, Array, Array], Array]
+
+# Redraws of a branch, of which a pool with more subsets than branches hardly ever needs ten.
+ATTEMPTS = 1000
+
+
+def draw_independent(key: Array, window: Window, branches: int, pool: Array, fork: Array) -> Array:
+    """Paper §3.2, "G distinct CHR refill decisions": G different subsets, none the deployment one.
+
+    Uniform over such sequences: a branch is drawn again while it is one of those before it. Only
+    where the pool has too few subsets, which is no eligible pivot, do some come twice.
     """
-    start = jnp.arange(branches)[:, None] * jnp.maximum(1, pool // branches)
-    return jnp.sort(permutation[(start + jnp.arange(routed)) % pool], axis=-1)
+    taken = jnp.full((branches + 1, window.routed), -1).at[0].set(deployed_subset(window, fork))
+
+    def draw_branch(taken: Array, branch: Array) -> tuple[Array, Array]:
+        own = jax.random.fold_in(key, branch)
+
+        def attempt(count: Array | int) -> tuple[Array, Array]:
+            return jnp.asarray(count + 1), draw_subset(jax.random.fold_in(own, count), window, pool)
+
+        def is_taken(state: tuple[Array, Array]) -> Array:
+            count, drawn = state
+            return (count < ATTEMPTS) & jnp.any(jnp.all(taken == drawn, axis=-1))
+
+        _, drawn = jax.lax.while_loop(is_taken, lambda state: attempt(state[0]), attempt(0))
+        return taken.at[branch + 1].set(drawn), drawn
+
+    return jax.lax.scan(draw_branch, taken, jnp.arange(branches))[1]
 
 
-def draw_dispersed(
-    key: Array, window: Window, branches: int, frames: int, start: Array, stop: Array
-) -> Array:
+def disperse(permutation: Array, pool_size: Array, routed: int, branches: int) -> Array:
+    """Release: branch g takes consecutive entries of one permutation of `pool_size` frames.
+
+    It begins at g * max(1, pool_size // G) and goes round. int32[G, routed], sorted.
+    """
+    start = jnp.arange(branches)[:, None] * jnp.maximum(1, pool_size // branches)
+    return jnp.sort(permutation[(start + jnp.arange(routed)) % pool_size], axis=-1)
+
+
+def draw_dispersed(key: Array, window: Window, branches: int, pool: Array, fork: Array) -> Array:
     """Release: the branches are spread over one permutation (`disperse`)."""
-    permutation = _permutation(key, frames, start, stop)
-    return disperse(permutation, stop - start, window.routed, branches)
+    return disperse(_permutation(key, pool), jnp.sum(pool), window.routed, branches)
 
 
 DRAWS: Registry[Draw] = Registry(
@@ -221,30 +249,40 @@ DRAWS: Registry[Draw] = Registry(
 
 
 def eligible_pivots(
-    window: Window, blocks: int, block_frames: int, window_blocks: int, switch_frames: Sequence[int]
+    window: Window,
+    blocks: int,
+    block_frames: int,
+    switch_frames: Sequence[int],
+    branches: int,
+    window_blocks: int,
+    recorded_blocks: int,
 ) -> list[int]:
-    """Blocks at which a perturbed window may begin.
+    """Blocks at which a perturbed window may begin; there may be none.
 
-    The deployment window must be full, the routable set larger than the draw (with exactly as many
-    frames every branch would be the same), the perturbed window inside the video, and no prompt may
-    switch strictly inside it.
+    The deployment window must be full, the routable set have a subset of its own for every branch
+    besides the deployment window's, the replayed blocks be inside the video, and no prompt may
+    switch strictly inside them.
+
+    Args:
+      window: the slots.
+      blocks: B.
+      block_frames: F.
+      switch_frames: latent frames at which the next prompt begins.
+      branches: G.
+      window_blocks: W.
+      recorded_blocks: how many are replayed, at least W.
     """
     pivots = []
-    for pivot in range(blocks - window_blocks + 1):
-        fork, end = pivot * block_frames, (pivot + window_blocks) * block_frames
-        start, stop = routable(window, fork, end - block_frames)
+    for pivot in range(blocks - recorded_blocks + 1):
+        fork, end = pivot * block_frames, (pivot + recorded_blocks) * block_frames
+        last_start = fork + (window_blocks - 1) * block_frames
+        pool = int(routable(window, fork, fork, last_start).sum())
         if (
             fork >= window.sink + window.past
-            and int(stop) - int(start) > window.routed
+            and math.comb(pool, window.routed) > branches
             and not any(fork < frame < end for frame in switch_frames)
         ):
             pivots.append(pivot)
-    if not pivots:
-        raise UsageError(
-            f"no block can be a pivot: {blocks} blocks of {block_frames} frames, prompt switches "
-            f"at {tuple(switch_frames)}, {window_blocks} perturbed blocks, {window}. Lengthen "
-            "video.blocks, shorten rollout.window_blocks or move video.switch_frames"
-        )
     return pivots
 
 

@@ -1,8 +1,8 @@
 """From videos to the scores of a group: which clips are scored, and how components are weighted.
 
 The global signal scores one clip per prompt segment and averages over the segments (paper §3.4; the
-released code's clips are 36 frames in the middle of each segment). The local signal of the released
-code scores the chunk that contains the fork.
+released code's clips are 36 frames in the middle of each segment); a long segment has several. The
+local signal of the released code scores the chunk that contains the fork.
 
 Everything above `score_clips` is arithmetic on Python ints. Windows are half open, [start, end).
 """
@@ -47,14 +47,16 @@ class Clipping:
 
     Attributes:
       switch_frames: ascending latent frames at which the next prompt segment begins.
-      clip_frames: pixel frames of a segment's clip, which may reach beyond a short segment; 0
-        scores the whole segment.
+      clip_frames: pixel frames of a clip, which may reach beyond a short segment; 0 scores the
+        whole segment.
       to_pixel: latent frame -> its first pixel frame.
+      spacing: a segment has one clip for every so many pixel frames, and at least one; 0 is one.
     """
 
     switch_frames: Sequence[int]
     clip_frames: int
     to_pixel: Callable[[int], int]
+    spacing: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,9 @@ def clip_window(center: int, total: int, clip_len: int) -> tuple[int, int]:
 
 
 def segment_clips(total: int, segments: int, clipping: Clipping) -> list[Clip]:
-    """One clip in the middle of each prompt segment of a video.
+    """The clips of a video: each prompt segment is cut into equal parts, with a clip in the middle.
+
+    A segment is one part, or several if it is long (`Clipping.spacing`).
 
     Args:
       total: pixel frames of the video.
@@ -107,10 +111,20 @@ def segment_clips(total: int, segments: int, clipping: Clipping) -> list[Clip]:
     for m, (start, end) in enumerate(itertools.pairwise((0, *inner, total))):
         if end - start < 2:
             continue
-        if clip_frames:
-            start, end = clip_window((start + end) // 2, total, clip_frames)
-        clips.append(Clip(m, start, end))
+        if not clip_frames:
+            clips.append(Clip(m, start, end))
+            continue
+        parts = max(1, round((end - start) / clipping.spacing)) if clipping.spacing else 1
+        for part in range(parts):
+            center = start + (end - start) * (2 * part + 1) // (2 * parts)
+            clips.append(Clip(m, *clip_window(center, total, clip_frames)))
     return clips
+
+
+def share_behind(clips: Sequence[Clip], frame: int) -> float:
+    """The share of the scored frames that are pixel frame `frame` or a later one, in [0, 1]."""
+    behind = sum(max(clip.end - max(clip.start, frame), 0) for clip in clips)
+    return behind / sum(clip.end - clip.start for clip in clips)
 
 
 # ---------------------------------------------------------------- scores
@@ -155,10 +169,10 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
 def segment_rewards(
     scorer: Scorer, pixels: Array, prompts: Sequence[Sequence[str]], clipping: Clipping
 ) -> dict[str, Array]:
-    """The global signal: scores each segment's clip with its sentence; the mean over segments.
+    """The global signal: scores every clip with its segment's sentence; the mean over the clips.
 
     Args:
-      scorer: see Scorer; called once per segment, with all P * T clips.
+      scorer: see Scorer; called once per clip, with those of all P * T trajectories.
       pixels: float[P, T, frames, h, w, 3] in [0, 1] or uint8.
       prompts: P sequences of M sentences.
       clipping: see Clipping.

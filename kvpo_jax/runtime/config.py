@@ -77,6 +77,8 @@ MINIMUM = {
     "objective.clip_high": 0.0,
     "objective.advantage_clip": 0.0,
     "reward.clip_frames": 0,
+    "reward.clip_spacing": 0,
+    "reward.min_behind": 0.0,
     "train.iterations": 1,
     "train.micro_batch": 0,
     "train.prompts_per_iteration": 1,
@@ -424,8 +426,9 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
             raise UsageError(f"config.{name}={value} is not positive")
     if not 0 <= fields["seed"] < SEEDS:
         raise UsageError(f"config.seed={fields['seed']}: expected 0 to {SEEDS - 1}")
-    if fields["train.ema_decay"] > 1:
-        raise UsageError(f"config.train.ema_decay={fields['train.ema_decay']} is more than 1")
+    for name in ("train.ema_decay", "reward.min_behind"):
+        if fields[name] > 1:
+            raise UsageError(f"config.{name}={fields[name]} is more than 1")
 
 
 def _check_model(config: ConfigDict, fields: Mapping[str, Any]) -> None:
