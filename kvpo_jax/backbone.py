@@ -181,11 +181,12 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """The toy world, with the generator that ships or the one that config.weights names."""
     path, cfg = config.weights or TOY_WEIGHTS, wan_config(config)
     segments = len(config.video.switch_frames) + 1
+    heldout = toy_world.heldout_prompts(config.eval.prompts, segments)
 
     def sequence(split: str, index: int) -> list[str]:
-        return toy_world.sample_prompts(
-            (config.seed if split == "train" else 0, index), split, segments
-        )
+        if split == "heldout":
+            return heldout[index]
+        return toy_world.sample_prompts((config.seed, index), split, segments)
 
     return Backbone(
         load_params=partial(load_params, path, cfg),
@@ -295,7 +296,11 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
     @cache
     def splits() -> dict[str, list[prompts.PromptSequence]]:
-        sequences = prompts.load(Path(config.paths.prompts))
+        # As they are used, so that nothing held out is trained on word for word.
+        sequences = [
+            prompts.segments_to(prompts.cleaned(sequence), segments)
+            for sequence in prompts.load(Path(config.paths.prompts))
+        ]
         if stored is not None:
             stored.check([sentence for sequence in sequences for sentence in sequence.sentences])
         try:
@@ -307,11 +312,10 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         return {"train": train, "heldout": heldout}
 
     def sequence(split: str, index: int) -> list[str]:
+        sequences = splits()[split]
         if split == "heldout":
-            return list(prompts.segments_to(splits()[split][index], segments).sentences)
-        return list(
-            prompts.segments_to(prompts.at(splits()[split], index, config.seed), segments).sentences
-        )
+            return list(sequences[index].sentences)
+        return list(prompts.at(sequences, index, config.seed).sentences)
 
     like = wan_vae.abstract_decoder_params(vae)
 

@@ -4,6 +4,7 @@ nothing.
 
 import os
 import shutil
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -171,6 +172,22 @@ def test_what_is_trained_on_does_not_depend_on_what_is_evaluated(config):
     fewer = backbone.load(config)
     assert [fewer.prompts("train", i) for i in range(12)] == stream
     assert [fewer.prompts("heldout", i) for i in range(2)] == heldout[:2]
+
+
+def test_nothing_held_out_is_trained_on(config):
+    """Stories that begin alike, that differ in white space, that repeat their only sentence: as
+    used, with M = 4, each is on one side.
+    """
+    a, b, c, *rest = SENTENCES
+    lines = [f"[{a}],[{b}],[{c}],[{x}],[{y}]" for x in rest[:3] for y in rest[:4]]
+    lines += [f"[{x}]" for x in rest] + [f"[  {x} ],[{x}]" for x in rest]
+    Path(config.paths.prompts).write_text("".join(f"{n},{x}\n" for n, x in enumerate(lines)))
+    config.video.switch_frames = (39, 75, 111)
+    made = backbone.load(config)
+    heldout = {tuple(made.prompts("heldout", i)) for i in range(4)}
+    trained = {tuple(made.prompts("train", i)) for i in range(4 * len(lines))}
+    assert len(heldout) == 4 and not heldout & trained
+    assert len(heldout | trained) == 3 + len(rest)
 
 
 def test_more_held_out_prompts_than_there_are_is_an_error(config):

@@ -16,6 +16,7 @@ from kvpo_jax.data.toy_world import (
     VOCABULARY,
     Look,
 )
+from kvpo_jax.errors import UsageError
 
 SWITCHES = (12, 24, 36)
 RED_DISK_RIGHT, BLUE_SQUARE_DOWN = (0, 0, 0), (2, 1, 3)
@@ -88,6 +89,16 @@ def test_one_segment_and_seeds():
     assert toy_world.sample_attributes(np.random.default_rng(0), "train", 1).shape == (1, 3)
     assert toy_world.sample_prompts(3, "train", 4) == toy_world.sample_prompts(3, "train", 4)
     assert toy_world.sample_prompts(3, "train", 4) != toy_world.sample_prompts(4, "train", 4)
+
+
+def test_held_out_sequences_are_all_different():
+    drawn = [tuple(sequence) for sequence in toy_world.heldout_prompts(200, 3)]
+    assert len(set(drawn)) == 200 and drawn[:32] == [*map(tuple, toy_world.heldout_prompts(32, 3))]
+    assert len(toy_world.heldout_prompts(16, 1)) == 16
+    with pytest.raises(UsageError, match="16 held-out prompt sequences of 1 sentences.*not for 17"):
+        toy_world.heldout_prompts(17, 1)
+    with pytest.raises(UsageError, match="240 held-out"):
+        toy_world.heldout_prompts(241, 2)
 
 
 def test_sampling_does_not_change_the_splits():

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from kvpo_jax.data import text
 from kvpo_jax.errors import UsageError
 
 T = TypeVar("T")
@@ -215,6 +216,12 @@ def at(sequences: Sequence[T], index: int, seed: int) -> T:
     """
     epoch, position = divmod(index, len(sequences))
     return sequences[np.random.default_rng((seed, epoch)).permutation(len(sequences))[position]]
+
+
+def cleaned(sequence: PromptSequence) -> PromptSequence:
+    """The sequence as the text encoder reads it (`text.clean`)."""
+    sentences = tuple(text.clean(sentence) for sentence in sequence.sentences)
+    return dataclasses.replace(sequence, sentences=sentences)
 
 
 def segments_to(sequence: PromptSequence, segments: int) -> PromptSequence:

@@ -142,6 +142,26 @@ def sample_prompts(seed: int | tuple[int, ...], split: str, segments: int) -> li
     return [describe(a) for a in sample_attributes(np.random.default_rng(seed), split, segments)]
 
 
+def heldout_prompts(count: int, segments: int) -> list[list[str]]:
+    """The first `count` held-out prompt sequences, all different.
+
+    Raises:
+      UsageError: there are not so many.
+    """
+    sentences = len(SPLITS["heldout"])
+    there_are = sentences**segments - (sentences if segments > 1 else 0)
+    if count > there_are:
+        raise UsageError(
+            f"the toy has {there_are} held-out prompt sequences of {segments} sentences; ask for at"
+            f" most that many with --config.eval.prompts, not for {count}"
+        )
+    stream = (tuple(sample_prompts((0, i), "heldout", segments)) for i in itertools.count())
+    found: dict[tuple[str, ...], None] = {}
+    while len(found) < count:
+        found[next(stream)] = None
+    return [list(sequence) for sequence in found]
+
+
 # ---------------------------------------------------------------- pictures
 
 
