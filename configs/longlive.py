@@ -55,9 +55,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.replay.chunk = 4  # rows replayed at a time, of 4680 tokens each
 
     # The paper's beta is 5 (Appendix E); it gives no tau. What acts is beta std(E) / tau
-    # (docs/algorithm.md): at one std of the group's energies beta = 5 freezes the policy, at 100 it
+    # (docs/algorithm.md): at one std of a group's energies beta = 5 freezes the policy, at 100 it
     # has the strength 0.05 that trains the toy.
-    c.objective.update(tau=100.0, tau_unit="group_std", beta=5.0)
+    c.objective.update(tau=100.0, tau_unit="running_std", beta=5.0)
 
     c.eval.batch = 0  # as many as in training
 

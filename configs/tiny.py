@@ -101,7 +101,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     c.objective = o = ConfigDict()
     o.tau = 1.0  # temperature of the Gibbs policy, Eq. 6, in tau_unit
-    o.tau_unit = "group_std"  # in objective.TAU_UNITS
+    o.tau_unit = "running_std"  # in objective.TAU_UNITS; stds of a group's energies, on average
     o.beta = 0.05  # KL weight, Eq. 16; its strength goes as beta / tau
     o.clip_low = 0.1  # Eq. 8
     o.clip_high = 0.2

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax.backbone import Backbone
+from kvpo_jax.models import layers
 from kvpo_jax.runtime import sharding
 from kvpo_jax.types import Array, PyTree
 
@@ -43,6 +44,7 @@ def make_step(
         return jax.tree.map(lambda x: x.reshape(p, t, *x.shape[1:]), decode(weights, *flat))
 
     @partial(jax.jit, donate_argnums=3)
+    @layers.exact
     def step(weights: PyTree, latents: Array, first_frame: Array, state: Any) -> tuple[Array, Any]:
         block = jax.lax.dynamic_slice_in_dim(latents, first_frame, block_frames, axis=2)
         spec = spec_of(mesh, latents.shape[1])

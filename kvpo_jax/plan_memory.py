@@ -49,17 +49,7 @@ from kvpo_jax.runtime import checkpoint, command, progress, sharding, workdir
 from kvpo_jax.runtime.atomic import write_json
 from kvpo_jax.runtime.config import branches_at_once, heldout_at_once, prompts_at_once, wan_config
 from kvpo_jax.state import TrainState, abstract_state
-from kvpo_jax.types import (
-    Array,
-    Experience,
-    Judged,
-    KVCache,
-    PromptBatch,
-    PyTree,
-    Rollout,
-    Scores,
-    TextKV,
-)
+from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV
 
 GB = 1e9
 START = 30  # first frame of the block that is planned; a program serves all blocks
@@ -256,23 +246,11 @@ def _trace_rollout(run: Run, state: TrainState, explored: Prompts, drawn: Array)
 def _trace_experience(
     run: Run, state: TrainState, batch: PromptBatch, rolled: Rollout
 ) -> Experience:
-    groups = rolled.branches.shape[:2]
-    rewards = shape(groups, jnp.float32)
-    judged = Judged(
-        scores=Scores(rewards, shape(groups[:1], jnp.float32), {}),
-        advantages=rewards,
-        gate_open=shape(groups[:1], bool),
-        pixel_std=shape((), jnp.float32),
-    )
-
-    def remember(
-        params: PyTree, state: TrainState, rolled: Rollout, embeddings: Array, judged: Judged
-    ) -> Experience:
-        traced_run = dataclasses.replace(run, params=params)
+    def unjudged(state: TrainState, rolled: Rollout, embeddings: Array) -> Experience:
         traced_batch = dataclasses.replace(batch, embeddings=embeddings)
-        return train.remember(traced_run, state, rolled, traced_batch, judged, on_policy=True)
+        return train.unjudged(run, state, rolled, traced_batch, on_policy=True)
 
-    made = jax.eval_shape(remember, run.params, state, rolled, batch.embeddings, judged)
+    made = jax.eval_shape(unjudged, state, rolled, batch.embeddings)
     return placed(made, run.mesh).replace(
         tuples=rolled.replay, embeddings=batch.embeddings, text=rolled.text
     )
@@ -501,8 +479,7 @@ def _stages(
         "rollout: a block of the prefix": begun,
         "rollout: a block of all branches": rolled | {"pages (one per trajectory)"},
         "decoding: a block": shown | {"decoder's memory"},
-        "replay: forward": shown,
-        "replay: gradient": rolled | {"gradient of LoRA"},
+        "replay": rolled | {"gradient of LoRA"},
         **{reward.title: shown | weights for reward in rewards.values()},
     }
 
@@ -520,15 +497,13 @@ def _programs(iteration: Iteration, decoding: Decoding) -> dict[str, Program]:
         *(variables, explored.text, 0, explored.history, iteration.pages, iteration.routed_frames),
         *(window_blocks, explored.noise, START),
     )
-    energies = (run.params, lora, experience.embeddings, experience.text, experience.tuples)
-    gradient = (lora, run.params, experience)
+    replay = (lora, run.params, experience, shape((), bool))
     return {
         "held out: a block": shared_block(iteration.heldout),
         "rollout: a block of the prefix": shared_block(explored),
         "rollout: a block of all branches": Program(run.programs.branch_block, branch_block, dtype),
         "decoding: a block": decoding.program,
-        "replay: forward": Program(run.programs.energies, energies, dtype),
-        "replay: gradient": Program(run.programs.gradient, gradient, dtype),
+        "replay": Program(run.programs.replay, replay, dtype),
     }
 
 

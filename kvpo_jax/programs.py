@@ -18,8 +18,19 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvpo_jax.algorithm import block, flow, keys, kv_cache, memory_bank, objective, replay, routing
+from kvpo_jax.algorithm import (
+    block,
+    chunked,
+    flow,
+    keys,
+    kv_cache,
+    memory_bank,
+    objective,
+    replay,
+    routing,
+)
 from kvpo_jax.models import umt5
+from kvpo_jax.models.layers import exact
 from kvpo_jax.models.wan import Wan, init_variables
 from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, wan_config
@@ -31,6 +42,7 @@ from kvpo_jax.types import (
     Gradient,
     KVCache,
     PyTree,
+    Replayed,
     ReplayTuples,
     TextKV,
 )
@@ -56,11 +68,11 @@ class Programs:
         NoiseKey, start_frame) -> BlockRecord, page; window_blocks are b* and b* + W.
       branch_recache: (variables, text, segment, changed, history, page in place, latents,
         start_frame) -> page.
-      energies: (params, lora, embeddings, text, tuples) -> float[P, G], Eq. 5.
-      gradient: (lora, params, Experience) -> Gradient, energies float[P, G] of theta.
+      replay: (lora, params, Experience, wanted bool[]) -> Gradient, Replayed of this policy. The
+        gradient is 0 and costs nothing where it is not wanted, so that the energies of every policy
+        come from one program and are comparable to the last bit.
       accumulate: (Gradient in place, Gradient) -> their sum.
       apply: (TrainState, Gradient) -> TrainState, metrics.
-      ratio_check: (energies, energies_old) float[P, G] -> the largest |rho - 1| of each, float[P].
       pixel_std: pixels [P, G, frames, h, w, 3] -> their std over the branches, the mean, float[].
     """
 
@@ -72,11 +84,9 @@ class Programs:
     fork: Callable[[KVCache], KVCache]
     branch_block: Callable[..., tuple[BlockRecord, KVCache]]
     branch_recache: Callable[..., KVCache]
-    energies: Callable[[PyTree, PyTree, Array, TextKV, ReplayTuples], Array]
-    gradient: Callable[[PyTree, PyTree, Experience], tuple[Gradient, Array]]
+    replay: Callable[[PyTree, PyTree, Experience, np.ndarray], tuple[Gradient, Replayed]]
     accumulate: Callable[[Gradient, Gradient], Gradient]
     apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
-    ratio_check: Callable[[Array, Array], Array]
     pixel_std: Callable[[Array], Array]
 
     def compilations(self) -> dict[str, int]:
@@ -94,18 +104,13 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
     caches = _Caches(config, mesh)
     energies = make_energies(config, mesh, caches)
     replicated = NamedSharding(mesh, sharding.REPLICATED)
-    ratio_check = partial(
-        objective.ratio_deviation, tau=config.objective.tau, unit=config.objective.tau_unit
-    )
     return Programs(
         **_cache_programs(config, mesh, caches),
         **_block_programs(config, mesh, caches),
         **_recache_programs(config, mesh, caches),
-        energies=jax.jit(energies, out_shardings=replicated),
-        gradient=jax.jit(_make_gradient(config, mesh, energies), out_shardings=replicated),
+        replay=jax.jit(exact(_make_replay(config, mesh, energies)), out_shardings=replicated),
         accumulate=jax.jit(accumulate, donate_argnums=0),
         apply=jax.jit(_make_apply(config), out_shardings=replicated),
-        ratio_check=jax.jit(jax.vmap(ratio_check)),
         pixel_std=jax.jit(pixel_std),
     )
 
@@ -186,7 +191,7 @@ def _cache_programs(
     in_specs = (sharding.REPLICATED, sharding.PROMPTS)
     encode = jax.shard_map(encode_text, mesh=mesh, in_specs=in_specs, out_specs=sharding.TEXT)
     return {
-        "encode_text": jax.jit(encode),
+        "encode_text": jax.jit(exact(encode)),
         "blank": jax.jit(caches.blank, static_argnums=0),
         "draw": jax.jit(draw),
         "fork": jax.jit(caches.fork),
@@ -248,8 +253,8 @@ def _block_programs(
         return branches(variables, text, segment, history, page, frames, noise, start_frame)
 
     return {
-        "shared_block": jax.jit(shared_block, donate_argnums=3),
-        "branch_block": jax.jit(branch_block, donate_argnums=4),
+        "shared_block": jax.jit(exact(shared_block), donate_argnums=3),
+        "branch_block": jax.jit(exact(branch_block), donate_argnums=4),
     }
 
 
@@ -277,8 +282,8 @@ def _recache_programs(
         branch_recache, mesh=mesh, in_specs=(*begin, history, page, each, one), out_specs=page
     )
     return {
-        "shared_recache": jax.jit(shared, donate_argnums=4),
-        "branch_recache": jax.jit(branches, donate_argnums=5),
+        "shared_recache": jax.jit(exact(shared), donate_argnums=4),
+        "branch_recache": jax.jit(exact(branches), donate_argnums=5),
     }
 
 
@@ -287,10 +292,11 @@ def _recache_programs(
 
 def make_energies(
     config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches | None = None
-) -> Callable[[PyTree, PyTree, Array, TextKV, ReplayTuples], Array]:
-    """(params, lora, embeddings, text, tuples) -> energies float[P, G] of Eq. 5, not yet jitted.
+) -> Callable[[PyTree, PyTree, Array, TextKV, ReplayTuples, Array | bool], Array]:
+    """(params, lora, embeddings, text, tuples, wanted) -> energies float[P, G] of Eq. 5, no jit.
 
-    config.replay.text says whose text keys and values the replay reads (`replay.TEXTS`).
+    config.replay.text says whose text keys and values the replay reads (`replay.TEXTS`); `wanted`
+    is as in `chunked.sum_over_steps`.
     """
     caches = caches or _Caches(config, mesh)
     model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
@@ -303,49 +309,65 @@ def make_energies(
         encode = partial(model.apply, variables, embeddings, method=Wan.encode_prompts)
         return partial(model.apply, variables), read_text(encode, text)
 
-    def energies_per_shard(params, lora, embeddings, text, tuples):
+    def energies_per_shard(params, lora, embeddings, text, tuples, wanted):
         text = jax.tree.map(sharding.vary_over_branch, text)
         frozen = sharding.vary(params), embeddings, text
-        return energies(policy, config.replay, schedule, sharding.vary(lora), frozen, tuples)
+        lora, wanted = sharding.vary((lora, wanted))
+        return energies(policy, config.replay, schedule, lora, frozen, tuples, wanted)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
+    replayed = sharding.replay_spec(caches.history_spec)
     return jax.shard_map(
         energies_per_shard,
         mesh=mesh,
-        in_specs=(one, one, prompts, sharding.TEXT, sharding.replay_spec(caches.history_spec)),
+        in_specs=(one, one, prompts, sharding.TEXT, replayed, one),
         out_specs=sharding.TRAJECTORIES,
     )
 
 
-def _make_gradient(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callable) -> Callable:
-    """(lora, params, Experience) -> (Gradient, energies of theta): Eq. 6 to Eq. 8, Eq. 15, Eq. 16.
+def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callable) -> Callable:
+    """(lora, params, Experience, wanted) -> (Gradient, Replayed): Eq. 5 to Eq. 8, Eq. 15, Eq. 16.
 
     Of a micro-batch, its share of the mean over all prompts of the iteration.
     """
 
-    def loss(lora, params, experience):
-        current = energies(params, lora, experience.embeddings, experience.text, experience.tuples)
-        current = sharding.constrain(current, mesh)  # every device sees the G energies of a group
-        group_loss = partial(objective.loss, config.objective, on_policy=experience.on_policy)
-        losses, diagnostics = jax.vmap(group_loss)(
+    def group_losses(current, experience):
+        group_loss = partial(
+            objective.loss,
+            config.objective,
+            energy_unit=experience.energy_unit,
+            on_policy=experience.on_policy,
+        )
+        return jax.vmap(group_loss)(
             current,
             experience.energies_old,
             experience.energies_ref,
             experience.advantages,
             experience.gate_open,
         )
+
+    def loss(lora, params, experience, wanted):
+        tuples = experience.tuples
+        current = energies(params, lora, experience.embeddings, experience.text, tuples, wanted)
+        current = sharding.constrain(current, mesh)  # every device sees the G energies of a group
+        losses, diagnostics = group_losses(current, experience)
         share = len(losses) / config.train.prompts_per_iteration
         return share * jnp.mean(losses), (share, diagnostics, current)
 
-    def gradient(lora, params, experience):
-        (value, (share, diagnostics, current)), of_lora = jax.value_and_grad(loss, has_aux=True)(
-            lora, params, experience
+    def run(lora, params, experience, wanted):
+        value, pull, (share, diagnostics, current) = jax.vjp(
+            lambda lora: loss(lora, params, experience, wanted), lora, has_aux=True
         )
+        of_lora = chunked.if_wanted(pull, value, lora, wanted)
         means = {name: share * mean for name, mean in diagnostics.means().items()}
         counted = jnp.sum(diagnostics.gate > 0)
-        return Gradient(of_lora, counted, {"loss": value, **means}), current
+        of_energies = jax.grad(lambda e: jnp.sum(group_losses(e, experience)[0]))(current)
+        pull_of_prompt = objective.gradient_scale(of_energies, current)
+        return Gradient(of_lora, counted, {"loss": value, **means}), Replayed(
+            current, pull_of_prompt
+        )
 
-    return gradient
+    return run
 
 
 def accumulate(total: Gradient, share: Gradient) -> Gradient:
@@ -407,7 +429,7 @@ def fresh_lora(config: ml_collections.ConfigDict, key: Array) -> PyTree:
 
 def text_encoder(cfg: umt5.UMT5Config) -> Callable[[PyTree, Array, Array], Array]:
     """(params, ids int32[n, K], mask bool[n, K]) -> token embeddings float[n, K, dim]."""
-    return jax.jit(partial(umt5.embed, cfg))
+    return jax.jit(exact(partial(umt5.embed, cfg)))
 
 
 # ---------------------------------------------------------------- for plans of a run

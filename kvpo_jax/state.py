@@ -30,6 +30,8 @@ class TrainState(struct.PyTreeNode):
       reference: the frozen initial policy (pi_ref).
       ema: the average of lora over optimiser steps.
       optimiser: optax state.
+      energy_unit: float32[], running mean of the spread of a group's energies, the common unit of
+        tau (`objective.next_unit`); 0 until the first iteration measures it.
     """
 
     iteration: Array
@@ -38,6 +40,7 @@ class TrainState(struct.PyTreeNode):
     reference: PyTree
     ema: PyTree
     optimiser: optax.OptState
+    energy_unit: Array
 
 
 def make_optimiser(train: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -65,6 +68,7 @@ def init_state(config: ml_collections.ConfigDict, mesh: Mesh, lora: PyTree) -> T
         reference=reference,
         ema=ema,
         optimiser=optimiser.init(lora),
+        energy_unit=jnp.zeros(()),
     )
     return sharding.place(state, mesh)
 
@@ -73,8 +77,10 @@ def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and placement of a run's state."""
     variables = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
     lora, optimiser = variables["lora"], make_optimiser(config.train)
+    optimiser_state = jax.eval_shape(optimiser.init, lora)
     iteration: Any = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(iteration, lora, lora, lora, lora, jax.eval_shape(optimiser.init, lora))
+    energy_unit: Any = jax.ShapeDtypeStruct((), jnp.float32)
+    state = TrainState(iteration, lora, lora, lora, lora, optimiser_state, energy_unit)
     place = NamedSharding(mesh, sharding.REPLICATED)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
 

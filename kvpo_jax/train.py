@@ -28,7 +28,16 @@ from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
 from kvpo_jax.state import TrainState, init_state
-from kvpo_jax.types import Array, Experience, Gradient, Judged, PromptBatch, PyTree, Rollout
+from kvpo_jax.types import (
+    Array,
+    Experience,
+    Gradient,
+    Judged,
+    PromptBatch,
+    PyTree,
+    Replayed,
+    Rollout,
+)
 
 # ---------------------------------------------------------------- Algorithm 1
 
@@ -87,21 +96,38 @@ def remember(
     on_policy: bool,
 ) -> Experience:
     """Step 4, what does not change in the epochs: the energies under pi_ref and pi_old."""
+    experience = unjudged(run, state, rolled, batch, on_policy)
+    reference = energies(run, state.reference, experience)
+    return experience.replace(
+        advantages=np.asarray(judged.advantages),
+        gate_open=np.asarray(judged.gate_open),
+        energies_old=reference if on_policy else energies(run, state.old, experience),
+        energies_ref=reference,
+    )
 
-    def energies(lora: PyTree) -> Array:
-        return run.programs.energies(run.params, lora, batch.embeddings, rolled.text, rolled.replay)
 
-    reference = energies(state.reference)
+def unjudged(
+    run: Run, state: TrainState, rolled: Rollout, batch: PromptBatch, on_policy: bool
+) -> Experience:
+    """A rollout as the replay reads it; advantages, gates and energies are 0 until known."""
+    groups = rolled.replay.z.shape[:2]
+    zeros = sharding.place(np.zeros(groups, np.float32), run.mesh)
     return Experience(
         tuples=rolled.replay,
         embeddings=batch.embeddings,
         text=rolled.text,
-        advantages=judged.advantages,
-        gate_open=judged.gate_open,
-        energies_old=reference if on_policy else energies(state.old),
-        energies_ref=reference,
+        advantages=np.zeros(groups, np.float32),
+        gate_open=np.zeros(groups[0], bool),
+        energies_old=zeros,
+        energies_ref=zeros,
+        energy_unit=state.energy_unit,
         on_policy=np.asarray(on_policy),
     )
+
+
+def energies(run: Run, lora: PyTree, experience: Experience) -> Array:
+    """float[P, G] of Eq. 5 under the policy with this LoRA tree."""
+    return run.programs.replay(lora, run.params, experience, np.asarray(False))[1].energies
 
 
 def learn(
@@ -110,22 +136,21 @@ def learn(
     experience: Experience,
     sentences: Sequence[Sequence[str]],
     total: Gradient | None,
-) -> tuple[Gradient, Array]:
+) -> tuple[Gradient, Replayed]:
     """Step 4: the replay under the unperturbed context, and the gradient of Eq. 16.
 
     Returns:
-      `total` with this micro-batch's share of the gradient, and the old policy's energies
-      float[P, G].
+      `total` with this micro-batch's share of the gradient, and what the replay says of the policy.
 
     Raises:
       NotFiniteError: an energy or the loss is not finite; it names prompt and branch.
     """
-    share, current = run.programs.gradient(lora, run.params, experience)
-    old = current if experience.on_policy else experience.energies_old
+    share, replayed = run.programs.replay(lora, run.params, experience, np.asarray(True))
     total = share if total is None else run.programs.accumulate(total, share)
-    named = {"trained": current, "old": old, "reference": experience.energies_ref}
+    old = replayed.energies if experience.on_policy else experience.energies_old
+    named = {"trained": replayed.energies, "old": old, "reference": experience.energies_ref}
     check_finite(total.metrics, named, sentences)
-    return total, old
+    return total, replayed
 
 
 def apply(
@@ -158,27 +183,43 @@ def explore_and_learn(
     config, pivot = run.config, run.draw_pivot(iteration)
     on_policy = is_on_policy(config, iteration)
     with clock.time("rollout"):
-        start = iteration * config.train.prompts_per_iteration
-        batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "train", start, numbers)
+        batch = prompts_of(run, iteration, numbers)
         rolled = explore(run, state.old, batch, iteration, pivot)
     with clock.time("reward"):
         judged = judge(run, rolled, batch, iteration, pivot)
     with clock.time("update"):
         experience = remember(run, state, rolled, batch, judged, on_policy)
         del rolled  # the latents; the experience keeps what the replay needs
-        total, old = learn(run, state.lora, experience, batch.sentences, total)
-        check = None
-        if (iteration, numbers[0]) == (0, 0):
-            # On policy the update uses its own energies as the old policy's. Check once per run
-            # that a forward pass of the old policy agrees.
-            forward = run.programs.energies(
-                run.params, state.old, experience.embeddings, experience.text, experience.tuples
-            )
-            check = run.programs.ratio_check(old, forward).max()
-        group = Group(judged, old, batch.sentences, check)
+        total, replayed = learn(run, state.lora, experience, batch.sentences, total)
+        old = replayed.energies if on_policy else experience.energies_old
+        group = Group(judged, old, replayed.gradient_scale, batch.sentences)
         if config.train.epochs == 1:
             return total, group, None
         return total, group, experience.replace(energies_old=old, on_policy=np.asarray(False))
+
+
+def prompts_of(run: Run, iteration: int, numbers: np.ndarray) -> PromptBatch:
+    """Some of the training prompts of an iteration."""
+    start = iteration * run.config.train.prompts_per_iteration
+    return backbone_lib.prompt_batch(run.backbone, run.mesh, "train", start, numbers)
+
+
+def calibrate(run: Run, state: TrainState, clock: Clock) -> TrainState:
+    """The state with the unit of tau that the first iteration needs.
+
+    It is the spread of that iteration's own energies. They are known only when all its
+    micro-batches have been rolled out, so these are rolled out once more than they are learnt from.
+    """
+    old = []
+    for numbers in micro_batches(run.config):
+        with clock.time("rollout"):
+            batch = prompts_of(run, 0, numbers)
+            rolled = explore(run, state.old, batch, 0, run.draw_pivot(0))
+        with clock.time("update"):
+            experience = unjudged(run, state, rolled, batch, on_policy=True)
+            old.append(np.asarray(energies(run, state.old, experience)))
+    spread = np.asarray(objective.mean_spread(np.concatenate(old)))
+    return state.replace(energy_unit=sharding.place(spread, run.mesh))
 
 
 def improve(
@@ -189,6 +230,8 @@ def improve(
     Returns:
       The new state, the metrics of its last update, and what its micro-batches looked like.
     """
+    if iteration == 0 and run.config.objective.tau_unit == "running_std":
+        state = calibrate(run, state, clock)
     total: Gradient | None = None
     groups: list[Group] = []
     kept: list[Experience] = []  # empty unless there are further epochs
@@ -205,8 +248,13 @@ def improve(
                 total, _ = learn(run, updated.lora, again, group.sentences, total)
             updated, metrics = apply(run, updated, total)
 
+        old = np.concatenate([np.asarray(group.energies) for group in groups])
+        unit = objective.next_unit(np.asarray(state.energy_unit), objective.mean_spread(old))
         done = np.asarray(iteration + 1, np.int32)
-        updated = updated.replace(iteration=sharding.place(done, run.mesh))
+        updated = updated.replace(
+            iteration=sharding.place(done, run.mesh),
+            energy_unit=sharding.place(np.asarray(unit), run.mesh),
+        )
         if is_on_policy(run.config, iteration + 1):
             updated = updated.replace(old=updated.lora)  # pi_old <- pi_theta
     return updated, metrics, groups

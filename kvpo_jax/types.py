@@ -217,17 +217,32 @@ class Experience(struct.PyTreeNode):
       gate_open: bool[P], whether a branch beats the anchor.
       energies_old: float[P, G] under pi_old; ignored where `on_policy`.
       energies_ref: float[P, G] under pi_ref.
+      energy_unit: float[], the spread that is common to the prompts of an iteration.
       on_policy: bool[], theta equals old: the old energies are those of theta.
     """
 
     tuples: ReplayTuples
     embeddings: Array
     text: TextKV
-    advantages: Array
-    gate_open: Array
+    advantages: Array | np.ndarray
+    gate_open: Array | np.ndarray
     energies_old: Array
     energies_ref: Array
+    energy_unit: Array
     on_policy: Array | np.ndarray
+
+
+class Replayed(struct.PyTreeNode):
+    """What the replay of a micro-batch says of a policy, beside the gradient.
+
+    Attributes:
+      energies: float[P, G] of Eq. 5.
+      gradient_scale: float[P], about how large the gradient of each prompt is, see
+        `objective.gradient_scale`.
+    """
+
+    energies: Array
+    gradient_scale: Array
 
 
 class Gradient(struct.PyTreeNode):

@@ -30,8 +30,8 @@ def used(monkeypatch) -> set[str]:
     register(flow.SOLVERS, lambda x, v, sigma, sigma_next, noise: x + (sigma_next - sigma) * v)
     register(
         routing.DRAWS,
-        lambda key, window, g, frames, start, stop: jnp.sort(
-            (start + jnp.arange(g)[:, None] + jnp.arange(window.routed)) % stop, axis=-1
+        lambda key, window, g, pool, fork: jnp.sort(
+            (window.sink + jnp.arange(g)[:, None] + jnp.arange(window.routed)) % fork, axis=-1
         ),
     )
     register(replay.ENERGIES, lambda v, u, sigma, options: jnp.abs(v - u).mean((1, 2, 3, 4)))
@@ -39,7 +39,7 @@ def used(monkeypatch) -> set[str]:
     register(replay.TEXTS, lambda encode, text: encode())
     register(objective.ADVANTAGES, lambda options, weights, scores, local: scores.branches)
     register(objective.GATES, lambda gate_open, log_pi: jnp.ones(()))
-    register(objective.TAU_UNITS, lambda energies: energies.max())
+    register(objective.TAU_UNITS, lambda energies, energy_unit: energies.max())
     return used
 
 

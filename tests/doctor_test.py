@@ -12,7 +12,8 @@ from kvpo_jax.runtime.metrics import Group, group_metrics
 from kvpo_jax.types import Judged, Scores
 
 HEALTHY = {
-    "ratio_check": 1e-6,
+    "gradient_prompts": 4,
+    "gradient_share_max": 0.4,
     "pixel_std_in_group": 0.01,
     "reward_std_in_group": 0.01,
     "gate_open": 0.5,
@@ -45,7 +46,7 @@ def test_a_healthy_run_has_no_trouble(config):
 @pytest.mark.parametrize(
     "name, fields, count, advice",
     [
-        ("ratio", {"ratio_check": 0.01}, 1, "forward pass"),
+        ("one prompt", {"gradient_share_max": 0.6}, 1, "train.prompts_per_iteration"),
         (
             "identical branches",
             {"pixel_std_in_group": 0.0, "reward_std_in_group": 0.0},
@@ -67,11 +68,16 @@ def test_each_trouble_has_a_name_and_advice(config, name, fields, count, advice)
         assert diagnose(config, rows(count - 1, **fields)) == {}
 
 
-def test_the_ratio_is_looked_at_once(config):
-    unseen = [
-        {name: value for name, value in row.items() if name != "ratio_check"} for row in rows(2)
-    ]
-    assert diagnose(config, unseen) == {}
+@pytest.mark.parametrize("prompts, share, named", [(2, 0.99, 0), (3, 0.6, 0), (3, 0.7, 1)])
+def test_of_few_prompts_one_may_have_most_of_the_gradient(config, prompts, share, named):
+    row = rows(1, gradient_prompts=prompts, gradient_share_max=share)
+    assert len(diagnose(config, row)) == named
+
+
+def test_the_unit_of_a_group_is_named_as_the_cause(config):
+    config = config_lib.override(config, ["--config.objective.tau_unit=group_std"])
+    found = diagnose(config, rows(1, gradient_share_max=0.78))
+    assert "78% of the gradient" in found["one prompt"] and "running_std" in found["one prompt"]
 
 
 def test_a_closed_gate_of_the_release_still_lets_half_through(config):
@@ -106,14 +112,12 @@ def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsy
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text())
     # Exactly, though the mean of three or eight equal numbers need not be equal to them.
     assert metrics["pixel_std_in_group"] == metrics["reward_std_in_group"] == 0
-    # Of equal energies: what the gradient and a forward pass round differently.
-    assert metrics["ratio_check"] < 1e-5
 
 
 @pytest.mark.parametrize("reward", [0.1, 0.5, 9.3])
 def test_equal_rewards_have_no_spread(config, reward):
     scores = Scores(np.full((2, 8), reward, np.float32), np.zeros(2), {})
     judged = Judged(scores, np.zeros((2, 8)), np.ones(2, bool), pixel_std=np.float32(0.1))
-    group = Group(judged, energies=np.zeros((2, 8)), sentences=())
+    group = Group(judged, np.zeros((2, 8)), np.ones(2), sentences=())
     metrics = {**HEALTHY, **group_metrics([group])}
     assert list(diagnose(config, [metrics])) == ["no spread"]

@@ -35,15 +35,6 @@ def configure(spec: str, fields: dict) -> ml_collections.ConfigDict:
     return config_lib.override(config_lib.load(spec), arguments)
 
 
-def assert_ratio_is_one(row: dict) -> None:
-    """The energies of the gradient and of a forward pass differ by rounding.
-
-    `row` is the first line of metrics.jsonl. The bound is in stds of the group's energies, as the
-    ratio sees them; 1e-6 is what the ratio itself rounds.
-    """
-    assert row["ratio_check"] < max(1e-4 * row["energy_old_std_in_group"] / row["tau"], 1e-6)
-
-
 def bare_run(config: ml_collections.ConfigDict, mesh: Mesh, params: PyTree = None) -> run.Run:
     """A Run of these base weights, without a backbone: it generates, and cannot decode or score."""
     return run.Run(config, mesh, None, params, programs.build(config, mesh), None)

@@ -18,7 +18,6 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
-from equipment import assert_ratio_is_one
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kvpo_jax.convert.wan_weights import official_name
@@ -181,7 +180,6 @@ def test_longlive_from_files_to_lora(files):
     )
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
-    assert_ratio_is_one(lines[0])
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
     assert lines[0]["reward_std_in_group"] > 0
     summary = json.loads((workdir / "summary.json").read_text())
@@ -243,7 +241,6 @@ def test_memflow_trains(files, preset):
         *paths(files, "umt5"),
     )
     (line,) = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert_ratio_is_one(line)
     assert line["reward_std_in_group"] > 0
     assert json.loads((workdir / "config.json").read_text())["window"]["bank"] == 3
 

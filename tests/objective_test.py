@@ -119,6 +119,43 @@ def test_log_policy_by_hand():
     )
 
 
+def test_the_common_unit_is_the_same_for_every_group():
+    """Two groups with spreads 0.5 and 2: alone each is divided by its own, together by one."""
+    energies = jnp.array([[0.0, 1.0], [0.0, 4.0]])
+    assert objective.mean_spread(energies) == 1.25
+
+    def of(unit):
+        return [objective.temperature(e, 2.0, unit, 1.25) for e in energies]
+
+    assert of("running_std") == [2.5, 2.5] and of("group_std") == [1.0, 4.0]
+    # Before there is a spread the temperature is tau itself.
+    assert objective.temperature(energies[0], 2.0, "running_std", 0.0) == 2.0
+
+
+def test_the_common_unit_runs_after_the_spread():
+    assert objective.next_unit(jnp.float32(1.0), jnp.float32(2.0)) == pytest.approx(1.1)
+
+
+def test_a_spread_below_the_rounding_is_none():
+    """One last place in one reward of 10 is not an advantage of 1.7; ten of them are."""
+    ulp = np.spacing(np.float32(10))
+    for places, advantage in ((1, 0.0), (4, 0.0), (20, 3**0.5)):
+        rewards = jnp.array([10, 10 + places * ulp, 10, 10], jnp.float32)
+        assert objective.reward_std(rewards) == pytest.approx(
+            (advantage > 0) * places * ulp * 3**0.5 / 4, rel=1e-3
+        )
+        assert objective.group_advantage(rewards)[1] == pytest.approx(advantage, rel=0.01)
+        anchored = objective.anchor_advantage(rewards, jnp.float32(10))
+        assert bool(anchored[1] > 1) == (advantage > 0)
+
+
+def test_the_scale_of_a_gradient_by_hand():
+    """dL/dE = (3, 4) at E = (1, 4): sqrt(9 + 64). It says which prompt owns the update."""
+    assert objective.gradient_scale(jnp.array([[3.0, 4.0]]), jnp.array([[1.0, 4.0]])) == (
+        pytest.approx([73**0.5])
+    )
+
+
 def test_temperature():
     energies = jnp.array([1.0, 3.0])  # population std 1
     assert objective.temperature(energies, 0.5, "absolute") == 0.5
@@ -250,13 +287,6 @@ def test_an_unknown_advantage_names_its_field(section):
     section.advantage = "nats"
     with pytest.raises(ValueError, match="objective.advantage='nats' is not one of"):
         objective.compute_advantages(section, {}, Scores(jnp.ones((1, 2)), jnp.ones(1), {}))
-
-
-def test_ratio_deviation_by_hand():
-    # pi = (1/4, 3/4) against (1/2, 1/2): ratios 1/2 and 3/2.
-    energies = -jnp.log(jnp.array([1.0, 3.0]))
-    assert objective.ratio_deviation(energies, jnp.zeros(2), 1.0, "absolute") == pytest.approx(0.5)
-    assert objective.ratio_deviation(energies, energies, 1.0, "group_std") == 0
 
 
 def test_on_policy_the_old_energies_are_those_of_the_policy(section):

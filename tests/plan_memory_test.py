@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from equipment import SMALLEST, bare_run, batch_of, configure
@@ -19,7 +18,7 @@ from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.state import init_state
-from kvpo_jax.types import Judged, PyTree, Scores
+from kvpo_jax.types import PyTree
 
 TINY = config_lib.load("configs/tiny.py")
 LORA = [
@@ -73,8 +72,7 @@ def test_parts_and_programs_of_the_toy(tmp_path):
         "rollout: a block of the prefix",
         "rollout: a block of all branches",
         "decoding: a block",
-        "replay: forward",
-        "replay: gradient",
+        "replay",
     ]
     parts = [
         "base weights",
@@ -87,13 +85,13 @@ def test_parts_and_programs_of_the_toy(tmp_path):
         "gradient of LoRA",
     ]
     resident = sum(figures["resident_gb"][name] for name in parts)
-    line = next(line for line in said.splitlines() if "replay: gradient" in line)
+    line = next(line for line in said.splitlines() if "replay" in line)
     assert line.split()[2:5] == [
         f"{resident:.2f}",
-        f"{stages['replay: gradient'] - resident:.2f}",
-        f"{stages['replay: gradient']:.2f}",
+        f"{stages['replay'] - resident:.2f}",
+        f"{stages['replay']:.2f}",
     ]
-    assert resident < stages["replay: gradient"] < resident + 1
+    assert resident < stages["replay"] < resident + 1
     assert "fits into 141 GB" in said
     assert max(map(len, said.splitlines())) <= 80
 
@@ -201,12 +199,10 @@ def test_the_plan_has_the_arrays_of_a_run():
     embeddings = sharding.place(embeddings, mesh, sharding.PROMPTS)
     batch = batch_of(embeddings, np.ones((2, 1), bool))
     rolled = train.explore(run, state.old, batch, 0, run.draw_pivot(0))
-    rewards = jnp.zeros((2, 4))
-    judged = Judged(Scores(rewards, rewards[:, 0], {}), rewards, jnp.ones(2, bool), rewards[0, 0])
-    experience = train.remember(run, state, rolled, batch, judged, on_policy=True)
+    experience = train.unjudged(run, state, rolled, batch, on_policy=True)
     experience = experience.replace(
-        advantages=sharding.place(judged.advantages, mesh),
-        gate_open=sharding.place(judged.gate_open, mesh),
+        advantages=sharding.place(experience.advantages, mesh),
+        gate_open=sharding.place(experience.gate_open, mesh),
     )
 
     assert_same_arrays(planned.run.params, run.params)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import rollout
+from kvpo_jax import programs, rollout
 from kvpo_jax.algorithm import keys
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import sharding
@@ -89,8 +89,8 @@ def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) 
     routed_frames = draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)
     perturbed = roll(routed_frames)
     identity = roll(routed_frames.at[:].set(jnp.arange(6, 12)))
-    energies = equipment.programs.energies(
-        variables["params"], other, embeddings, perturbed.text, tuples or perturbed.replay
+    energies = jax.jit(programs.make_energies(config, equipment.mesh))(
+        variables["params"], other, embeddings, perturbed.text, tuples or perturbed.replay, False
     )
     compilations = {n: c for n, c in equipment.programs.compilations().items() if n in USED}
     return Run(perturbed, identity, np.asarray(energies), compilations)

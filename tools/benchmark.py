@@ -11,8 +11,8 @@ Every row is the package's own code, on a state that its own rollout has made:
     window_rollout_1         the perturbed window of one branch: an empty page, then W blocks of S
                              solver steps and a cache write
     window_rollout_G         the same for G branches at once, without the anchor
-    replay_forward           the energies of G branches (programs.energies)
-    replay_forward_backward  the same and the gradient of the loss in LoRA (programs.gradient)
+    replay_forward           the energies of G branches (train.energies)
+    replay_forward_backward  the same and the gradient of the loss in LoRA (programs.replay)
     iteration                text, prefix, anchor and branches to the end of the video, reference
                              energies and update (train.explore, remember and learn), but neither
                              decoder nor reward, which are not the generator's
@@ -369,13 +369,12 @@ class Bench:
         return run
 
     def replay_forward(self) -> Callable[[], Any]:
-        e, params = self.experience, self.run.params
-        energies = self.run.programs.energies
-        return lambda: energies(params, self.lora, e.embeddings, e.text, e.tuples)
+        experience = self.experience
+        return lambda: train.energies(self.run, self.lora, experience)
 
     def replay_forward_backward(self) -> Callable[[], Any]:
-        experience, params = self.experience, self.run.params
-        return lambda: self.run.programs.gradient(self.lora, params, experience)
+        experience, params, wanted = self.experience, self.run.params, np.asarray(True)
+        return lambda: self.run.programs.replay(self.lora, params, experience, wanted)
 
     def iteration(self) -> Callable[[], Any]:
         """On policy, as `train.improve`."""

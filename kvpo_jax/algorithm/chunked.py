@@ -33,8 +33,27 @@ def map_chunks(function: Callable[[PyTree], Array], states: PyTree, count: int, 
     return out.reshape(count, *out.shape[2:])
 
 
+def if_wanted(
+    pull: Callable[[Array], tuple[PyTree]], value: Array, like: PyTree, wanted: Array | bool
+) -> PyTree:
+    """The gradient of a float[], `pull` of jax.vjp at 1, where it is wanted; zeros where not.
+
+    The value is then that of the same compiled program either way, to the last bit.
+    """
+
+    def gradient() -> PyTree:
+        return pull(jnp.ones_like(value))[0]
+
+    return jax.lax.cond(wanted, gradient, lambda: jax.tree.map(jnp.zeros_like, like))
+
+
 def sum_over_steps(
-    step_values: StepValues, lora: PyTree, frozen: PyTree, states: PyTree, chunk: int
+    step_values: StepValues,
+    lora: PyTree,
+    frozen: PyTree,
+    states: PyTree,
+    chunk: int,
+    wanted: Array | bool,
 ) -> Array:
     """float[P, G]: the sum of step_values over the axes W and S of states [P, G, W, S].
 
@@ -49,6 +68,7 @@ def sum_over_steps(
       frozen: other arrays that step_values needs. With chunks they get no gradient.
       states: a struct of arrays with the axes [P, G, W, S, ...].
       chunk: states at a time; 0 takes all in one batch.
+      wanted: bool[], whether the gradient will be read; with chunks it costs nothing if not.
     """
     p, g, w, s = jax.tree.leaves(states)[0].shape[:4]
     if not chunk or chunk >= p * g * w * s:
@@ -58,15 +78,18 @@ def sum_over_steps(
         return step_values(lora, frozen, states).sum()
 
     @jax.custom_vjp
-    def total(lora: PyTree, frozen: PyTree, states: PyTree) -> Array:
+    def total(lora: PyTree, frozen: PyTree, states: PyTree, wanted: Array | bool) -> Array:
         values = partial(step_values, lora, frozen)
         flat = map_chunks(values, fold(states, 4, -1), p * g * w * s, chunk)
         return flat.reshape(p * g, -1).sum(axis=-1)
 
-    def with_gradients(lora: PyTree, frozen: PyTree, states: PyTree) -> tuple[Array, PyTree]:
+    def with_gradients(
+        lora: PyTree, frozen: PyTree, states: PyTree, wanted: Array | bool
+    ) -> tuple[Array, PyTree]:
         def add(so_far: PyTree, states: PyTree) -> tuple[PyTree, None]:
-            value_and_gradient = jax.value_and_grad(sum_of_chunk)(lora, frozen, states)
-            return jax.tree.map(jnp.add, so_far, value_and_gradient), None
+            value, pull = jax.vjp(lambda lora: sum_of_chunk(lora, frozen, states), lora)
+            gradient = if_wanted(pull, value, lora, wanted)
+            return jax.tree.map(jnp.add, so_far, (value, gradient)), None
 
         def of_branch(chunks: PyTree) -> tuple[Array, PyTree]:
             first = jax.tree.leaves(chunks)[0].reshape(-1)[0]  # a float of the right sharding
@@ -75,8 +98,9 @@ def sum_over_steps(
 
         return jax.lax.map(of_branch, fold(states, 4, p * g, -1, largest_chunk(chunk, w * s)))
 
-    def weigh(gradients: PyTree, weights: Array) -> tuple[PyTree, None, None]:
-        return jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), gradients), None, None
+    def weigh(gradients: PyTree, weights: Array) -> tuple[PyTree, None, None, None]:
+        of_lora = jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), gradients)
+        return of_lora, None, None, None
 
     total.defvjp(with_gradients, weigh)
-    return total(lora, frozen, states).reshape(p, g)
+    return total(lora, frozen, states, wanted).reshape(p, g)

@@ -34,6 +34,20 @@ def group_std(values: Array) -> Array:
     return (values - values[0]).std(axis=0)
 
 
+def rounding(rewards: Array) -> Array:
+    """What float32 may round rewards float[G, ...] by, a sum of a few terms, float[...].
+
+    A spread below it is none: normalised, one last place in one reward is an advantage of 1.7.
+    """
+    return 4 * jnp.finfo(jnp.float32).eps * jnp.abs(rewards).max(axis=0)
+
+
+def reward_std(rewards: Array) -> Array:
+    """`group_std` of rewards float[G]; 0 where they differ by their rounding alone."""
+    deviation = group_std(rewards)
+    return jnp.where(deviation > rounding(rewards), deviation, 0.0)
+
+
 # ---------------------------------------------------------------- the advantages of one group
 
 
@@ -41,7 +55,8 @@ def group_advantage(rewards: Array, eps: float = EPS) -> Array:
     """Eq. 9: (r - mean) / (population std + eps), float[G]."""
     chex.assert_rank(rewards, 1)
     shifted = rewards - rewards[0]  # as in `group_std`: exactly 0 where all are equal
-    return (shifted - shifted.mean()) / (group_std(rewards) + eps)
+    deviation = reward_std(rewards)
+    return jnp.where(deviation > 0, (shifted - shifted.mean()) / (deviation + eps), 0.0)
 
 
 def anchor_advantage(rewards: Array, anchor: Array, eps: float = EPS) -> Array:
@@ -50,7 +65,9 @@ def anchor_advantage(rewards: Array, anchor: Array, eps: float = EPS) -> Array:
     It is not centred.
     """
     chex.assert_rank([rewards, anchor], [1, 0])
-    return (rewards - anchor) / (jnp.std(jnp.append(rewards, anchor), ddof=1) + eps)
+    everyone = jnp.append(rewards, anchor)
+    advantage = (rewards - anchor) / (jnp.std(everyone, ddof=1) + eps)
+    return jnp.where(reward_std(everyone) > 0, advantage, 0.0)
 
 
 def component_advantage(
@@ -182,29 +199,53 @@ def control_advantages(
 # ---------------------------------------------------------------- the Gibbs policy
 
 
-def absolute_unit(energies_old: Array) -> Array:
+def absolute_unit(energies_old: Array, energy_unit: Array) -> Array:
     """1: tau is an energy."""
     return jnp.ones((), energies_old.dtype)
 
 
-def group_std_unit(energies_old: Array) -> Array:
-    """The spread of the old energies of the group; 1 without spread.
+def group_std_unit(energies_old: Array, energy_unit: Array) -> Array:
+    """The spread of the old energies of the group.
 
-    A group without spread has a uniform old policy at any temperature.
+    Where it is small the gradient is large: the prompt whose energies are least distinguishable may
+    own the update.
     """
-    deviation = group_std(jax.lax.stop_gradient(energies_old))
-    return jnp.where(deviation > 0, deviation, 1.0)
+    return group_std(jax.lax.stop_gradient(energies_old))
 
 
-# What tau is counted in: old energies float[G] -> float[].
-TAU_UNITS: Registry[Callable[[Array], Array]] = Registry(
-    "objective.tau_unit", {"group_std": group_std_unit, "absolute": absolute_unit}
+def running_std_unit(energies_old: Array, energy_unit: Array) -> Array:
+    """The mean spread of the groups of the iterations before (`next_unit`), one for all prompts."""
+    return energy_unit
+
+
+# What tau is counted in: (old energies float[G], energy_unit float[]) -> float[].
+TAU_UNITS: Registry[Callable[[Array, Array], Array]] = Registry(
+    "objective.tau_unit",
+    {"running_std": running_std_unit, "group_std": group_std_unit, "absolute": absolute_unit},
 )
 
+UNIT_DECAY = 0.9
 
-def temperature(energies_old: Array, tau: float, unit: str) -> Array:
-    """tau in units of energy, float[]; no gradient."""
-    return tau * TAU_UNITS[unit](energies_old)
+
+def mean_spread(energies: Array | np.ndarray) -> Array:
+    """The mean of the groups' `group_std`, float[], of old energies float[P, G]."""
+    return jax.vmap(group_std)(jnp.asarray(energies)).mean()
+
+
+def next_unit(energy_unit: Array | np.ndarray, spread: Array) -> Array:
+    """The running mean of the spread, float[], after an iteration with `spread`."""
+    return UNIT_DECAY * jnp.asarray(energy_unit) + (1 - UNIT_DECAY) * spread
+
+
+def temperature(
+    energies_old: Array, tau: float, unit: str, energy_unit: Array | float = 1.0
+) -> Array:
+    """tau in units of energy, float[]; no gradient.
+
+    It is `tau` itself where the unit is 0: without spread the policy is uniform at any temperature.
+    """
+    scale = TAU_UNITS[unit](energies_old, jnp.asarray(energy_unit))
+    return tau * jnp.where(scale > 0, scale, 1.0)
 
 
 def log_policy(energies: Array, tau: Array) -> Array:
@@ -216,13 +257,6 @@ def log_policy(energies: Array, tau: Array) -> Array:
 def log_ratio(log_pi: Array, log_pi_old: Array) -> Array:
     """Eq. 7: log rho, float[G], kept within +-20."""
     return jnp.clip(log_pi - log_pi_old, -LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-
-
-def ratio_deviation(energies: Array, energies_old: Array, tau: float, unit: str) -> Array:
-    """The largest |rho - 1| of one group, float[], of energies float[G] that should be the same."""
-    t = temperature(energies_old, tau, unit)
-    log_rho = log_ratio(log_policy(energies, t), log_policy(energies_old, t))
-    return jnp.max(jnp.abs(jnp.exp(log_rho) - 1))
 
 
 def clipped_surrogate(
@@ -293,9 +327,19 @@ def effective_kl_strength(energies_old: Array, tau: Array, beta: float) -> Array
     """beta * std(E_old) / tau, float[]: beta over tau in stds of the group's energies.
 
     How strongly the KL holds back a shift of the energies by one such std, against a PPO gradient
-    of |A| = 1 (docs/algorithm.md). It is beta / config.tau with tau_unit = "group_std".
+    of |A| = 1 (docs/algorithm.md). It is beta / config.tau with tau_unit = "group_std", and on the
+    average over groups with "running_std".
     """
     return beta * group_std(energies_old) / tau
+
+
+def gradient_scale(of_energies: Array, energies: Array) -> Array:
+    """About how large a prompt's gradient is, against that of other prompts, float[P].
+
+    dE_g/dtheta is a sum over residuals v - u, whose size goes as sqrt(E_g), times Jacobians that
+    are taken to be alike. `of_energies` is dL/dE float[P, G].
+    """
+    return jnp.sqrt(jnp.sum(jnp.square(of_energies) * energies, axis=-1))
 
 
 # ---------------------------------------------------------------- what the trainer calls
@@ -342,6 +386,7 @@ def loss(
     energies_ref: Array,
     advantages: Array,
     gate_open: Array,
+    energy_unit: Array | float = 1.0,
     on_policy: Array | bool = False,
 ) -> tuple[Array, Diagnostics]:
     """Eq. 16 with the gate: scale * (L_PPO + beta KL(pi || pi_ref)) of one group.
@@ -355,6 +400,7 @@ def loss(
       energies_ref: float[G] under the frozen initial policy.
       advantages: float[G].
       gate_open: bool[], whether a branch beats the anchor.
+      energy_unit: float[], the spread that is common to all prompts (`running_std_unit`).
       on_policy: bool[], the two policies are one: `energies` are the old ones too, and the ratio is
         exactly 1 however the program is compiled.
 
@@ -363,7 +409,7 @@ def loss(
     """
     chex.assert_equal_shape([energies, energies_old, energies_ref, advantages])
     energies_old = jnp.where(on_policy, jax.lax.stop_gradient(energies), energies_old)
-    tau = temperature(energies_old, options.tau, options.tau_unit)
+    tau = temperature(energies_old, options.tau, options.tau_unit, energy_unit)
     log_pi = log_policy(energies, tau)
     log_pi_old = jax.lax.stop_gradient(log_policy(energies_old, tau))
     log_pi_ref = jax.lax.stop_gradient(log_policy(energies_ref, tau))

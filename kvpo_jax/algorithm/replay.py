@@ -23,7 +23,8 @@ from kvpo_jax.types import Array, BlockRecord, KVCache, MemoryBank, PyTree, Repl
 
 # (frozen, lora) -> the network of that policy, and the text that it reads, float[L, P, M, K, H, D].
 Policy = Callable[[PyTree, PyTree], tuple[Network, TextKV]]
-# (policy, options, schedule, lora, frozen, tuples) -> energies float[P, G]; see `anchor_energies`.
+# (policy, options, schedule, lora, frozen, tuples, wanted) -> energies float[P, G]; see
+# `anchor_energies`.
 Energies = Callable[..., Array]
 
 
@@ -161,10 +162,11 @@ def branch_energies(
     frozen: PyTree,
     context: Context,
     states: States,
+    wanted: Array | bool,
 ) -> Array:
     """Eq. 5: E_g = sum over b in B and s of (1/d) |v_theta(z_bs, sigma_s, K_<b) - u_bs|^2.
 
-    float[P, G] of states [P, G, W, S].
+    float[P, G] of states [P, G, W, S]; `wanted` as in `chunked.sum_over_steps`.
     """
     step_energy = ENERGIES[options.energy]
 
@@ -173,7 +175,7 @@ def branch_energies(
         velocity = replayed_velocity(*policy(frozen, lora), context, states)
         return step_energy(velocity, states.u, states.sigma, options)
 
-    return chunked.sum_over_steps(per_step, lora, (frozen, context), states, options.chunk)
+    return chunked.sum_over_steps(per_step, lora, (frozen, context), states, options.chunk, wanted)
 
 
 # ---------------------------------------------------------------- the context of the replay
@@ -186,6 +188,7 @@ def anchor_energies(
     lora: PyTree,
     frozen: PyTree,
     tuples: ReplayTuples,
+    wanted: Array | bool = True,
 ) -> Array:
     """Paper: Eq. 5 under the anchor's own cache, all blocks and steps at once; float[P, G].
 
@@ -199,17 +202,19 @@ def anchor_energies(
       lora: of the policy.
       frozen: what else the policy needs.
       tuples: what the rollout recorded.
+      wanted: bool[], whether the gradient will be read.
     """
     p = tuples.z.shape[0]
     states = replay_states(schedule, tuples)
     learned = min(options.grad_steps, tuples.z.shape[3])
     frames = jnp.broadcast_to(tuples.frames, (p, *tuples.frames.shape))
     context = kv_cache.read(frames, tuples.history, tuples.page)
-    energies = branch_energies(policy, options, lora, frozen, context, states[:, :, :, :learned])
+    learned_states = states[:, :, :, :learned]
+    energies = branch_energies(policy, options, lora, frozen, context, learned_states, wanted)
     if learned < tuples.z.shape[3]:
         constant = jax.lax.stop_gradient((lora, frozen))
         rest = states[:, :, :, learned:]
-        energies += branch_energies(policy, options, *constant, context, rest)
+        energies += branch_energies(policy, options, *constant, context, rest, wanted)
     return energies
 
 
@@ -220,6 +225,7 @@ def self_rolled_energies(
     lora: PyTree,
     frozen: PyTree,
     tuples: ReplayTuples,
+    wanted: Array | bool = True,
 ) -> Array:
     """Release: from the second block on, each branch reads what the replaying model wrote.
 
@@ -240,7 +246,9 @@ def self_rolled_energies(
     row = jnp.arange(w)[:, None] * p * g + jnp.arange(p * g).reshape(p, g, 1, 1)
     states = states.replace(context=jnp.broadcast_to(row, states.context.shape))
     learned_states = states[:, :, :, :learned]
-    return energies + branch_energies(policy, options, lora, frozen, context, learned_states)
+    return energies + branch_energies(
+        policy, options, lora, frozen, context, learned_states, wanted
+    )
 
 
 def _branch_context(tuples: ReplayTuples, page: KVCache, block: int) -> Context:

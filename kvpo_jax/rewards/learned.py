@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax.data.text import load_tokenizer
 from kvpo_jax.errors import UsageError
-from kvpo_jax.models import reward_model
+from kvpo_jax.models import layers, reward_model
 from kvpo_jax.models.qwen2_vl import Tokens
 from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig
 from kvpo_jax.rewards import preprocess
@@ -193,11 +193,10 @@ def scoring_step(
         patches = preprocess.patchify(preprocess.normalise(resized), cfg.vision)
         return reward_model.raw_scores(cfg, params, tokens, patches, grid)
 
-    return jax.jit(
-        jax.shard_map(
-            score_rows, mesh=mesh, in_specs=(sharding.REPLICATED, rows, rows), out_specs=rows
-        )
+    sharded = jax.shard_map(
+        score_rows, mesh=mesh, in_specs=(sharding.REPLICATED, rows, rows), out_specs=rows
     )
+    return jax.jit(layers.exact(sharded))
 
 
 def raw_scores(

@@ -27,6 +27,7 @@ from kvpo_jax.data.toy_world import (
     render,
 )
 from kvpo_jax.errors import UsageError
+from kvpo_jax.models import layers
 from kvpo_jax.types import Array
 
 MIN_FRAMES = 3  # a second difference needs three
@@ -76,6 +77,7 @@ def centroid(pixels: Array) -> Array:
 
 
 @jax.jit
+@layers.exact
 def _score(pixels: Array, attributes: Array) -> dict[str, Array]:
     """`score` on arrays: pixels float[n, frames, 8, 8, 3] and attributes int32[n, 3]."""
     chroma = pixels - BACKGROUND

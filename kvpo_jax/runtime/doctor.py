@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import ml_collections
 import numpy as np
 
-RATIO = 1e-3  # what two programs may round differently
 PATIENCE = 10  # iterations that must agree before a habit is called one
 FLAT = 40  # iterations without a better reward
 
@@ -30,22 +29,26 @@ def diagnose(
 
     settled = len(rows) >= PATIENCE
 
-    if row.get("ratio_check", 0.0) > RATIO:
-        found["ratio"] = (
-            f"the ratio is off 1 by {row['ratio_check']:.1e} though theta is the old policy: the"
-            " replay's gradient and its forward pass do not agree. In bfloat16, raise"
-            " objective.tau; in float32 it is a fault of the program"
-        )
     if row["pixel_std_in_group"] == 0:
         found["identical branches"] = (
             "the branches of every group are identical: routing changes nothing. Try more"
             " rollout.perturbed_steps or rollout.window_blocks, fewer window.near, or a longer"
             " window.cache_frames to draw from"
         )
-    elif row["reward_std_in_group"] < 1e-8:
+    elif row["reward_std_in_group"] == 0:
         found["no spread"] = (
-            "the branches differ but their rewards do not: nothing to learn from. Is the reward"
-            " saturated, or rounded?"
+            "the branches differ but their rewards do not, or by their rounding alone: nothing to"
+            " learn from. Is the reward saturated?"
+        )
+    prompts, share = row["gradient_prompts"], row["gradient_share_max"]
+    if prompts > 2 and share > max(0.5, 2 / prompts):
+        found["one prompt"] = (
+            f"one of {prompts:.0f} prompts has about {share:.0%} of the gradient. "
+            + (
+                "Its energies are the least distinguishable: try objective.tau_unit=running_std"
+                if config.objective.tau_unit == "group_std"
+                else "Try more train.prompts_per_iteration, or objective.advantage_clip"
+            )
         )
     if settled and np.all(lately("gate_open") == 0):
         found["gate"] = (

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import struct
@@ -39,15 +38,14 @@ class Group(struct.PyTreeNode):
     Attributes:
       judged: rewards, gates and pictures of its P groups.
       energies: float[P, G], of the old policy.
+      gradient_scale: float[P], about how large the gradient of each prompt is.
       sentences: P sequences (static).
-      ratio_check: float[], how far the ratio of these energies and of the old policy's forward pass
-        is from 1; None where it is not looked at.
     """
 
     judged: Judged
     energies: Array
+    gradient_scale: Array
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
-    ratio_check: Array | None = None
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -56,27 +54,26 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     Rewards, win rate over the anchor, diversity, spread of energies.
     """
 
-    def mean_std(values: Array) -> Array:
-        return jax.vmap(objective.group_std)(jnp.asarray(values)).mean()
-
     def of_batch(group: Group) -> dict[str, Array]:
         scores = group.judged.scores
         means = {f"reward_{name}": x.mean() for name, (x, _) in scores.components.items()}
         return {
             "reward": scores.branches.mean(),
             "reward_anchor": scores.anchor.mean(),
-            "reward_std_in_group": mean_std(scores.branches),
+            "reward_std_in_group": jax.vmap(objective.reward_std)(scores.branches).mean(),
             "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
             "pixel_std_in_group": group.judged.pixel_std,
             "gate_open": group.judged.gate_open.mean(),
-            "energy_old_std_in_group": mean_std(group.energies),
+            "energy_old_std_in_group": objective.mean_spread(group.energies),
             **means,
         }
 
     batches = [of_batch(group) for group in groups]
     metrics = {name: float(np.mean([batch[name] for batch in batches])) for name in batches[0]}
-    checks = [float(group.ratio_check) for group in groups if group.ratio_check is not None]
-    return metrics | ({"ratio_check": checks[0]} if checks else {})
+    scale = np.concatenate([np.asarray(group.gradient_scale) for group in groups])
+    metrics["gradient_prompts"] = int(np.sum(scale > 0))
+    metrics["gradient_share_max"] = float(scale.max() / (scale.sum() or 1.0))
+    return metrics
 
 
 def check_finite(
