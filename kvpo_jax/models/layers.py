@@ -40,8 +40,8 @@ def wide(x: Array) -> Array:
 def exact(function: Callable[..., T]) -> Callable[..., T]:
     """`function` for `jax.jit`, its float32 products in float32.
 
-    A GPU would round their factors to TF32's 10 bits, where an update of the weights by a thousandth
-    loses a third of its effect. Products of bfloat16 are not touched.
+    A GPU would round their factors to TF32's 10 bits, where an update of the weights by a
+    thousandth loses a third of its effect. Products of bfloat16 are not touched.
     """
 
     @functools.wraps(function)
