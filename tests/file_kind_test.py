@@ -64,6 +64,14 @@ def test_a_file_is_known_by_its_first_bytes(tmp_path, kind, content):
         file_kind.check(path, "prompts", "something else")
 
 
+def test_the_length_of_a_header_is_not_taken_for_a_beginning(tmp_path):
+    """A header of 640 bytes begins like a pickle, one of 35,615 like a gzip archive."""
+    for length in (640, 896, 1152, 1408, 35_615):
+        header = b"{}".ljust(length)
+        (tmp_path / "w").write_bytes(len(header).to_bytes(8, "little") + header)
+        assert file_kind.kind_of(tmp_path / "w") == ("safetensors", "a safetensors file")
+
+
 @pytest.mark.parametrize("content", [b"Un caf\xe9.\n", b"A cat\0 runs.\n", bytes(range(9, 90))])
 def test_what_resembles_nothing_passes(tmp_path, content):
     path = tmp_path / "prompts.txt"

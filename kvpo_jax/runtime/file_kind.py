@@ -43,6 +43,7 @@ _WHAT_TO_DO = {
     "web page": "the download gave a page instead of the file; download it again, logged in if it"
     " needs that",
     "compressed": "unpack it",
+    "zip": "unpack it",
     "gguf": "its numbers are quantised; bring the weights as they were released",
 }
 
@@ -55,6 +56,9 @@ def kind_of(path: Path | str) -> tuple[str, str] | None:
     """
     with Path(path).open("rb") as file:
         start = file.read(_READ)
+    # First of all: the length of its header may look like any of the beginnings.
+    if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < _HEADER:
+        return "safetensors", "a safetensors file"
     for beginning, kind in _BEGINNINGS.items():
         if start.startswith(beginning):
             return kind
@@ -68,8 +72,6 @@ def kind_of(path: Path | str) -> tuple[str, str] | None:
         return "image", "a WebP picture"
     if start[257:262] == b"ustar":
         return "compressed", "a tar archive"
-    if start[8:9] == b"{" and 2 <= int.from_bytes(start[:8], "little") < _HEADER:
-        return "safetensors", "a safetensors file"
     return _text_of(start)
 
 
