@@ -36,19 +36,13 @@ from ml_collections import ConfigDict
 
 from kvpo_jax.algorithm import flow, kv_cache, routing
 from kvpo_jax.algorithm.block import denoise_block
-from kvpo_jax.convert import (
-    convert_weights,
-    wan_lora_weights,
-    wan_vae_weights,
-    wan_weights,
-    writing,
-)
+from kvpo_jax.convert import convert_weights, wan_lora_weights, wan_vae_weights, wan_weights
 from kvpo_jax.convert.kind import Options
 from kvpo_jax.convert.mapping import Mapped, map_tensors
 from kvpo_jax.convert.tensors import Tensor
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context
-from kvpo_jax.runtime import checkpoint
+from kvpo_jax.runtime import checkpoint, weight_file
 from kvpo_jax.types import PyTree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,7 +63,7 @@ GIVEN = {"num_heads": CFG.num_heads, "text_len": CFG.text_len}
 FRAMES, HEIGHT, WIDTH = 3, 8, 10
 
 
-def convert(sources: list[Path], output: Path, **options) -> None:
+def convert(sources: list[Path], output: Path | None, **options) -> None:
     """The converter, with its options by name."""
     convert_weights.convert(sources, output, Options(**options))
 
@@ -930,7 +924,7 @@ def test_files_that_are_none(official, tmp_path):
     path.write_bytes(whole[:-7])
     fails("model.safetensors is not a whole safetensors file", path, tmp_path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    fails("model.safetensors is not a whole safetensors file", path, tmp_path)
+    fails("model.safetensors is not .* but a Git LFS pointer .56 bytes.; `git lfs", path, tmp_path)
 
     path = tmp_path / "model.pt"
     torch.save({"generator": official}, path)
@@ -973,6 +967,17 @@ def test_files_that_are_none(official, tmp_path):
     fails("two has more than one checkpoint: name one of a.pt, b.pt", tmp_path / "two", tmp_path)
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_number_that_is_not_finite(official, tmp_path, number):
+    state = official | {NAME: official[NAME].clone()}
+    state[NAME][95, 3] = number
+    torch.save(state, tmp_path / "model.pt")
+    for output in (tmp_path / "out.safetensors", None):  # None: a dry run
+        with pytest.raises(ValueError, match=f"model.pt: {NAME} has numbers that are not finite"):
+            convert([tmp_path / "model.pt"], output, **GIVEN)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
 def test_shards_that_do_not_belong_together(official, tmp_path):
     index = save_shards(official, tmp_path)
     content = json.loads(index.read_text())
@@ -998,12 +1003,12 @@ def test_an_error_while_writing_leaves_nothing(tmp_path):
         raise OSError("no space left on device")
 
     stored = [
-        writing.Stored(
+        weight_file.Stored(
             "a", (4, 2), np.dtype(np.float32), (lambda: np.ones((2, 2), np.float32), broken)
         )
     ]
     with pytest.raises(OSError, match="no space left"):
-        writing.write_safetensors(tmp_path / "out.safetensors", stored, {})
+        weight_file.write_safetensors(tmp_path / "out.safetensors", stored, {})
     assert not list(tmp_path.iterdir())
 
 

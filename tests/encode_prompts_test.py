@@ -183,7 +183,7 @@ def test_command_killed_and_continued(inputs, tmp_path):
 
 
 def test_wrong_files(inputs, tmp_path):
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         run(inputs, tmp_path / "out", weights=tmp_path / "nowhere")
     checkpoint.save_weights(tmp_path / "wan", inputs[1], {"kind": "wan"})
     with pytest.raises(ValueError, match="wan.*'umt5'.*kvpo-convert"):

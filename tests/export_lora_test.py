@@ -350,6 +350,18 @@ def test_errors_leave_nothing_behind(folder, tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_file_is_not_merged(folder, tmp_path):
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("lora", "base")}
+    for name in paths:
+        for other, path in paths.items():
+            content = bytearray((folder / path.name).read_bytes())
+            content[-1] ^= 2 if other == name else 0
+            path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}.safetensors: .* is damaged"):
+            export(tmp_path / "out" / "merged.safetensors", "merged", **paths)
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_lora_for_another_base(folder, tmp_path):
     toy = ROOT / "kvpo_jax" / "assets" / "toy_generator.safetensors"
     with pytest.raises(

@@ -35,11 +35,11 @@ from kvpo_jax.convert.kind import Options
 from kvpo_jax.convert.mapping import KINDS, Mapped, describe, map_tensors, signature_of
 from kvpo_jax.convert.sources import find_files
 from kvpo_jax.convert.tensors import PARTS, read
-from kvpo_jax.convert.writing import sha256, write_safetensors
 from kvpo_jax.errors import UsageError, nearest
 from kvpo_jax.rewards import learned
 from kvpo_jax.runtime import command
 from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.weight_file import check_finite, sha256, write_safetensors
 
 # Files that the folder of a tokenizer may have.
 TOKENIZER_FILES = (
@@ -71,9 +71,11 @@ def convert(sources: Sequence[Path], output: Path | None, options: Options | Non
     files = [file for source in sources for file in find_files(source, *place)]
     tensors = [tensor for file in files for tensor in read(file, options.policy)]
     mapped = map_tensors(tensors, options)
-    if output is None:
-        print(describe(mapped))
     used = [t for layers in mapped.sources.values() for t in layers.values()]
+    if output is None:
+        for tensor in used:
+            check_finite(str(tensor), tensor.read())
+        print(describe(mapped))
     parts = {t.file: t.part for t in [*tensors, *used]}
     _print_summary(mapped, parts)
     if output is not None:

@@ -25,13 +25,8 @@ from kvpo_jax.data import prompts, text
 from kvpo_jax.errors import MissingPackageError, UsageError
 from kvpo_jax.models import umt5
 from kvpo_jax.runtime import checkpoint, command
+from kvpo_jax.runtime.weight_file import sums_of
 from kvpo_jax.types import PyTree
-
-
-def header_checksum(path: Path) -> str:
-    """The checksum of a safetensors file's header, which has the checksums of its sources."""
-    with path.open("rb") as file:
-        return hashlib.sha256(file.read(int.from_bytes(file.read(8), "little"))).hexdigest()
 
 
 def encode_prompts(
@@ -85,7 +80,7 @@ def encode_prompts(
         return umt5.embed_valid(functools.partial(network, load()), ids[part], mask[part], batch)
 
     made_from = {
-        "weights": header_checksum(weights),
+        "weights": sums_of(weights),
         "tokens": hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest(),
         "dtype": cfg.dtype,
     }

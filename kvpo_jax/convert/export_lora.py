@@ -23,19 +23,17 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors
 from absl import flags
 
 from kvpo_jax import backbone
 from kvpo_jax.convert.table import check_names
-from kvpo_jax.convert.tensors import read_safetensors
 from kvpo_jax.convert.wan_lora_weights import LORA_NAMES, LoRAConfig, abstract_lora, lora_table
 from kvpo_jax.convert.wan_weights import BLOCK_LINEARS, DIFFUSERS_BLOCK, to_official, wan_table
-from kvpo_jax.convert.writing import Stored, write_safetensors
 from kvpo_jax.errors import MissingPackageError, UsageError
-from kvpo_jax.runtime import checkpoint, command, sharding
+from kvpo_jax.runtime import checkpoint, command, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
+from kvpo_jax.runtime.weight_file import Stored, write_safetensors
 from kvpo_jax.state import newest_state, policy_of
 
 POLICIES = ("online", "ema", "reference")
@@ -173,12 +171,14 @@ def write_merged(lora: LoRA, base: Path, output: Path) -> None:
       base: the converted weights.
       output: a safetensors file.
     """
-    params = {t.name: t.array for t in read_safetensors(base)}
+    file = weight_file.open_file(base)
+    params = file.tensors
     table = wan_table(lora.config.num_layers)
     check_names(str(base), params, {path for path, _ in table.values()})
     _check_fit(lora, params, base)
-    with safetensors.safe_open(base, framework="numpy") as file:
-        patch = json.loads((file.metadata() or {}).get("config", "{}")).get("patch", (1, 2, 2))
+    for name in params:
+        file.read(name)  # an error if it is damaged
+    patch = json.loads(file.metadata.get("config", "{}")).get("patch", (1, 2, 2))
 
     def make(path: str, layer: int | None) -> np.ndarray:
         return to_official(path, _merged(lora, params, path, layer), patch)

@@ -22,8 +22,8 @@ from kvpo_jax.convert.umt5_weights import UMT5
 from kvpo_jax.convert.wan_lora_weights import WAN_LORA
 from kvpo_jax.convert.wan_vae_weights import WAN_VAE
 from kvpo_jax.convert.wan_weights import WAN
-from kvpo_jax.convert.writing import Stored
 from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime.weight_file import Stored, check_finite
 
 KINDS: dict[str, Kind[Any]] = {
     "wan_lora": WAN_LORA,
@@ -169,8 +169,10 @@ def _common_dtype(path: str, layers: Layers) -> np.dtype:
 
 
 def _convert(spec: Kind[Any], path: str, tensor: Tensor) -> np.ndarray:
-    """A source tensor in the layout of our `path`."""
-    return spec.to_ours(path, tensor.read())
+    """A source tensor in the layout of our `path`; UsageError if it is not finite."""
+    numbers = tensor.read()
+    check_finite(str(tensor), numbers)
+    return spec.to_ours(path, numbers)
 
 
 def describe(mapped: Mapped) -> str:

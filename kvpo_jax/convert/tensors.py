@@ -9,25 +9,17 @@ import dataclasses
 import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from kvpo_jax.errors import MissingPackageError, UsageError
+from kvpo_jax.runtime import weight_file
+from kvpo_jax.runtime.weight_file import DTYPES, chunks, unknown_dtype
 
-CHUNK = 1 << 26  # bytes that are compared or written at once
-
-# safetensors' names of the number formats that are read and written.
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 # The state dicts that a training checkpoint may have for a policy. The first one that is there is
 # read: KVPO looks for a generator in this order.
 PARTS = {
@@ -99,31 +91,8 @@ def _read_index(path: Path) -> list[Tensor]:
 
 def read_safetensors(path: Path) -> list[Tensor]:
     """The tensors of a safetensors file."""
-    try:
-        # Opening it checks that the header is right and the file whole.
-        with safetensors.safe_open(path, framework="numpy") as opened:
-            opened.keys()
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    if not header:
-        return []
-    data = np.memmap(path, np.uint8, "r", offset=8 + size)
-    tensors = []
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise _unknown_dtype(path, name, entry["dtype"])
-        numbers = data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]])
-        tensors.append(Tensor(path, None, name, numbers.reshape(entry["shape"])))
-    return tensors
-
-
-def _unknown_dtype(path: Path, name: str, dtype: str) -> UsageError:
-    """The error for a number format that is not in DTYPES."""
-    return UsageError(f"{path}: {name} is of type {dtype}; expected one of {', '.join(DTYPES)}")
+    opened = weight_file.open_file(path).tensors
+    return [Tensor(path, None, name, array) for name, array in opened.items()]
 
 
 # ---------------------------------------------------------------- PyTorch
@@ -183,7 +152,7 @@ def _as_array(path: Path, name: str, value: Any) -> np.ndarray:
         raise UsageError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
     dtype = str(value.dtype).removeprefix("torch.")
     if dtype not in {known.name for known in DTYPES.values()}:
-        raise _unknown_dtype(path, name, dtype)
+        raise unknown_dtype(path, name, dtype)
     value = value.detach()
     if value.dtype == torch.bfloat16:  # torch does not hand bfloat16 to NumPy
         return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -208,12 +177,3 @@ def _equal(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and all(
         np.array_equal(x, y) for x, y in zip(chunks(a), chunks(b), strict=True)
     )
-
-
-def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Slices of an array's first axis, of about CHUNK bytes each."""
-    if array.ndim == 0:
-        yield array
-        return
-    step = max(1, CHUNK * len(array) // max(1, array.nbytes))
-    yield from (array[i : i + step] for i in range(0, len(array), step))

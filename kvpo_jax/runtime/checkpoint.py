@@ -7,6 +7,7 @@ strictly: a tensor that is missing, left over or of another shape is an error.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
@@ -17,12 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
-import safetensors.numpy
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import sharding
-from kvpo_jax.runtime.atomic import replacing
+from kvpo_jax.runtime import sharding, weight_file
 from kvpo_jax.types import PyTree
 
 # ---------------------------------------------------------------- train state
@@ -150,10 +148,12 @@ def save_weights(path: Path | str, tree: PyTree, metadata: Mapping[str, str]) ->
 
     Its tensors have names like "blocks/self_q/kernel".
     """
-    # safetensors reads memory in its order there, which is wrong for a transposed view.
-    tensors = {name: np.asarray(x, order="C") for name, x in _named(tree, "/").items()}
-    with replacing(Path(path)) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, dict(metadata))
+    tensors = {name: np.asarray(x) for name, x in _named(tree, "/").items()}
+    stored = [
+        weight_file.Stored(name, x.shape, x.dtype, (functools.partial(np.asarray, x),))
+        for name, x in tensors.items()
+    ]
+    weight_file.write_safetensors(Path(path), stored, metadata)
 
 
 def load_weights(path: Path | str, like: PyTree, unread: Collection[str] = ()) -> PyTree:
@@ -167,26 +167,21 @@ def load_weights(path: Path | str, like: PyTree, unread: Collection[str] = ()) -
         every other tensor must be in `like`.
 
     Raises:
-      UsageError: a tensor is missing, left over or of another shape, or the file is not whole; the
-        message names the file and the tensors.
+      UsageError: a tensor is missing, left over or of another shape, damaged or not finite, or the
+        file is not whole; the message names the file and the tensors.
     """
-    try:
-        file = safetensors.safe_open(path, framework="flax")
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}") from error
-    with file:
-        read = [name for name in file.keys() if name.partition("/")[0] not in unread]
-        saved = {name: str(file.get_slice(name).get_shape()) for name in read}
-        _check_same(
-            str(path), saved, {name: str(list(x.shape)) for name, x in _named(like, "/").items()}
-        )
+    file = weight_file.open_file(path)
+    read = [name for name in file.tensors if name.partition("/")[0] not in unread]
+    saved = {name: str(list(file.tensors[name].shape)) for name in read}
+    wanted = {name: str(list(x.shape)) for name, x in _named(like, "/").items()}
+    _check_same(str(path), saved, wanted)
 
-        def load(keys: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-            tensor = file.get_tensor(_name(keys, "/")).astype(x.dtype)
-            placement = getattr(x, "sharding", None)
-            return tensor if placement is None else sharding.put(tensor, placement)
+    def load(keys: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+        tensor = jnp.asarray(file.read(_name(keys, "/"))).astype(x.dtype)
+        placement = getattr(x, "sharding", None)
+        return tensor if placement is None else sharding.put(tensor, placement)
 
-        return jax.tree_util.tree_map_with_path(load, like)
+    return jax.tree_util.tree_map_with_path(load, like)
 
 
 def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
@@ -195,11 +190,7 @@ def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
     Raises:
       UsageError: the file is of another kind than `kind`, or was not made by kvpo-convert.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{path} is not a safetensors file: {error}") from error
+    metadata = weight_file.open_file(path).metadata
     if metadata.get("kind") != kind:
         raise UsageError(
             f"{path} holds {metadata.get('kind', 'no converted weights')!r}, expected {kind!r}:"
