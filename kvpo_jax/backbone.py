@@ -6,7 +6,7 @@ Everything else of an iteration is the same for the toy, LongLive and MemFlow.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, init_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
-from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime import checkpoint, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
 from kvpo_jax.types import Array, PromptBatch, PyTree, Scores
@@ -148,7 +148,15 @@ def release_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> No
 
 
 def load_params(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> PyTree:
-    """The collection `params` of a converted checkpoint; strict (see `checkpoint.load_weights`)."""
+    """The collection `params` of a converted checkpoint; strict (see `checkpoint.load_weights`).
+
+    Raises:
+      UsageError: it is of another kind, or of a model of another size.
+    """
+    if "kind" in weight_file.open_file(path).metadata:  # the toy's says nothing
+        made = checkpoint.metadata_config(path, "wan")
+        made.pop("text_len", None)  # no weight depends on it
+        _check_sizes(path, made, {name: getattr(cfg, name) for name in made})
     like = jax.eval_shape(lambda key: init_variables(cfg, key)["params"], jax.random.key(0))
     return checkpoint.load_weights(path, _placed(like, sharding))
 
@@ -166,8 +174,22 @@ def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> P
             f" lora.rank={cfg.lora_rank} and lora.alpha={cfg.lora_alpha}; add"
             f" --config.lora.rank={made['rank']} --config.lora.alpha={made['alpha']}"
         )
+    _check_sizes(path, made, {name: getattr(cfg, name, made[name]) for name in made})
     like = jax.eval_shape(lambda key: init_variables(cfg, key)["lora"], jax.random.key(0))
     return checkpoint.load_weights(path, _placed(like, sharding))
+
+
+def _check_sizes(path: Path | str, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """UsageError that names every size of a file's model that is not the config's."""
+    found = {name: tuple(x) if isinstance(x, list) else x for name, x in made.items()}
+    if other := [name for name in found if found[name] != wanted[name]]:
+        has = ", ".join(f"{name} {found[name]}" for name in other)
+        config = ", ".join(f"model.{name}={wanted[name]}" for name in other)
+        raise UsageError(
+            f"{path} is for a model of another size: it has {has}, the config {config}; bring"
+            " weights of the config's size (Wan2.1's 1.3B has dim 1536 and 30 layers, 14B dim 5120"
+            " and 40)"
+        )
 
 
 def _placed(like: PyTree, sharding: Placement) -> PyTree:

@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
+import zipfile
+from argparse import Namespace
+from pathlib import Path, PurePosixPath
 
 import flax.traverse_util
 import jax
@@ -25,6 +27,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint
 import transformers
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import (
@@ -34,12 +37,14 @@ from diffusers.loaders.single_file_utils import (
 from full_size_test import SIZES, official_shapes
 from ml_collections import ConfigDict
 
+from kvpo_jax import backbone
 from kvpo_jax.algorithm import flow, kv_cache, routing
 from kvpo_jax.algorithm.block import denoise_block
 from kvpo_jax.convert import convert_weights, wan_lora_weights, wan_vae_weights, wan_weights
 from kvpo_jax.convert.kind import Options
 from kvpo_jax.convert.mapping import Mapped, map_tensors
 from kvpo_jax.convert.tensors import Tensor
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context
 from kvpo_jax.runtime import checkpoint, weight_file
@@ -289,6 +294,21 @@ WRAPPINGS = {
         "ema": {},
     },
     "ComfyUI": lambda state: with_prefix(state, "model.diffusion_model."),
+    "DDP": lambda state: {"model_state_dict": with_prefix(state, "module."), "epoch": 3},
+    "Lightning": lambda state: {
+        "state_dict": with_prefix(state, "model."),
+        "optimizer_states": [{"state": {}}],
+        "hyper_parameters": {"lr": 1e-4},
+    },
+    "DeepSpeed": lambda state: {"module": state, "optimizer": None, "mp_world_size": 1},
+    "nested": lambda state: {"model": {"state_dict": state, "epoch": 3}},
+    "a part of any name": lambda state: {
+        "student": with_prefix(state, "net."),
+        "critic": {"w": torch.ones(2)},
+        "optimizer_state_dict": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []},
+        "step": 3,
+    },
+    "DiffSynth": lambda state: with_prefix(state, "pipe.dit."),
 }
 
 
@@ -316,8 +336,7 @@ def test_the_state_dict_of_the_policy_is_read(official, expected, tmp_path):
         assert source["part"] == part
     torch.save({"generator": official}, tmp_path / "model.pt")
     with pytest.raises(
-        ValueError,
-        match=r"model.pt has no ema or generator_ema for the policy 'ema', only generator",
+        ValueError, match=r"model.pt has nothing for the policy 'ema' \(ema, .*\), only generator"
     ):
         convert([tmp_path / "model.pt"], tmp_path / "out.safetensors", policy="ema", **GIVEN)
 
@@ -579,10 +598,16 @@ def test_alpha_is_upstreams_default_or_what_the_adapter_says(lora, tmp_path):
     assert alpha() == 12.0
     with pytest.raises(ValueError, match=r"alpha is not one: 6 \(--alpha\), 12 \(.*lora.pt\)"):
         convert([tmp_path / "lora.pt"], tmp_path / "out.safetensors", alpha=6.0)
-    (tmp_path / "adapter_config.json").write_text(
-        json.dumps({"lora_alpha": 12, "use_rslora": True})
-    )
-    with pytest.raises(ValueError, match="use_rslora of .*adapter_config.json is not supported"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4}))
+    with pytest.raises(ValueError, match="states no lora_alpha, for which peft takes 8; .*--alpha"):
+        convert([tmp_path / "lora.pt"], tmp_path / "out.safetensors")
+    convert([tmp_path / "lora.pt"], tmp_path / "out.safetensors", alpha=8.0)
+    assert alpha() == 8.0
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 64, "lora_alpha": 64}))
+    with pytest.raises(ValueError, match="config says that blocks.* has rank 64, its .* rank 4"):
+        convert([tmp_path / "lora.pt"], tmp_path / "out.safetensors")
+    (tmp_path / "adapter_config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="adapter_config.json holds a list, expected a JSON obj"):
         convert([tmp_path / "lora.pt"], tmp_path / "out.safetensors")
 
 
@@ -604,11 +629,15 @@ def test_an_alpha_that_is_not_a_number(lora, tmp_path):
 @pytest.mark.parametrize(
     "said",
     [
-        {"use_rslora": True},
         {"use_dora": True},
-        {"rank_pattern": {"to_q": 2}},
-        {"alpha_pattern": {"to_q": 2}},
+        {"lora_bias": True},
+        {"modules_to_save": ["head"]},
+        {"bias": "all"},
+        {"peft_type": "LOHA"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"rank_pattern": [2]},
     ],
+    ids=lambda said: next(iter(said)),
 )
 def test_what_diffusers_metadata_says_and_is_not_supported(lora, tmp_path, said):
     path, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
@@ -621,19 +650,17 @@ def test_what_diffusers_metadata_says_and_is_not_supported(lora, tmp_path, said)
         safetensors.torch.save_file(named, path, {"lora_adapter_metadata": adapter})
         convert([path], out)
 
-    convert_with({"r": 4, "lora_alpha": 12, **dict.fromkeys(said, False)})
+    convert_with({"r": 4, "lora_alpha": 12, **dict.fromkeys(said)})
     assert json.loads(metadata_of(out)["config"])["alpha"] == 12.0
     # What stands beside the file does not overrule it, nor the other way round.
-    (tmp_path / "adapter_config.json").write_text(json.dumps(dict.fromkeys(said, False)))
-    with pytest.raises(
-        ValueError, match=f"{next(iter(said))} of .*lora.safetensors is not supported"
+    for beside, within, place in (
+        ({}, said, "lora.safetensors"),
+        (said, {}, "adapter_config.json"),
     ):
-        convert_with({"r": 4, "lora_alpha": 4, **said})
-    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
-    with pytest.raises(
-        ValueError, match=f"{next(iter(said))} of .*adapter_config.json is not supported"
-    ):
-        convert_with({"r": 4, "lora_alpha": 4, **dict.fromkeys(said, False)})
+        (tmp_path / "adapter_config.json").write_text(json.dumps(beside))
+        with pytest.raises(ValueError) as error:
+            convert_with({"r": 4, "lora_alpha": 4, **within})
+        assert next(iter(said)) in str(error.value) and f"{place} " in str(error.value)
 
 
 def test_an_adapter_that_peft_saved(official, tmp_path):
@@ -780,6 +807,24 @@ def test_a_umt5_folder_of_transformers(tmp_path, model):
     np.testing.assert_allclose(ours[mask], out[mask], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "prefix", ["", "text_encoders.umt5xxl.transformer.", "cond_stage_model.umt5xxl.transformer."]
+)
+def test_the_text_encoder_of_comfyui(tmp_path, prefix):
+    """It has the names of transformers, and the tokenizer and a scale beside them."""
+    theirs = redrawn(transformers.UMT5EncoderModel(UMT5))
+    state = {name: x for name, x in theirs.state_dict().items() if "embed_tokens" not in name}
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    beside = {"spiece_model": torch.ones(9, dtype=torch.uint8), "logit_scale": torch.tensor(4.6)}
+    root = prefix.removesuffix("transformer.")
+    both = with_prefix(state, prefix) | with_prefix(beside, root)
+    safetensors.torch.save_file(both, tmp_path / "comfyui.safetensors")
+    files = [tmp_path / f"{name}-umt5.safetensors" for name in ("plain", "comfyui")]
+    for file in files:
+        convert([tmp_path / file.name.replace("-umt5", "")], file)
+    assert_same(*map(tensors_of, files))
+
+
 @pytest.mark.golden
 def test_golden_umt5(golden_dir, tmp_path):
     data = np.load(golden_dir / "t5.npz")
@@ -907,7 +952,10 @@ def test_missing_left_over_and_misshapen_tensors(official, lora, tmp_path):
     fails(r"missing \['blocks.0.cross_attn.k.lora_B.weight'\]", save(few), tmp_path)
     ranks = lora | {"blocks.1.ffn.0.lora_B.weight": torch.ones(160, 3)}
     fails(
-        "model.pt: model.blocks.1.ffn.0.lora_B.weight makes blocks/ffn_0/b", save(ranks), tmp_path
+        r"model.pt: model.blocks.1.ffn.0.lora_A.weight \[4, 96\] and .*lora_B.weight \[160, 3\] are"
+        " not the two matrices of a LoRA",
+        save(ranks),
+        tmp_path,
     )
     bytes_ = official | {NAME: torch.ones(96, 96, dtype=torch.int8)}
     fails(
@@ -932,33 +980,23 @@ def test_files_that_are_none(official, tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     fails("model.pt is cut short: its end is missing", path, tmp_path)
     path.write_bytes(b"<!DOCTYPE html>")
-    fails("model.pt is not a PyTorch checkpoint of tensors alone", path, tmp_path)
-    torch.save(
-        {"generator": official, "config": Path("anything")}, path
-    )  # an object: pickle could run code
-    fails(
-        "model.pt is not a PyTorch checkpoint of tensors alone: Weights only load failed",
-        path,
-        tmp_path,
-    )
+    fails("model.pt is not a weight file but a web page", path, tmp_path)
+    path.write_bytes(b"\x01\xff" * 40)
+    fails("model.pt is not a weight file: it begins neither", path, tmp_path)
     torch.save({"generator": official | {"blocks": [1, 2]}}, path)
     fails("model.pt: blocks is a list, expected a tensor", path, tmp_path)
     torch.save(torch.ones(3), path)
     fails("model.pt holds a Tensor, expected a state dict", path, tmp_path)
     torch.save({"encoder.weight": torch.ones(3)}, path)
     fails(
-        "model.pt: not a checkpoint of wan_lora, wan, .*: its tensors are encoder.weight",
+        "model.pt: not a checkpoint of wan_lora, wan, .*: it has 1 tensors, encoder.weight",
         path,
         tmp_path,
     )
 
     fails("there is no .*nothing.pt", tmp_path / "nothing.pt", tmp_path)
     (tmp_path / "notes.txt").write_text("x")
-    fails(
-        "notes.txt is not a weight file; these end in .json, .safetensors, .pt",
-        tmp_path / "notes.txt",
-        tmp_path,
-    )
+    fails("notes.txt is not a weight file but plain text", tmp_path / "notes.txt", tmp_path)
     (tmp_path / "empty").mkdir()
     fails("empty has no weights", tmp_path / "empty", tmp_path)
     (tmp_path / "two").mkdir()
@@ -976,6 +1014,80 @@ def test_a_number_that_is_not_finite(official, tmp_path, number):
         with pytest.raises(ValueError, match=f"model.pt: {NAME} has numbers that are not finite"):
             convert([tmp_path / "model.pt"], output, **GIVEN)
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+class Settings:
+    """An object of the program that trained a model."""
+
+
+def test_what_could_run_code_is_not_read_and_no_message_advises_it(official, tmp_path):
+    path, model = tmp_path / "model.pt", torch.nn.Linear(2, 2)
+    known = {"generator": official, "optimizer": None}
+    files = {
+        "pathlib.PurePosixPath": lambda: torch.save(known | {"a": PurePosixPath("/x")}, path),
+        "argparse.Namespace": lambda: torch.save(known | {"args": Namespace(lr=1)}, path),
+        f"{__name__}.Settings": lambda: torch.save(known | {"cfg": Settings()}, path),
+        "Settings": lambda: torch.save(
+            {"cfg": Settings()}, path, _use_new_zipfile_serialization=False
+        ),
+        "torch.nn": lambda: torch.save(model, path),
+        "such as print,": lambda: path.write_bytes(b"\x80\x02cbuiltins\nprint\n."),
+        "TorchScript": lambda: torch.jit.script(model).save(path),
+        "zip archive": lambda: zipfile.ZipFile(path, "w").writestr("a", "b"),
+        "or is damaged": lambda: path.write_bytes(b"\x80\x02\xff\xff\xff"),
+    }
+    for what, write in files.items():
+        write()
+        with pytest.raises(UsageError, match=f"model.pt .*{re.escape(what)}") as error:
+            convert([path], tmp_path / "out.safetensors", **GIVEN)
+        message = str(error.value)
+        assert "weights_only" not in message and "\n" not in message and "\x1b" not in message
+        assert "; " in message  # what to do
+
+
+def test_a_distributed_checkpoint_is_an_error_with_a_command(official, tmp_path):
+    torch.distributed.checkpoint.save(
+        {NAME: official[NAME]}, checkpoint_id=tmp_path / "dcp", no_dist=True
+    )
+    fails(
+        r"dcp is a distributed checkpoint; .*dcp_to_torch .*dcp FILE.pt", tmp_path / "dcp", tmp_path
+    )
+
+
+def test_the_same_weights_in_another_format_beside_them(official, expected, tmp_path):
+    safetensors.torch.save_file(official, tmp_path / "diffusion_pytorch_model.safetensors")
+    half = {name: tensor.half() for name, tensor in official.items()}
+    safetensors.torch.save_file(half, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    convert([tmp_path], tmp_path / "out" / "out.safetensors", **GIVEN)
+    assert_same(tensors_of(tmp_path / "out" / "out.safetensors"), expected)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.ckpt", "model", "model.pt"])
+def test_the_first_bytes_say_what_a_file_is_not_its_name(official, expected, tmp_path, name):
+    for save in (torch.save, safetensors.torch.save_file):
+        save(official, tmp_path / name)
+        convert([tmp_path / name], tmp_path / "out.safetensors", **GIVEN)
+        assert_same(tensors_of(tmp_path / "out.safetensors"), expected)
+
+
+def test_a_model_of_another_size_is_one_sentence(official, lora, tmp_path):
+    torch.save(official, tmp_path / "model.pt")
+    torch.save(lora, tmp_path / "lora.pt")
+    base, adapter = tmp_path / "base.safetensors", tmp_path / "lora.safetensors"
+    convert([tmp_path / "model.pt"], base, **GIVEN)
+    convert([tmp_path / "lora.pt"], adapter, alpha=6.0)
+    backbone.load_params(base, dataclasses.replace(CFG, text_len=3))
+    backbone.load_lora(adapter, CFG)
+    other = dataclasses.replace(CFG, dim=1536, num_layers=30)
+    message = (
+        "is for a model of another size: it has dim 96, num_layers 2, the config model.dim=1536,"
+        " model.num_layers=30; bring weights of the config's size"
+    )
+    for path, load in ((base, backbone.load_params), (adapter, backbone.load_lora)):
+        with pytest.raises(UsageError, match=f"{path.name} {message}"):
+            load(path, other)
+    with pytest.raises(UsageError, match="lora.safetensors holds 'wan_lora', expected 'wan'"):
+        backbone.load_params(adapter, CFG)
 
 
 def test_shards_that_do_not_belong_together(official, tmp_path):

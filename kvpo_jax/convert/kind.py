@@ -27,7 +27,7 @@ class Options:
       policy: which state dict of a training checkpoint to read.
       num_heads: attention heads of a transformer; None is a head dim of 128.
       text_len: tokens that a transformer's prompts are padded to; None is 512.
-      alpha: the scale of a LoRA, over its rank; None is its rank.
+      alpha: the scale of a LoRA, over its rank; None is what its files state, or its rank.
       base: folder of the Qwen2-VL that a reward model was made of.
       templates: file or folder with the instruction of a reward model.
     """
@@ -49,13 +49,11 @@ class Checkpoint:
     Attributes:
       shapes: official name -> shape, of the tensors that are converted.
       files: the files that hold them.
-      aside: tensors that are set aside (see `Kind.aside`).
       options: what the user says.
     """
 
     shapes: Shapes
     files: Sequence[Path]
-    aside: Sequence[Tensor]
     options: Options
 
 
@@ -74,7 +72,7 @@ class Kind(Generic[Config]):
       sizes: fields of the config that a converted file notes; empty is all.
       aside: regular expression for the cleaned names of tensors that some releases have and that
         our model lacks.
-      merge: (the other tensors by cleaned name, options) -> the tensors that replace them.
+      merge: (the other tensors by cleaned name, options) -> what replaces both.
       tokenizer: whether the base model's tokenizer is copied beside the weights.
       folder: where a folder with several kinds has this one: diffusers' subfolder ...
       pattern: ... and the file in a folder of Wan2.1.
@@ -88,7 +86,7 @@ class Kind(Generic[Config]):
     abstract: Callable[[Config], PyTree]
     sizes: tuple[str, ...] = ()
     aside: str | None = None
-    merge: Callable[[dict[str, Tensor], Options], dict[str, Tensor]] | None = None
+    merge: Callable[[dict[str, Tensor], Options], tuple[dict[str, Tensor], Options]] | None = None
     tokenizer: bool = False
     folder: str = ""
     pattern: str = ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -16,9 +16,10 @@ import numpy as np
 
 from kvpo_jax.convert.kind import Checkpoint, Kind, Options
 from kvpo_jax.convert.reward_weights import HPSV3, VIDEOALIGN
-from kvpo_jax.convert.table import check_names, clean_name
+from kvpo_jax.convert.table import adapter_of, check_names, clean_name
 from kvpo_jax.convert.tensors import Tensor, unique
 from kvpo_jax.convert.umt5_weights import UMT5
+from kvpo_jax.convert.unusable import check_format, refuse_unusable
 from kvpo_jax.convert.wan_lora_weights import WAN_LORA
 from kvpo_jax.convert.wan_vae_weights import WAN_VAE
 from kvpo_jax.convert.wan_weights import WAN
@@ -68,12 +69,14 @@ def map_tensors(tensors: Sequence[Tensor], options: Options) -> Mapped:
     """
     files = sorted({t.file for t in tensors})
     place = ", ".join(map(str, files))
-    cleaned = unique((clean_name(t.name), t) for t in tensors)
     try:
+        _check_adapters(tensors)
+        cleaned = unique((clean_name(t.name), t) for t in tensors)
+        refuse_unusable(cleaned)
         kind = find_kind(cleaned, options.kind)
-        named, aside = _official(KINDS[kind], cleaned, options)
+        named, aside, options = _official(KINDS[kind], cleaned, options)
         shapes = {name: t.array.shape for name, t in named.items()}
-        cfg = KINDS[kind].config(Checkpoint(shapes, files, aside, options))
+        cfg = KINDS[kind].config(Checkpoint(shapes, files, options))
     except UsageError as error:
         raise UsageError(f"{place}: {error}") from error
     table = KINDS[kind].table(cfg)
@@ -89,19 +92,27 @@ def map_tensors(tensors: Sequence[Tensor], options: Options) -> Mapped:
     return Mapped(kind, config, stored, dict(sources), aside)
 
 
-def find_kind(names: Collection[str], asked: str) -> str:
+def _check_adapters(tensors: Sequence[Tensor]) -> None:
+    """UsageError for a file with several adapters of peft."""
+    names = {name for t in tensors if (name := adapter_of(t.name)) is not None}
+    if len(names) > 1:
+        raise UsageError(f"it has the adapters {', '.join(sorted(names))}; save one of them alone")
+
+
+def find_kind(tensors: Mapping[str, Tensor], asked: str) -> str:
     """The kind that the cleaned names of a checkpoint show.
 
     Args:
-      names: the names.
+      tensors: by cleaned name.
       asked: the kind that it must be, or "auto".
     """
-    marked = (k for k, spec in KINDS.items() if any(re.search(spec.mark, n) for n in names))
+    marked = (k for k, spec in KINDS.items() if any(re.search(spec.mark, n) for n in tensors))
     kind = next(marked, None)
     if kind is None:
+        names = sorted(t.name for t in tensors.values())
         raise UsageError(
-            f"not a checkpoint of {', '.join(KINDS)}: its tensors are"
-            f" {', '.join(sorted(names)[:5])}, ..."
+            f"not a checkpoint of {', '.join(KINDS)}: it has {len(names)} tensors,"
+            f" {', '.join(names[:3])} and so on"
         )
     if asked not in ("auto", kind):
         raise UsageError(f"the kind is {kind}, not {asked}")
@@ -110,14 +121,18 @@ def find_kind(names: Collection[str], asked: str) -> str:
 
 def _official(
     spec: Kind[Any], cleaned: Mapping[str, Tensor], options: Options
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """(the tensors to convert by official name, those that are set aside)."""
+) -> tuple[dict[str, Tensor], list[Tensor], Options]:
+    """(the tensors to convert by official name, those that are set aside, the options for them)."""
     aside = {name: t for name, t in cleaned.items() if spec.aside and re.search(spec.aside, name)}
     kept = {name: t for name, t in cleaned.items() if name not in aside}
+    for name, tensor in kept.items():
+        if not name.endswith(".alpha"):  # a single number, of any format
+            check_format(tensor)
     if spec.merge is not None:
-        kept = spec.merge(kept, options)
+        kept, options = spec.merge(kept, options)
     official = spec.official({name: t.array.shape for name, t in kept.items()})
-    return unique((official(name), t) for name, t in kept.items()), list(aside.values())
+    named = unique((official(name), t) for name, t in kept.items())
+    return named, list(aside.values()), options
 
 
 def _model_dtype(named: Mapping[str, Tensor], asked: str) -> str:

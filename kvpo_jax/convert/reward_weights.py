@@ -189,8 +189,10 @@ def _read_scoring(stated: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str,
 # ---------------------------------------------------------------- merging
 
 
-def merge_videoalign(tensors: dict[str, Tensor], options: Options) -> dict[str, Tensor]:
-    """VideoAlign's tensors by official name, with its LoRA merged.
+def merge_videoalign(
+    tensors: dict[str, Tensor], options: Options
+) -> tuple[dict[str, Tensor], Options]:
+    """VideoAlign's tensors by official name, with its LoRA merged; the options stay.
 
     A checkpoint of what was trained lacks the other weights, which come from the base model.
     """
@@ -216,7 +218,7 @@ def merge_videoalign(tensors: dict[str, Tensor], options: Options) -> dict[str, 
         if file not in stated:
             stated[file] = _stated_loras(file)
         weights[official] = _merge(weights[official], lora["A"], lora["B"], stated[file])
-    return weights
+    return weights, options
 
 
 def _base_weights(base: Path) -> dict[str, Tensor]:

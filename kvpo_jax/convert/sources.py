@@ -12,7 +12,8 @@ from kvpo_jax.errors import UsageError
 
 # How the hub's folders name weights, in the order in which they are looked for.
 _SHARDS = ("*.safetensors.index.json", "*.safetensors", "*.bin.index.json", "*.bin")
-_SINGLE = ("*.pt", "*.pth")
+_SINGLE = ("*.pt", "*.pth", "*.ckpt")
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|non_ema)\.")
 
 
 def find_files(source: Path, folder: str = "", pattern: str = "") -> list[Path]:
@@ -33,6 +34,13 @@ def find_files(source: Path, folder: str = "", pattern: str = "") -> list[Path]:
         source = source / folder
     patterns = [p for p in (pattern, *_SHARDS, *_SINGLE) if p]
     found = next((found for p in patterns if (found := sorted(source.glob(p)))), [])
+    # The same weights once more, in another number format.
+    found = [path for path in found if not _VARIANT.search(path.name)] or found
+    if not found and any(source.glob("*.distcp")):
+        raise UsageError(
+            f"{source} is a distributed checkpoint; make one file of it with python -m"
+            f" torch.distributed.checkpoint.format_utils dcp_to_torch {source} FILE.pt"
+        )
     if not found:
         names = ", ".join(sorted(path.name for path in source.iterdir()))
         raise UsageError(

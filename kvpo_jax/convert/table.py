@@ -12,26 +12,41 @@ Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor -> its shape
 
 # What training frameworks add to names: FSDP, activation checkpointing, torch.compile, peft in
 # memory.
-_WRAPPERS = (
-    "_fsdp_wrapped_module.",
-    "_checkpoint_wrapped_module.",
-    "_orig_mod.",
-    "base_layer.",
-    "default.",
+_WRAPPERS = re.compile(
+    r"\b(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|base_layer)\."
 )
-# What a state dict's names may begin with: LongLive's wrapper, peft, ComfyUI, diffusers' pipelines.
-_PREFIXES = ("model.", "base_model.model.", "diffusion_model.", "transformer.")
+# What a state dict's names may begin with, once or several times: the attribute of a wrapper, DDP,
+# peft, the parts of diffusers, DiffSynth and ComfyUI; with underscores musubi-tuner and OneTrainer.
+_PREFIXES = re.compile(
+    r"((module|model|generator|base_model|diffusion_model|transformer|unet|net|dit|pipe|student"
+    r"|ema_model|text_encoders?|umt5xxl|cond_stage_model|vae|first_stage_model)\."
+    r"|(lora_unet|lora_transformer|lycoris)__?)+"
+)
+# A matrix of a LoRA, as peft with any adapter, kohya, ComfyUI and older diffusers name it.
+_MATRIX = re.compile(
+    r"[._](lora_A|lora_down|lora\.down|lora_linear_layer\.down|(?:lora_B|lora_up|lora\.up"
+    r"|lora_linear_layer\.up))(?:\.(?!weight$|bias$)([^.]+))?(?:\.(weight|bias))?$"
+)
 
 
 def clean_name(name: str) -> str:
-    """A tensor's name without wrappers and prefixes, and with peft's lora_A and lora_B in place of
-    ComfyUI's lora_down and lora_up.
+    """A tensor's name without wrappers and prefixes, and with peft's names of a LoRA's matrices,
+    without that of the adapter.
     """
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    for prefix in _PREFIXES:
-        name = name.removeprefix(prefix)
-    return name.replace(".lora_down.", ".lora_A.").replace(".lora_up.", ".lora_B.")
+    name = _WRAPPERS.sub("", name)
+    prefix = _PREFIXES.match(name)
+    name = name[prefix.end() :] if prefix else name
+    matrix = _MATRIX.search(name)
+    if matrix is None:
+        return name
+    letter = "A" if matrix[1].endswith(("A", "down")) else "B"
+    return f"{name[: matrix.start()]}.lora_{letter}.{matrix[3] or 'weight'}"
+
+
+def adapter_of(name: str) -> str | None:
+    """The name of the adapter in a tensor's name, if peft wrote one there."""
+    matrix = _MATRIX.search(name)
+    return matrix[2] if matrix else None
 
 
 def unchanged(name: str) -> str:

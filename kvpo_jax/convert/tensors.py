@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
+import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,33 @@ import ml_dtypes
 import numpy as np
 
 from kvpo_jax.errors import MissingPackageError, UsageError
-from kvpo_jax.runtime import weight_file
-from kvpo_jax.runtime.weight_file import DTYPES, chunks, unknown_dtype
+from kvpo_jax.runtime import file_kind, weight_file
+from kvpo_jax.runtime.weight_file import chunks, unknown_dtype
 
 # The state dicts that a training checkpoint may have for a policy. The first one that is there is
 # read: KVPO looks for a generator in this order.
 PARTS = {
-    "online": ("generator_lora", "generator", "generator_ema", "model"),
-    "ema": ("ema", "generator_ema"),
+    "online": (
+        "generator_lora",
+        "generator",
+        "generator_ema",
+        "model",
+        "state_dict",
+        "model_state_dict",
+        "module",
+        "params",
+    ),
+    "ema": ("ema", "generator_ema", "ema_state_dict", "model_ema", "params_ema"),
     "initial": ("initial_generator_lora", "initial_generator"),
 }
-SUFFIXES = (".json", ".safetensors", ".pt", ".pth", ".bin")
+# torch's name of a number format -> the integer of its size, and the format.
+_NOT_NUMPYS = {
+    "bfloat16": ("int16", ml_dtypes.bfloat16),
+    "float8_e4m3fn": ("int8", ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": ("int8", ml_dtypes.float8_e5m2),
+}
+# Parts of other training checkpoints that are not the generator.
+_NOT_WEIGHTS = re.compile(r"(optim|sched|critic|discriminator|scaler|rng)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +73,28 @@ class Tensor:
 def read(path: Path, policy: str = "online") -> list[Tensor]:
     """The tensors of a weight file, or of the shards that an index names.
 
+    What the file is, its first bytes say, not its name.
+
     Args:
-      path: one of SUFFIXES ends its name.
+      path: a safetensors file, a PyTorch checkpoint, or an index.
       policy: which state dict of a training checkpoint to read, a key of PARTS.
     """
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} is not a weight file; these end in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UsageError(f"there is no {path}")
-    if path.suffix == ".json":
-        return _read_index(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, policy)
+    kind = file_kind.kind_of(path)
+    readers: dict[str, Callable[[], list[Tensor]]] = {
+        "json": lambda: _read_index(path),
+        "safetensors": lambda: read_safetensors(path),
+        "zip": lambda: _read_torch(path, policy),
+        "pickle": lambda: _read_torch(path, policy),
+    }
+    file_kind.check(path, "a weight file", *readers)
+    if kind is None:
+        raise UsageError(
+            f"{path} is not a weight file: it begins neither like a safetensors file nor like a"
+            " PyTorch checkpoint; download or copy it again"
+        )
+    return readers[kind[0]]()
 
 
 def _read_index(path: Path) -> list[Tensor]:
@@ -100,9 +127,11 @@ def read_safetensors(path: Path) -> list[Tensor]:
 
 def _read_torch(path: Path, policy: str) -> list[Tensor]:
     """The tensors of a PyTorch checkpoint, or of its state dict for `policy` if it has several."""
-    checkpoint = _load_torch(path)
-    part = _choose_part(path, checkpoint, policy)
-    state = checkpoint[part] if part else checkpoint
+    state, trail = _load_torch(path), []
+    while (part := _choose_part(path, state, policy)) is not None:
+        state = state[part]
+        trail.append(part)
+    part = ".".join(trail) or None
     return [Tensor(path, part, name, _as_array(path, name, x)) for name, x in state.items()]
 
 
@@ -116,32 +145,56 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
         ) from error
     zipped = zipfile.is_zipfile(path)
     if not zipped and path.open("rb").read(2) == b"PK":
-        raise UsageError(f"{path} is cut short: its end is missing")
+        raise UsageError(f"{path} is cut short: its end is missing; download or copy it again")
     try:
         # PyTorch before 1.6 wrote files that are not zip archives and cannot be mapped.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise UsageError(
-            f"{path} is not a PyTorch checkpoint of tensors alone: {reason}"
-        ) from error
+    except Exception as error:  # whatever the file makes torch raise
+        raise UsageError(f"{path} {_torch_reason(str(error))}") from error
     if not isinstance(checkpoint, Mapping):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict")
     return checkpoint
 
 
+def _torch_reason(message: str) -> str:
+    """What is wrong with a file, and what to do, in place of torch's message of many lines.
+
+    That one advises to switch off `weights_only`, which would run whatever code is in the file.
+    """
+    alone = (
+        "; in the program that wrote it, save the tensors alone:"
+        " torch.save({'generator': model.state_dict()}, FILE)"
+    )
+    cause = message.partition("WeightsUnpickler error:")[2]
+    if thing := re.search(r"(?:GLOBAL|class|function|of type|but got) ([\w.<]+)", cause):
+        return f"has objects beside its tensors, such as {thing[1]}, which could run code{alone}"
+    if "TorchScript" in message:
+        return f"is a TorchScript program, not a state dict{alone}"
+    if "data.pkl" in message:
+        return "is a zip archive, and no PyTorch checkpoint; unpack it"
+    return "is not a PyTorch checkpoint, or is damaged; download or copy it again"
+
+
 def _choose_part(path: Path, checkpoint: Mapping[str, Any], policy: str) -> str | None:
     """The key of the state dict for `policy`; None if the checkpoint is a state dict itself."""
-    known = {name for names in PARTS.values() for name in names} & checkpoint.keys()
-    if not known:
-        return None
+    parts = {name: x for name, x in checkpoint.items() if isinstance(x, Mapping)}
+    known = {name for names in PARTS.values() for name in names} & parts.keys()
     for name in PARTS[policy]:
         if name in known:
             return name
-    raise UsageError(
-        f"{path} has no {' or '.join(PARTS[policy])} for the policy {policy!r}, only"
-        f" {', '.join(sorted(known))}"
-    )
+    if known:
+        raise UsageError(
+            f"{path} has nothing for the policy {policy!r} ({', '.join(PARTS[policy])}), only"
+            f" {', '.join(sorted(known))}"
+        )
+    if any(hasattr(x, "dtype") for x in checkpoint.values()):
+        return None
+    others = [str(name) for name in parts if parts[name] and not _NOT_WEIGHTS.search(str(name))]
+    if len(others) > 1:
+        raise UsageError(
+            f"{path} has the parts {', '.join(sorted(others)[:9])}; save the one to convert alone"
+        )
+    return others[0] if others else None
 
 
 def _as_array(path: Path, name: str, value: Any) -> np.ndarray:
@@ -150,13 +203,15 @@ def _as_array(path: Path, name: str, value: Any) -> np.ndarray:
 
     if not isinstance(value, torch.Tensor):
         raise UsageError(f"{path}: {name} is a {type(value).__name__}, expected a tensor")
-    dtype = str(value.dtype).removeprefix("torch.")
-    if dtype not in {known.name for known in DTYPES.values()}:
-        raise unknown_dtype(path, name, dtype)
     value = value.detach()
-    if value.dtype == torch.bfloat16:  # torch does not hand bfloat16 to NumPy
-        return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return value.numpy()
+    dtype = str(value.dtype).removeprefix("torch.")
+    if dtype in _NOT_NUMPYS:  # torch does not hand these to NumPy
+        integer, ours = _NOT_NUMPYS[dtype]
+        return value.view(getattr(torch, integer)).numpy().view(ours)
+    try:
+        return value.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise unknown_dtype(path, name, dtype) from error
 
 
 # ---------------------------------------------------------------- comparing

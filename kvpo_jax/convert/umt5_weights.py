@@ -121,7 +121,8 @@ UMT5 = Kind(
     table=_table,
     to_ours=to_ours,
     abstract=umt5.abstract_params,
-    aside=r"^(decoder|lm_head)\.",
+    # The decoder of the whole model, and what ComfyUI keeps beside an encoder.
+    aside=r"^(decoder|lm_head)\.|^(spiece_model|logit_scale|text_projection)",
     folder="text_encoder",
     pattern="models_t5*.pth",
 )

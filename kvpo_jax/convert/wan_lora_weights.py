@@ -6,16 +6,11 @@ Official names are peft's for the modules of wan_weights.py: "blocks.0.self_attn
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import jax
-import safetensors
 
 from kvpo_jax.convert.kind import Checkpoint, Kind
-from kvpo_jax.convert.sources import read_json
+from kvpo_jax.convert.lora_scales import unify
 from kvpo_jax.convert.table import Shapes, Table, check_ranks
 from kvpo_jax.convert.wan_weights import (
     BLOCK_LINEARS,
@@ -24,15 +19,12 @@ from kvpo_jax.convert.wan_weights import (
     official_names,
     to_ours,
 )
-from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import WanConfig, init_variables
 from kvpo_jax.types import PyTree
 
 _MATRICES = {"lora_A.weight": "a", "lora_B.weight": "b"}
 # The tensors that show the sizes, and how many axes each has.
 _SIZED = {"blocks.0.self_attn.q.lora_A.weight": 2, "blocks.0.ffn.0.lora_B.weight": 2}
-# Fields of an adapter's config that change what its tensors mean, in ways that we do not have.
-_UNSUPPORTED = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,47 +74,8 @@ def config_from_shapes(shapes: Shapes, alpha: float | None = None) -> LoRAConfig
 
 
 def config_from_checkpoint(checkpoint: Checkpoint) -> LoRAConfig:
-    """The config of a LoRA, for which the user and several places may state alpha.
-
-    ComfyUI's files have it in tensors, diffusers' in their metadata, peft's in an
-    adapter_config.json beside them.
-    """
-    stated: dict[str, Any] = {}
-    for tensor in checkpoint.aside:
-        if tensor.array.size != 1:
-            raise UsageError(
-                f"{tensor} has the shape {list(tensor.array.shape)}, expected one number"
-            )
-        stated[str(tensor)] = tensor.array.item()
-    stated["--alpha"] = checkpoint.options.alpha
-    for file in checkpoint.files:
-        stated[str(file)] = _adapter_config(file).get("lora_alpha")
-    stated = {place: alpha for place, alpha in stated.items() if alpha is not None}
-    for place, alpha in stated.items():
-        if not isinstance(alpha, int | float):
-            raise UsageError(f"alpha is {alpha!r} ({place}), expected a number")
-    if len(set(stated.values())) > 1:
-        listed = ", ".join(f"{alpha:g} ({place})" for place, alpha in stated.items())
-        raise UsageError(f"alpha is not one: {listed}")
-    return config_from_shapes(checkpoint.shapes, next(iter(stated.values()), None))
-
-
-def _adapter_config(file: Path) -> Mapping[str, Any]:
-    """What a LoRA's file and the adapter_config.json beside it say, the file before the other."""
-    beside = file.with_name("adapter_config.json")
-    config, adapter = read_json(beside), {}
-    if file.suffix == ".safetensors":
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            noted = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
-        try:
-            adapter = {n.removeprefix("transformer."): x for n, x in json.loads(noted).items()}
-        except (ValueError, AttributeError) as error:
-            raise UsageError(f"{file}: its lora_adapter_metadata is not a JSON object") from error
-    for place, fields in ((beside, config), (file, adapter)):
-        for name in _UNSUPPORTED:
-            if fields.get(name):
-                raise UsageError(f"{name} of {place} is not supported")
-    return config | adapter
+    """The config of a LoRA, whose alpha `unify` has found."""
+    return config_from_shapes(checkpoint.shapes, checkpoint.options.alpha)
 
 
 def abstract_lora(cfg: LoRAConfig) -> PyTree:
@@ -147,13 +100,13 @@ def _table(cfg: LoRAConfig) -> Table:
 
 
 WAN_LORA = Kind(
-    mark=r"^blocks\..+\.lora_A\.weight$",
+    mark=r"^blocks[._].+\.lora_A\.weight$",
     official=official_names,
     config=config_from_checkpoint,
     table=_table,
     to_ours=to_ours,
     abstract=abstract_lora,
-    aside=r"\.alpha$",
+    merge=unify,
 )
 
 

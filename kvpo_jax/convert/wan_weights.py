@@ -105,6 +105,12 @@ DIFFUSERS_BLOCK = {
     "ffn.2": "ffn.net.2",
     "modulation": "scale_shift_table",
 }
+# A module of a block with underscores, as musubi-tuner and OneTrainer write it -> official module.
+_UNDERSCORED = {
+    theirs.replace(".", "_"): official
+    for official, name in DIFFUSERS_BLOCK.items()
+    for theirs in (official, name)
+}
 _OFFICIAL_TOP = {theirs: official for official, theirs in DIFFUSERS_TOP.items()}
 _OFFICIAL_BLOCK = {theirs: official for official, theirs in DIFFUSERS_BLOCK.items()}
 
@@ -138,8 +144,18 @@ def official_name(name: str) -> str:
         raise UsageError(f"{name} is not a tensor of diffusers' WanTransformer3DModel") from None
 
 
+def _official_of_underscored(name: str) -> str:
+    """The official name of a LoRA's tensor that is called like blocks_0_self_attn_q.alpha."""
+    match = re.fullmatch(r"blocks_(\d+)_(\w+)\.(.+)", name)
+    if match is None or match[2] not in _UNDERSCORED:
+        raise UsageError(f"{name} is not a tensor of a LoRA of Wan's blocks")
+    return f"blocks.{match[1]}.{_UNDERSCORED[match[2]]}.{match[3]}"
+
+
 def official_names(names: Collection[str]) -> Callable[[str], str]:
     """(cleaned name -> official name), for a transformer or LoRA whose tensors have these names."""
+    if any(name.startswith("blocks_") for name in names):
+        return _official_of_underscored
     diffusers = any(re.search(r"^condition_embedder\.|\.attn[12]\.", name) for name in names)
     return official_name if diffusers else unchanged
 
@@ -216,7 +232,13 @@ def config_from_shapes(
     ffn_dim, _ = shapes["blocks.0.ffn.0.weight"]
     if out != channels * int(np.prod(patch)):
         raise UsageError(
-            f"{channels} channels in, {out // np.prod(patch)} out: not a text-to-video Wan"
+            f"{channels} channels in, {out // np.prod(patch)} out: not a text-to-video Wan; bring"
+            " one that takes no picture or video"
+        )
+    if channels == 48:
+        raise UsageError(
+            "48 channels: a Wan2.2 of 5B, whose VAE is of another design; bring a Wan2.1 of 1.3B,"
+            " or a model that was made of it"
         )
     if dim % (num_heads or 128):
         heads = f"{num_heads} heads" if num_heads else "heads of 128 channels"

@@ -36,6 +36,14 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Others that a file of another program may have, beside those.
+_OTHERS = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"I{8 * size}": np.dtype(f"i{size}") for size in (1, 2, 4, 8)},
+    **{f"U{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
+    "BOOL": np.dtype(bool),
+}
 # Number format -> the integer of its size, and the bits of the exponent, all set in inf and nan.
 _EXPONENTS = {
     DTYPES["F64"]: (np.uint64, 0x7FF << 52),
@@ -44,7 +52,7 @@ _EXPONENTS = {
     DTYPES["BF16"]: (np.uint16, 0xFF << 7),
 }
 _SUMS, _HEADER_SUM = "crc32", "crc32_of_header"  # fields of the metadata
-_AGAIN = "make the file again, with kvpo-convert, or copy it again"
+_AGAIN = "download, convert or copy it again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +101,12 @@ class WeightFile:
         """A copy of a tensor.
 
         Raises:
-          UsageError: it is not what was written, or has a number that is not finite.
+          UsageError: it is not what was written, has a number that is not finite, or is of a
+            format that is not in DTYPES.
         """
         tensor = np.array(self.tensors[name], order="C")
+        if tensor.dtype not in _EXPONENTS:
+            raise unknown_dtype(self.path, name, tensor.dtype.name)
         check_finite(f"{self.path}: {name}", tensor)
         if self.sums and _crc32(tensor) != self.sums[name]:
             raise UsageError(f"{self.path}: {name} is damaged, its checksum is wrong; {_AGAIN}")
@@ -107,8 +118,8 @@ def open_file(path: Path | str) -> WeightFile:
 
     Raises:
       OSError: there is no such file.
-      UsageError: it is none, not whole, of a number format that is not in DTYPES, or its header is
-        damaged; the message names the file.
+      UsageError: it is none, not whole, of an unknown number format, or its header is damaged; the
+        message names the file.
     """
     path = Path(path)
     file_kind.check(path, "a safetensors file", "safetensors")
@@ -129,9 +140,10 @@ def open_file(path: Path | str) -> WeightFile:
     data = np.memmap(path, np.uint8, "r", offset=8 + size) if header else np.zeros(0, np.uint8)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
+        dtype = (DTYPES | _OTHERS).get(entry["dtype"])
+        if dtype is None:
             raise unknown_dtype(path, name, entry["dtype"])
-        numbers = data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]])
+        numbers = data[slice(*entry["data_offsets"])].view(dtype)
         tensors[name] = numbers.reshape(entry["shape"])
     return WeightFile(path, metadata, tensors, sums)
 
