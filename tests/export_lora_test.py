@@ -3,6 +3,8 @@ does.
 """
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import flax.traverse_util
@@ -235,6 +237,17 @@ def test_merged_computes_what_the_pair_does(official, folder, tmp_path, ours):
     np.testing.assert_allclose(velocity({"params": params}, *inputs()), ours, atol=1e-5, rtol=0)
 
 
+def test_merged_is_what_the_released_inference_loads(official, folder, tmp_path):
+    """torch.load(generator_ckpt)["generator"], strictly into a wrapper whose `model` is the Wan."""
+    paths = {"lora": folder / "lora.safetensors", "base": folder / "base.safetensors"}
+    for suffix in ("pt", "safetensors"):
+        export(tmp_path / f"merged.{suffix}", "merged", **paths)
+        convert([tmp_path / f"merged.{suffix}"], tmp_path / f"{suffix}-back.safetensors", **GIVEN)
+    state = torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]
+    assert state.keys() == {f"model.{name}" for name in official}
+    assert_same(*(tensors_of(tmp_path / f"{s}-back.safetensors") for s in ("pt", "safetensors")))
+
+
 def test_merging_keeps_the_number_format_of_the_base(official, folder, tmp_path):
     torch.save(
         {name: tensor.to(torch.bfloat16) for name, tensor in official.items()},
@@ -249,9 +262,30 @@ def test_merging_keeps_the_number_format_of_the_base(official, folder, tmp_path)
         torch.bfloat16
     )
     merged = safetensors.torch.load_file(tmp_path / "merged.safetensors")[f"{name}.weight"]
+    export(tmp_path / "merged.pt", "merged", **paths)
+    state = torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]
+    assert torch.equal(state[f"model.{name}.weight"], merged) and merged.dtype == torch.bfloat16
     # The sum in another order may round to the neighbour.
     torch.testing.assert_close(merged, expected, rtol=2**-7, atol=0)
     assert (merged == expected).float().mean() > 0.99
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "format, output", [*FORMATS, ("merged", "merged.pt"), ("merged", "merged.safetensors")]
+)
+def test_the_group_can_read_what_is_exported(folder, tmp_path, format, output):
+    """Modes are those of the umask."""
+    paths = {"lora": folder / "lora.safetensors", "base": folder / "base.safetensors"}
+    before = os.umask(0o027)
+    try:
+        export(tmp_path / output, format, **paths)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and all(stat.S_IMODE(path.stat().st_mode) == 0o640 for path in files)
 
 
 # ---------------------------------------------------------------- runs
@@ -324,6 +358,10 @@ def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
         (
             {"format": "merged", "output": "a.safetensors", "lora": "lora"},
             "--format=merged needs --base",
+        ),
+        (
+            {"format": "merged", "output": "a", "lora": "lora", "base": "base"},
+            "a: merged weights end in .pt, as LongLive loads them, or .safetensors",
         ),
         (
             {"format": "peft", "output": "a", "lora": "base"},

@@ -2,8 +2,7 @@
 
     kvpo-export --workdir=runs/longlive-... --format=peft --output=lora.pt      # for LongLive
     kvpo-export --workdir=runs/longlive-... --format=peft --output=lora_folder  # for peft
-    kvpo-export --workdir=runs/longlive-... --policy=ema --format=merged \\
-        --output=generator.safetensors
+    kvpo-export --workdir=runs/longlive-... --policy=ema --format=merged --output=generator.pt
     kvpo-export --lora=weights/lora.safetensors --format=diffusers --output=lora.safetensors
 
 In a checkout, `python tools/export_lora.py` is the same as `kvpo-export`.
@@ -22,6 +21,7 @@ from typing import Any
 
 import flax.traverse_util
 import jax
+import ml_dtypes
 import numpy as np
 from absl import flags
 
@@ -131,9 +131,15 @@ def _write_torch(parts: Mapping[str, Mapping[str, np.ndarray]], output: Path) ->
         raise MissingPackageError(
             "writing a .pt needs PyTorch: pip install 'kvpo_jax[convert]'"
         ) from error
+
+    def tensor(x: np.ndarray) -> Any:
+        x = np.array(x, order="C")
+        if x.dtype == ml_dtypes.bfloat16:  # torch does not take bfloat16 from NumPy
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(x)
+
     tensors = {
-        part: {name: torch.from_numpy(np.array(x, order="C")) for name, x in state.items()}
-        for part, state in parts.items()
+        part: {name: tensor(x) for name, x in state.items()} for part, state in parts.items()
     }
     with replacing(output) as temporary:
         torch.save(tensors, temporary)
@@ -164,12 +170,14 @@ WRITERS = {"peft": write_peft, "diffusers": write_diffusers, "comfyui": write_co
 def write_merged(lora: LoRA, base: Path, output: Path) -> None:
     """Writes converted weights with W + alpha / rank A B in place of W.
 
-    The output has official names, and the number formats of the base.
+    The output has official names, and the number formats of the base. In a .pt, which is made in
+    memory, they begin with "model." and are the part "generator", as the inference code of LongLive
+    and KVPO loads them.
 
     Args:
       lora: the adapter.
       base: the converted weights.
-      output: a safetensors file.
+      output: a .safetensors or a .pt.
     """
     file = weight_file.open_file(base)
     params = file.tensors
@@ -183,6 +191,13 @@ def write_merged(lora: LoRA, base: Path, output: Path) -> None:
     def make(path: str, layer: int | None) -> np.ndarray:
         return to_official(path, _merged(lora, params, path, layer), patch)
 
+    if output.suffix == ".pt":
+        state = {
+            f"model.{name}": make(path, layer).astype(params[path].dtype)
+            for name, (path, layer) in table.items()
+        }
+        _write_torch({"generator": state}, output)
+        return
     stored = []
     for name, (path, layer) in table.items():
         array = params[path] if layer is None else params[path][layer]
@@ -234,7 +249,11 @@ def export(
         raise UsageError("expected either --workdir or --lora")
     if format == "peft" and output.suffix not in ("", ".pt"):
         raise UsageError(f"--output={output}: peft has a folder, or LongLive a .pt")
-    if format != "peft" and output.suffix != ".safetensors":
+    if format == "merged" and output.suffix not in (".pt", ".safetensors"):
+        raise UsageError(
+            f"--output={output}: merged weights end in .pt, as LongLive loads them, or .safetensors"
+        )
+    if format in ("diffusers", "comfyui") and output.suffix != ".safetensors":
         raise UsageError(f"--output={output} does not end in .safetensors")
     if workdir is not None:
         adapter = from_run(workdir, policy)
@@ -276,7 +295,10 @@ def main(arguments: list[str]) -> None:
 def define_flags() -> None:
     """The flags of the command."""
     command.define_path(
-        "output", None, "a .safetensors; for peft a folder, or LongLive's .pt", required=True
+        "output",
+        None,
+        "a .safetensors; for peft a folder or LongLive's lora.pt; merged: a .pt too",
+        required=True,
     )
     flags.DEFINE_enum(
         "format",

@@ -146,6 +146,8 @@ def _load_torch(path: Path) -> Mapping[str, Any]:
     zipped = zipfile.is_zipfile(path)
     if not zipped and path.open("rb").read(2) == b"PK":
         raise UsageError(f"{path} is cut short: its end is missing; download or copy it again")
+    if zipped and not any(n.endswith("/data.pkl") for n in zipfile.ZipFile(path).namelist()):
+        raise UsageError(f"{path} is a zip archive, and no PyTorch checkpoint; unpack it")
     try:
         # PyTorch before 1.6 wrote files that are not zip archives and cannot be mapped.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -170,8 +172,6 @@ def _torch_reason(message: str) -> str:
         return f"has objects beside its tensors, such as {thing[1]}, which could run code{alone}"
     if "TorchScript" in message:
         return f"is a TorchScript program, not a state dict{alone}"
-    if "data.pkl" in message:
-        return "is a zip archive, and no PyTorch checkpoint; unpack it"
     return "is not a PyTorch checkpoint, or is damaged; download or copy it again"
 
 
