@@ -209,6 +209,7 @@ def evaluate_videos(given: flags.FlagValues) -> None:
     command.use_compilation_cache()
     paths = {"hpsv3": given.hpsv3, "videoalign": given.videoalign}
     scorer = scorers.Scorers(given.rewards, paths)
+    scorer.check()
     sequences = prompts.load(Path(given.prompts))
     output = Path(given.output or Path(given.videos) / "scores.csv")
     video_files.score(scorer, Path(given.videos), sequences, given.clip_frames, output)

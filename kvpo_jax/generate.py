@@ -226,7 +226,7 @@ def load_run(
     config.paths.lora, or none, the last of these that is given.
     """
     mesh = sharding.make_mesh(1, 1, 1, 1)
-    run = run_lib.load(config, mesh, reads_prompts=False)
+    run = run_lib.load(config, mesh, scored=False)
     if lora:
         policy = backbone_lib.load_lora(lora, wan_config(config))
     elif checkpoint is not None:

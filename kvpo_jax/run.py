@@ -137,9 +137,7 @@ def eligible_pivots(
     return pivots
 
 
-def load(
-    config: ml_collections.ConfigDict, mesh: Mesh | None = None, reads_prompts: bool = True
-) -> Run:
+def load(config: ml_collections.ConfigDict, mesh: Mesh | None = None, scored: bool = True) -> Run:
     """The equipment of a run with this config.
 
     Whatever cannot work is an error before weights are loaded: sizes for the devices, scorers,
@@ -148,7 +146,8 @@ def load(
     Args:
       config: a checked one.
       mesh: None is the one that the config asks for.
-      reads_prompts: whether the backbone's prompts are needed, which may be in a file.
+      scored: whether prompts are read and videos scored, as in training. If not, no module of a
+        scorer is imported.
 
     Raises:
       UsageError: it names the field or file.
@@ -156,7 +155,9 @@ def load(
     mesh = make_mesh(config) if mesh is None else mesh
     config_lib.heldout_at_once(config, mesh.shape["data"])
     backbone = backbone_lib.load(config)
-    if reads_prompts:
+    if scored:
+        backbone.rewards.check()
+        backbone.watch.check()
         backbone.prompts("heldout", 0)
     programs = programs_lib.build(config, mesh)
     params = backbone.load_params(NamedSharding(mesh, sharding.REPLICATED))

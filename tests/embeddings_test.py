@@ -118,9 +118,8 @@ def test_damaged_files_are_named_and_made_again(folder, tmp_path):
     content = shards[1].read_bytes()
     for file in (copy / "sentences.json", copy / "features.json", shards[1]):
         os.truncate(file, file.stat().st_size // 2)
-        named = copy if file.name == "features.json" else file
         with pytest.raises(
-            ValueError, match=f"{named} is damaged .*; delete it and run .*kvpo-encode"
+            ValueError, match=f"{file} is damaged .*; delete it and run .*kvpo-encode"
         ):
             embeddings.open_embeddings(copy)
         file.unlink()

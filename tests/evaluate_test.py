@@ -69,7 +69,7 @@ def test_weights_are_loaded_once_and_again_after_release(monkeypatch):
 @pytest.mark.parametrize("name", ["hpsv2", "nowhere:score", "kvpo_jax.rewards.motion:nothing"])
 def test_an_unknown_reward_is_named(name):
     with pytest.raises(ValueError, match=f"there is no reward '{name}'"):
-        scorers.Scorers(name, {})
+        scorers.Scorers(name, {}).check()
 
 
 def write_toy_video(path, prompt, seed):

@@ -114,6 +114,7 @@ def open_embeddings(folder: Path | str) -> Embeddings:
             f" {COMMAND}"
         )
     written = _read_index(folder)
+    _check_features(folder, written["dim"])
     try:
         builder = tfds.builder_from_directory(folder)
         split, source = builder.info.splits[SPLIT], builder.as_data_source(SPLIT)
@@ -129,10 +130,40 @@ def open_embeddings(folder: Path | str) -> Embeddings:
     return Embeddings(folder, index, source, shards, written["text_len"], written["dim"])
 
 
+def _features(dim: int) -> tfds.features.FeaturesDict:
+    """What a record has: a sentence, and its embedding of width `dim`."""
+    tensor = tfds.features.Tensor(shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes")
+    return tfds.features.FeaturesDict({"sentence": tfds.features.Text(), "embedding": tensor})
+
+
+def _check_features(folder: Path, dim: int) -> None:
+    """UsageError if a folder names other classes than `write` does: tfds imports what is named."""
+    path = folder / "features.json"
+
+    def dotted(value: Any) -> set[str]:
+        """The strings with a dot, as the names of classes have, anywhere in a JSON value."""
+        if isinstance(value, Mapping):
+            value = [*value.keys(), *value.values()]
+        if isinstance(value, list):
+            return {name for item in value for name in dotted(item)}
+        return {value} if isinstance(value, str) and "." in value else set()
+
+    try:
+        named = dotted(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if unknown := named - dotted(_features(dim).to_json()):
+        raise UsageError(
+            f"{path} names {min(unknown)}, which is not of prompt embeddings and is not imported;"
+            f" make a new folder with {COMMAND}"
+        )
+
+
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / INDEX).read_text())
-    except ValueError as error:
+        index = json.loads((folder / INDEX).read_text())
+        return {name: index[name] for name in ("text_len", "dim", "sentences")} | index
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(folder / INDEX, error) from error
 
 
@@ -174,8 +205,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     index = {"text_len": text_len, "dim": dim, **made_from, "sentences": list(sentences)}
     _write_index(folder, index)
-    tensor = tfds.features.Tensor(shape=(None, dim), dtype=ml_dtypes.bfloat16, encoding="bytes")
-    features = tfds.features.FeaturesDict({"sentence": tfds.features.Text(), "embedding": tensor})
+    features = _features(dim)
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name="embeddings", split=SPLIT, filetype_suffix="array_record"
     )

@@ -43,9 +43,14 @@ def load_tokenizer(folder: Path | str, files: Sequence[str], hint: str) -> Any:
             "prompts are tokenized by transformers: pip install 'kvpo_jax[data]'"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of the files
-        raise UsageError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        reason = str(error).partition("\n")[0]
+        if "trust_remote_code" in str(error):  # which transformers would advise to set
+            reason = "it asks for code of its own, which is not run"
+        raise UsageError(
+            f"the tokenizer in {folder} cannot be read ({reason}): name {hint}"
+        ) from error
 
 
 def tokenizer(

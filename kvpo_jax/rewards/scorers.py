@@ -56,23 +56,28 @@ def components_of(names: str) -> list[str] | None:
 class Scorers:
     """One scorer with the components of all scorers in a list.
 
-    Weights are loaded when a clip is scored for the first time, and again after `release`.
+    A module is imported when its scorer is checked or first used, so never by a command that does
+    not score. Weights are loaded when a clip is scored for the first time, and again after
+    `release`.
 
     Args:
       names: keys of SCORERS and "module:function"s, separated by commas. An empty list is a scorer
         without components.
       paths: the files of the scorers that need one.
-
-    Raises:
-      UsageError: a name is not a scorer, or a function cannot be imported.
     """
 
     def __init__(self, names: str, paths: Paths):
-        loaders = {
-            name: SCORERS[name] if name in SCORERS else _custom(name) for name in names_of(names)
-        }
         self._names = names
-        self._loaded = cache(lambda: {name: load(paths) for name, load in loaders.items()})
+        self._loaded = cache(lambda: {name: _loader(name)(paths) for name in names_of(names)})
+
+    def check(self) -> None:
+        """Imports the functions, and loads no weights.
+
+        Raises:
+          UsageError: a name is not a scorer, or a function cannot be imported.
+        """
+        for name in names_of(self._names):
+            _loader(name)
 
     def __call__(self, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
         """See `composite.Scorer`.
@@ -123,8 +128,10 @@ def _checked(name: str, scores: Any, clips: int) -> dict[str, Array]:
     return checked
 
 
-def _custom(name: str) -> Callable[[Paths], Scorer]:
-    """How the scorer "module:function" is loaded; it is imported at once."""
+def _loader(name: str) -> Callable[[Paths], Scorer]:
+    """How a scorer is loaded; "module:function" is imported at once."""
+    if name in SCORERS:
+        return SCORERS[name]
     module, _, function = name.partition(":")
     try:
         scorer = getattr(importlib.import_module(module), function)
