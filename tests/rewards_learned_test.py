@@ -635,8 +635,11 @@ def test_what_else_conversion_needs(base, hpsv3_files, videoalign_files, tmp_pat
 def test_what_loading_needs(base, hpsv3_weights, tmp_path):
     with pytest.raises(ValueError, match="holds 'hpsv3', expected 'videoalign'"):
         videoalign.load(hpsv3_weights)
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(FileNotFoundError, match="none.safetensors"):
         hpsv3.load(tmp_path / "none.safetensors")
+    (tmp_path / "page.safetensors").write_text("<html>404</html>")
+    with pytest.raises(ValueError, match="page.safetensors is not a safetensors file but a web p"):
+        hpsv3.load(tmp_path / "page.safetensors")
     other = transformers.AutoTokenizer.from_pretrained(base)
     other.add_tokens(["<|before|>"], special_tokens=True)
     other.save_pretrained(tmp_path / "other")

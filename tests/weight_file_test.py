@@ -107,6 +107,13 @@ def test_one_sum_says_whether_two_files_have_the_same_weights(path, tmp_path):
     assert weight_file.sums_of(other) == same  # without stored checksums they are computed
 
 
+@pytest.mark.parametrize("config", [{}, {"config": "{"}, {"config": "[1]"}])
+def test_a_kind_without_a_config_is_an_error(tmp_path, config):
+    checkpoint.save_weights(tmp_path / "w.safetensors", WEIGHTS, {"kind": "wan", **config})
+    with pytest.raises(UsageError, match="w.safetensors says no config of its wan"):
+        checkpoint.metadata_config(tmp_path / "w.safetensors", "wan")
+
+
 def test_the_shipped_weights_have_checksums():
     opened = weight_file.open_file(TOY_WEIGHTS)
     assert opened.sums.keys() == opened.tensors.keys()

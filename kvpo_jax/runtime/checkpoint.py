@@ -188,6 +188,7 @@ def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
     """The model config that kvpo-convert wrote into a file.
 
     Raises:
+      OSError: there is no such file.
       UsageError: the file is of another kind than `kind`, or was not made by kvpo-convert.
     """
     metadata = weight_file.open_file(path).metadata
@@ -196,7 +197,12 @@ def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
             f"{path} holds {metadata.get('kind', 'no converted weights')!r}, expected {kind!r}:"
             " make it with kvpo-convert"
         )
-    return json.loads(metadata["config"])
+    try:
+        return dict(json.loads(metadata["config"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UsageError(
+            f"{path} says no config of its {kind} ({error!r}): make it with kvpo-convert"
+        ) from error
 
 
 # ---------------------------------------------------------------- names
