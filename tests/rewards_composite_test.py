@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -291,6 +292,38 @@ def test_score_rollout_separates_branches_and_anchor():
     branches, anchor = scores.components["length"]
     np.testing.assert_array_equal(branches, [[1, 1, 1], [2, 2, 2]])
     np.testing.assert_array_equal(anchor, [1, 2])
+
+
+def test_only_the_frames_of_a_clip_are_copied():
+    """Pixels of a group are gigabytes at full size. While a clip of 3 of 40 frames is scored, no
+    array joins more than these frames of branches and anchor.
+    """
+    joined = []
+
+    def scorer(pixels, prompts):
+        joined.extend(x.shape[2] for x in jax.live_arrays() if x.ndim == 6 and x.shape[1] == 4)
+        return mean_and_length(pixels, prompts)
+
+    pixels = np.array(counting_video(1, 4, 40))  # a copy: the array on the device is freed
+    branches, anchor = jnp.asarray(pixels[:, :3]), jnp.asarray(pixels[:, 3])
+    clips = clipping(20, clip_frames=3)
+    scores = composite.score_rollout(scorer, branches, anchor, [["a", "b"]], {"red": 1.0}, clips)
+    composite.score_window(scorer, branches, anchor, ["a"], {"red": 1.0}, (9, 12))
+    assert set(joined) == {3}
+    # The middle frames of both halves are 10 and 30.
+    np.testing.assert_allclose(scores.branches, [[20, 30, 40]], rtol=1e-6)
+    np.testing.assert_allclose(scores.anchor, [50], rtol=1e-6)
+
+
+def test_a_function_gets_floats_of_stored_pixels(monkeypatch):
+    given = []
+    monkeypatch.setitem(
+        scorers.SCORERS, "mine", lambda paths: lambda pixels, _: given.append(pixels) or {"x": [1]}
+    )
+    stored = jnp.arange(192, dtype=jnp.uint8).reshape(1, 1, 8, 8, 3)
+    scorers.Scorers("mine", {})(stored, ["a"])
+    np.testing.assert_allclose(given[0].reshape(-1), np.arange(192) / 255, rtol=1e-6)
+    assert given[0].dtype == jnp.float32
 
 
 def test_score_window_is_the_local_signal_of_the_fork_segment():

@@ -364,6 +364,17 @@ def test_hpsv3(base, hpsv3_files, hpsv3_weights):
     )  # of three, one is 30 %
 
 
+def test_stored_pixels_are_scored_as_their_floats_are(hpsv3_weights, videoalign_weights):
+    """Bit for bit. What a decoder stores is taken as it is, a quarter of the floats."""
+    stored = np.random.default_rng(0).integers(0, 256, (2, 36, 56, 84, 3), np.uint8)
+    for name, path in (("hpsv3", hpsv3_weights), ("videoalign", videoalign_weights)):
+        scorer = scorers.Scorers(name, {name: path})
+        floats = scorer(jnp.asarray(stored, jnp.float32) / 255, PROMPTS)
+        for component, values in scorer(jnp.asarray(stored), PROMPTS).items():
+            np.testing.assert_array_equal(values, floats[component], err_msg=component)
+    assert set(scorers.TAKES_BYTES) == {"hpsv3", "videoalign"}
+
+
 def test_bfloat16(base, hpsv3_files, hpsv3_weights, tmp_path):
     """As on accelerators: norms and head stay in float32, and the score is close."""
     _, checkpoint, wheel = hpsv3_files

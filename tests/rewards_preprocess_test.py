@@ -162,6 +162,11 @@ def test_to_uint8():
     pixels = jnp.array([-0.1, 0.0, 0.5, 1.5 / 255, 2.5 / 255, 254.4 / 255, 1.0, 1.2])
     assert preprocess.to_uint8(pixels).tolist() == [0, 0, 128, 2, 2, 254, 255, 255]
     assert preprocess.to_uint8(jnp.arange(256) / 255).tolist() == list(range(256))
+    stored = jnp.arange(256, dtype=jnp.uint8)
+    floats = preprocess.to_float(stored)
+    assert preprocess.to_uint8(stored) is stored and preprocess.to_float(floats) is floats
+    np.testing.assert_allclose(floats, np.arange(256) / 255, rtol=1e-6)
+    np.testing.assert_array_equal(preprocess.to_uint8(floats), stored)
 
 
 def test_grayscale():

@@ -29,7 +29,8 @@ class Scorer(Protocol):
         """The components of the reward by name.
 
         Args:
-          pixels: float[n, frames, h, w, 3] in [0, 1].
+          pixels: float[n, frames, h, w, 3] in [0, 1]. `scorers.Scorers` makes them of uint8, which
+            only the scorers that it says so of are given.
           prompts: n sentences.
 
         Returns:
@@ -135,7 +136,7 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
 
     Args:
       scorer: see Scorer.
-      clips: float[P, T, frames, h, w, 3] in [0, 1] or uint8; the scorer gets floats.
+      clips: [P, T, frames, h, w, 3], of a dtype that the scorer takes.
       sentences: P sentences, one per prompt sequence.
 
     Returns:
@@ -147,8 +148,6 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
     p, t = clips.shape[:2]
     chex.assert_shape(clips, (p, t, None, None, None, 3))
     chex.assert_equal(len(sentences), p)
-    if clips.dtype == np.uint8:
-        clips = jnp.asarray(clips, jnp.float32) / 255
     per_clip = [sentence for sentence in sentences for _ in range(t)]
     raw = scorer(clips.reshape(p * t, *clips.shape[2:]), per_clip)
     scores = {}
@@ -167,7 +166,11 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
 
 
 def segment_rewards(
-    scorer: Scorer, pixels: Array, prompts: Sequence[Sequence[str]], clipping: Clipping
+    scorer: Scorer,
+    pixels: Array,
+    prompts: Sequence[Sequence[str]],
+    clipping: Clipping,
+    anchor: Array | None = None,
 ) -> dict[str, Array]:
     """The global signal: scores every clip with its segment's sentence; the mean over the clips.
 
@@ -176,9 +179,10 @@ def segment_rewards(
       pixels: float[P, T, frames, h, w, 3] in [0, 1] or uint8.
       prompts: P sequences of M sentences.
       clipping: see Clipping.
+      anchor: pixels [P, frames, h, w, 3] of one more trajectory, the last of what is returned.
 
     Returns:
-      component -> float[P, T].
+      component -> float[P, T], or float[P, T + 1] with an anchor.
     """
     segments = len(prompts[0])
     if any(len(sequence) != segments for sequence in prompts):
@@ -193,7 +197,7 @@ def segment_rewards(
     scores = [
         score_clips(
             scorer,
-            pixels[:, :, clip.start : clip.end],
+            _cut(pixels, anchor, clip.start, clip.end),
             [sequence[clip.segment] for sequence in prompts],
         )
         for clip in clips
@@ -249,14 +253,17 @@ def composite(components: Mapping[str, Array | np.ndarray], weights: Mapping[str
     return sum(terms, jnp.zeros(()))
 
 
-def _trajectories(branches: Array, anchor: Array) -> Array:
-    """float[P, G + 1, ...]: the branches, then the anchor."""
-    chex.assert_equal_shape([branches[:, 0], anchor])
-    return jnp.concatenate([branches, anchor[:, None]], axis=1)
+def _cut(pixels: Array, anchor: Array | None, start: int, end: int) -> Array:
+    """Frames [start, end) of all trajectories, the anchor last: the only frames that are copied."""
+    clips = pixels[:, :, start:end]
+    if anchor is None:
+        return clips
+    chex.assert_equal_shape([pixels[:, 0], anchor])
+    return jnp.concatenate([clips, anchor[:, None, start:end]], axis=1)
 
 
 def _as_scores(components: Mapping[str, Array], weights: Mapping[str, float]) -> Scores:
-    """The scores of branches and anchor, from components of `_trajectories`."""
+    """The scores of branches and anchor, from components float[P, G + 1] with the anchor last."""
     total = composite(components, weights)
     return Scores(
         branches=total[:, :-1],
@@ -283,8 +290,7 @@ def score_rollout(
       weights: component -> weight, see `composite`.
       clipping: see Clipping.
     """
-    pixels = _trajectories(branches, anchor)
-    return _as_scores(segment_rewards(scorer, pixels, prompts, clipping), weights)
+    return _as_scores(segment_rewards(scorer, branches, prompts, clipping, anchor), weights)
 
 
 def score_window(
@@ -317,5 +323,5 @@ def score_window(
             f"local window [{start}, {end}) is not within the {anchor.shape[1]} pixel frames of the"
             " video"
         )
-    clips = _trajectories(branches[:, :, start:end], anchor[:, start:end])
+    clips = _cut(branches, anchor, start, end)
     return _as_scores(score_clips(scorer, clips, sentences), weights)

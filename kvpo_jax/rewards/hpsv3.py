@@ -50,7 +50,7 @@ def load(
 
 
 def score(reward: learned.RewardModel, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
-    """Scores of videos float[n, frames, h, w, 3] in [0, 1]; see `load`."""
+    """Scores of videos [n, frames, h, w, 3], float in [0, 1] or uint8; see `load`."""
     n, frames, height, width, _ = pixels.shape
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
     cfg = reward.cfg

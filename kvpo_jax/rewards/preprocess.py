@@ -153,9 +153,19 @@ def grid(cfg: RewardConfig, frames: int, height: int, width: int) -> Grid:
 
 
 def to_uint8(pixels: Array) -> Array:
-    """float[...] in [0, 1] to uint8[...], rounded; other values are clipped."""
+    """float[...] in [0, 1] to uint8[...], rounded; other values are clipped. uint8 stays as it is.
+
+    The inverse of `to_float`, exactly.
+    """
+    if pixels.dtype == np.uint8:
+        return pixels
     chex.assert_type(pixels, float)
     return jnp.clip(jnp.round(pixels.astype(jnp.float32) * 255), 0, 255).astype(jnp.uint8)
+
+
+def to_float(pixels: Array) -> Array:
+    """uint8[...] to float32[...] in [0, 1]. Floats stay as they are."""
+    return jnp.asarray(pixels, jnp.float32) / 255 if pixels.dtype == np.uint8 else pixels
 
 
 def grayscale(images: Array) -> Array:

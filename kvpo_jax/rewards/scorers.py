@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.rewards import hpsv3, motion, toy, videoalign
+from kvpo_jax.rewards import hpsv3, motion, preprocess, toy, videoalign
 from kvpo_jax.rewards.composite import Scorer
 from kvpo_jax.types import Array
 
@@ -35,6 +35,8 @@ COMPONENTS = {
     "motion": ("motion", "smoothness"),
     "toy": ("VQ", "MQ", "TA"),
 }
+# Scorers of uint8 pixels, of which floats would be a copy four times as large.
+TAKES_BYTES = ("hpsv3", "videoalign")
 
 
 def names_of(names: str) -> list[str]:
@@ -82,13 +84,20 @@ class Scorers:
     def __call__(self, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
         """See `composite.Scorer`.
 
+        Args:
+          pixels: [n, frames, h, w, 3], float in [0, 1] or uint8. Scorers get floats, except those
+            of TAKES_BYTES, which get what is given.
+          prompts: n sentences.
+
         Raises:
           UsageError: two scorers have a component of the same name, or one returns something else
             than a number per clip for each of its components.
         """
         components: dict[str, Array] = {}
+        floats = cache(lambda: preprocess.to_float(pixels))
         for name, scorer in self._loaded().items():
-            scores = _checked(name, scorer(pixels, prompts), len(prompts))
+            taken = pixels if name in TAKES_BYTES else floats()
+            scores = _checked(name, scorer(taken, prompts), len(prompts))
             if twice := components.keys() & scores.keys():
                 raise UsageError(
                     f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is"

@@ -56,7 +56,7 @@ def load(
 def score(
     reward: learned.RewardModel, source_fps: float, pixels: Array, prompts: Sequence[str]
 ) -> dict[str, Array]:
-    """Scores of clips float[n, frames, h, w, 3] in [0, 1]; see `load`."""
+    """Scores of clips [n, frames, h, w, 3], float in [0, 1] or uint8; see `load`."""
     n, frames = pixels.shape[:2]
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
     cfg = reward.cfg
