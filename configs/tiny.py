@@ -128,7 +128,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     t.iterations = 40
     t.prompts_per_iteration = 4  # P
     t.held_out = 32  # sequences of the prompt file that are never trained on; the toy makes its own
-    t.micro_batch = 0  # prompts at a time, their gradients summed; a divisor of P, 0 = all at once
+    # Prompts at a time, their gradients summed; a divisor of P. 0 = the most that fit the devices,
+    # which the run prints; all at once on a CPU.
+    t.micro_batch = 0
     t.epochs = 1  # optimiser steps per rollout
     t.rollouts_per_sync = 1  # rollouts before the old policy is refreshed
     t.learning_rate = 1e-3

@@ -21,7 +21,7 @@ from kvpo_jax import programs
 from kvpo_jax.data import prompts, text, toy_world
 from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
-from kvpo_jax.models.wan import WanConfig, init_variables
+from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
 from kvpo_jax.runtime import checkpoint, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
@@ -157,8 +157,7 @@ def load_params(path: Path | str, cfg: WanConfig, sharding: Placement = None) ->
         made = checkpoint.metadata_config(path, "wan")
         made.pop("text_len", None)  # no weight depends on it
         _check_sizes(path, made, {name: getattr(cfg, name) for name in made})
-    like = jax.eval_shape(lambda key: init_variables(cfg, key)["params"], jax.random.key(0))
-    return checkpoint.load_weights(path, _placed(like, sharding))
+    return checkpoint.load_weights(path, _placed(abstract_variables(cfg)["params"], sharding))
 
 
 def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> PyTree:
@@ -175,8 +174,7 @@ def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> P
             f" --config.lora.rank={made['rank']} --config.lora.alpha={made['alpha']}"
         )
     _check_sizes(path, made, {name: getattr(cfg, name, made[name]) for name in made})
-    like = jax.eval_shape(lambda key: init_variables(cfg, key)["lora"], jax.random.key(0))
-    return checkpoint.load_weights(path, _placed(like, sharding))
+    return checkpoint.load_weights(path, _placed(abstract_variables(cfg)["lora"], sharding))
 
 
 def _check_sizes(path: Path | str, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from absl import flags
 from flax import struct
 
 from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
@@ -179,6 +180,7 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     config_lib.check(config)
     backbone_lib.check_files(config)
     command.use_compilation_cache()
+    config = fitting.fitted(config)
     state = newest_state(workdir, config, run_lib.make_mesh(config))
     run = run_lib.load(config)
     policies = ("reference", "online", "ema")

@@ -15,6 +15,7 @@ from absl import flags
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import command, sharding, workdir
+from kvpo_jax.runtime.config import prompts_at_once
 from kvpo_jax.runtime.process import STOPPED
 from kvpo_jax.runtime.progress import legend
 
@@ -35,18 +36,20 @@ def main(arguments: list[str]) -> None:
         directory = workdir.run_directory(given.config, given.workdir, given.resume)
         config = workdir.resolve(given.config, directory, arguments[1:])
 
-        from kvpo_jax import backbone, run, train  # seconds that a mistyped flag should not take
+        # These take seconds that a mistyped flag should not.
+        from kvpo_jax import backbone, fitting, run, train
 
         backbone.check_files(config)
         if distributed is not None:
             join(distributed)
         command.use_compilation_cache()
+        fitted = fitting.fitted(config)
         # What cannot work is an error before the run directory is made.
-        equipment = run.load(config)
-        run.eligible_pivots(config, equipment.backbone.to_pixel)
+        equipment = run.load(fitted)
+        run.eligible_pivots(fitted, equipment.backbone.to_pixel)
         with workdir.locked(directory):
             if sharding.is_main():
-                workdir.start_run(config, directory)
+                workdir.start_run(config, directory, prompts_at_once(fitted))
                 print(f"run directory: {directory}", flush=True)
             if train.train(equipment, directory, given.profile) is None:
                 sys.exit(STOPPED)

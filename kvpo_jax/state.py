@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.models.wan import init_variables
+from kvpo_jax.models.wan import abstract_variables
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import Array, PyTree
@@ -75,9 +74,8 @@ def init_state(config: ml_collections.ConfigDict, mesh: Mesh, lora: PyTree) -> T
 
 def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and placement of a run's state."""
-    variables = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
-    lora, optimiser = variables["lora"], make_optimiser(config.train)
-    optimiser_state = jax.eval_shape(optimiser.init, lora)
+    lora = abstract_variables(wan_config(config))["lora"]
+    optimiser_state = jax.eval_shape(make_optimiser(config.train).init, lora)
     iteration: Any = jax.ShapeDtypeStruct((), jnp.int32)
     energy_unit: Any = jax.ShapeDtypeStruct((), jnp.float32)
     state = TrainState(iteration, lora, lora, lora, lora, optimiser_state, energy_unit)

@@ -18,6 +18,7 @@ import ml_collections
 import numpy as np
 
 from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys, objective
 from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics
@@ -284,7 +285,7 @@ def train_and_evaluate(
       NotFiniteError: a reward, energy or gradient is not finite; the last good state has been
         saved.
     """
-    return train(run_lib.load(config), Path(workdir), profile)
+    return train(run_lib.load(fitting.fitted(config)), Path(workdir), profile)
 
 
 def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | None:

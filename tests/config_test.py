@@ -322,6 +322,22 @@ def test_a_continued_run_keeps_its_own_configuration(tmp_path, capsys):
     assert f"jax 0.1 -> {versions['jax']}" in out
 
 
+def test_a_continued_run_may_take_other_micro_batches_and_says_so(tmp_path, capsys):
+    """The gradient is the same mean, summed in another order."""
+    workdir_lib.start_run(TINY, tmp_path, at_once=4)
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    workdir_lib.start_run(workdir_lib.resolve(None, tmp_path, []), tmp_path, at_once=4)
+    assert not capsys.readouterr().out
+    # Fewer fit the devices of today: the configuration leaves it to them.
+    workdir_lib.start_run(workdir_lib.resolve(None, tmp_path, []), tmp_path, at_once=2)
+    said = "not bit for bit the run that was interrupted: prompts_at_once 4 -> 2\n"
+    assert capsys.readouterr().out == said
+    fewer = workdir_lib.resolve(None, tmp_path, ["--config.train.micro_batch=1"])
+    workdir_lib.start_run(fewer, tmp_path)
+    out = capsys.readouterr().out
+    assert "train.micro_batch 0 -> 1\n" in out and "prompts_at_once 2 -> 1\n" in out
+
+
 def test_a_checkpoint_says_what_the_run_is(tmp_path):
     """config.json is edited, then lost: the run that its checkpoint was made with is continued, or
     none.

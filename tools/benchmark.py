@@ -51,8 +51,8 @@ from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import flow, keys, kv_cache, routing
 from kvpo_jax.decoder import VideoDecoder
 from kvpo_jax.errors import UsageError, nearest
+from kvpo_jax.memory import fileless_backbone
 from kvpo_jax.models.wan import Wan, WanConfig, init_variables
-from kvpo_jax.plan_memory import fileless_backbone
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import command, progress, sharding, workdir
 from kvpo_jax.runtime.atomic import write_json

@@ -10,6 +10,7 @@ stored rotated at their absolute frame. Names and arithmetic follow Wan2.1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -378,3 +379,9 @@ def init_variables(cfg: WanConfig, key: Array) -> PyTree:
         jnp.zeros(1, jnp.int32),
         method=Wan.touch_all,
     )
+
+
+@functools.cache
+def abstract_variables(cfg: WanConfig) -> PyTree:
+    """Shapes and dtypes of `init_variables`."""
+    return jax.eval_shape(functools.partial(init_variables, cfg), jax.random.key(0))

@@ -100,12 +100,14 @@ MINIMUM = {
 SEEDS = 2**32  # as many keys as JAX makes of a seed; others would repeat them
 POSITIVE = ("sampler.shift", "objective.tau", "lora.alpha", "train.grad_clip")
 # What may differ when a run is continued: how long it runs, what is only looked at, and the
-# machine: its devices and where it has the files, which are taken to be the same ones.
+# machine: its devices, how much they take at once, and where it has the files, which are taken to
+# be the same ones.
 RESUMABLE = (
     "train.iterations",
     "train.checkpoint_every",
     "train.keep",
     "train.video_every",
+    "train.micro_batch",
     "eval.",
     "reward.resident",
     "mesh.",
@@ -233,7 +235,10 @@ def recorded_blocks(config: ConfigDict) -> int:
 
 
 def prompts_at_once(config: ConfigDict) -> int:
-    """Prompts that are rolled out, scored and replayed together."""
+    """Prompts that are rolled out, scored and replayed together.
+
+    All of them, where neither the config nor the devices (`fitting.fitted`) ask for fewer.
+    """
     return config.train.micro_batch or config.train.prompts_per_iteration
 
 

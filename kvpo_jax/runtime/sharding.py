@@ -238,6 +238,16 @@ def _processes(mesh: Mesh) -> np.ndarray:
     return np.vectorize(lambda device: device.process_index)(mesh.devices[::rows, ::columns])
 
 
+def device_memory() -> float | None:
+    """Bytes that JAX may take of a device, the least on any; None if they are not known (CPU).
+
+    Every process has to ask, and gets the same answer.
+    """
+    own = [(device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices()]
+    least = multihost_utils.process_allgather(np.float32(min(own))).min()
+    return float(least) or None
+
+
 def own_prompts(mesh: Mesh, prompts: int) -> np.ndarray:
     """Which of the prompts are on this process's devices, in order."""
     rows = np.any(_processes(mesh) == jax.process_index(), axis=1)

@@ -32,6 +32,7 @@ from kvpo_jax.runtime.config import (
     load,
     load_saved,
     override,
+    prompts_at_once,
     shipped,
     with_tuples,
 )
@@ -140,16 +141,23 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def start_run(config: ConfigDict, workdir: Path) -> None:
-    """Writes config.json and versions.json, and prints how a continued run differs from them."""
+def start_run(config: ConfigDict, workdir: Path, at_once: int | None = None) -> None:
+    """Writes config.json and versions.json, and prints how a continued run differs from them.
+
+    Args:
+      config: as it was asked for.
+      workdir: the run directory.
+      at_once: prompts at a time, if the devices have chosen; None: as the config says.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
+    now_versions = {**versions(), "prompts_at_once": at_once or prompts_at_once(config)}
     for record, now, what in (
         (workdir / "config.json", config.to_dict(), "continued with another configuration"),
-        (workdir / "versions.json", versions(), "not bit for bit the run that was interrupted"),
+        (workdir / "versions.json", now_versions, "not bit for bit the run that was interrupted"),
     ):
         if has_checkpoint(workdir) and record.exists():
             before = flat(with_tuples(json.loads(record.read_text())))
-            pairs = [(name, before.get(name), value) for name, value in flat(now).items()]
+            pairs = [(name, before.get(name, value), value) for name, value in flat(now).items()]
             if changed := [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]:
                 print(f"{what}: {', '.join(changed)}", flush=True)
         write_json(now, record)

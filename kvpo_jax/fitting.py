@@ -1,0 +1,218 @@
+"""Settings with which a run fits into the memory of its devices, found with `memory.estimate`.
+
+`fitted` is what a command runs: where the config leaves the micro-batch to the devices, the largest
+that fits. `propose` lowers further settings, and says what `kvpo-plan` prints.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from kvpo_jax import memory
+from kvpo_jax.errors import UsageError
+from kvpo_jax.models.wan import REMAT
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import branches_at_once, prompts_at_once, recorded_blocks
+
+GB = 1e9
+
+# ---------------------------------------------------------------- the estimate of a setting
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with other values of some fields, dotted name -> value."""
+    out = config.copy_and_resolve_references()
+    out.update_from_flattened_dict(fields)
+    return out.lock()
+
+
+def peak(config: ConfigDict, devices: Sequence[jax.Device]) -> float:
+    """Bytes that the largest stage needs on a device; worked out once for every config.
+
+    Raises:
+      UsageError: the config does not fit together, or not to so many devices.
+    """
+    return _peak(FrozenConfigDict(config), tuple(devices))
+
+
+@functools.cache
+def _peak(config: FrozenConfigDict, devices: tuple[jax.Device, ...]) -> float:
+    plain = config.as_configdict().lock()
+    config_lib.check(plain)
+    return memory.estimate(memory.plan(plain, devices)).peak()
+
+
+# ---------------------------------------------------------------- the micro-batch
+
+
+class MicroBatch(NamedTuple):
+    """A config with the micro-batch that was chosen for it, and the reason in a line."""
+
+    config: ConfigDict
+    reason: str
+
+
+def fitted(config: ConfigDict) -> ConfigDict:
+    """The config as the devices of this run can take it; all processes get the same one.
+
+    With train.micro_batch=0 it is the largest that fits, and the main process prints which. Where
+    the memory of the devices is not known, as on a CPU, all prompts are taken at once.
+
+    Raises:
+      UsageError: no micro-batch can be divided over the devices.
+    """
+    limit = None if config.train.micro_batch else sharding.device_memory()
+    if limit is None:
+        return config
+    chosen = choose_micro_batch(config, jax.devices(), limit)
+    if sharding.is_main():
+        print(chosen.reason, flush=True)
+    return chosen.config
+
+
+def choose_micro_batch(
+    config: ConfigDict, devices: Sequence[jax.Device], limit: float
+) -> MicroBatch:
+    """The largest micro-batch that needs at most `limit` bytes on a device.
+
+    If none fits, it is the one that needs least.
+
+    Raises:
+      UsageError: no micro-batch can be divided over the devices.
+    """
+    prompts = config.train.prompts_per_iteration
+    needs: dict[int, float] = {}
+    unfit = None
+    for size in _divisors(prompts, prompts + 1):
+        try:
+            needs[size] = peak(with_fields(config, {"train.micro_batch": size}), devices)
+        except UsageError as error:
+            unfit = unfit or error
+            continue
+        if needs[size] <= limit:
+            break
+    if not needs:
+        assert unfit is not None, "1 divides every number"
+        raise unfit
+    size = min(needs, key=lambda n: needs[n] if needs[n] > limit else 0)
+    reason = f"train.micro_batch={size} of {prompts}: {needs[size] / GB:.1f} of {limit / GB:.1f} GB"
+    if needs[size] > limit:
+        reason += "; no other needs less (see kvpo-plan)"
+    elif larger := [n for n in needs if n > size]:
+        reason += f"; {min(larger)} would need {needs[min(larger)] / GB:.1f} GB"
+    return MicroBatch(with_fields(config, {"train.micro_batch": size}), reason)
+
+
+# ---------------------------------------------------------------- further settings
+
+
+def _divisors(whole: int, below: int) -> list[int]:
+    """Divisors of `whole` that are less than `below`, the largest first."""
+    return [n for n in range(min(below - 1, whole), 0, -1) if whole % n == 0]
+
+
+def _halves(size: int, least: int = 1) -> list[int]:
+    """size // 2, size // 4, ... down to `least`."""
+    return [size >> i for i in range(1, size.bit_length()) if size >> i >= least]
+
+
+def _states_at_once(config: ConfigDict) -> int:
+    """replay.chunk, or all states of a branch."""
+    return config.replay.chunk or recorded_blocks(config) * len(config.sampler.steps)
+
+
+# Field -> the values of it that may need less memory, the nearest first.
+Ladder = dict[str, Callable[[ConfigDict], Iterable[Any]]]
+
+# With these an iteration computes the same gradient, more slowly.
+SAME_GRADIENT: Ladder = {
+    "train.micro_batch": lambda c: _divisors(c.train.prompts_per_iteration, prompts_at_once(c)),
+    "replay.chunk": lambda c: _halves(_states_at_once(c)),
+    "rollout.branch_chunk": lambda c: _divisors(c.rollout.branches, branches_at_once(c)),
+    "model.remat": lambda c: [name for name in REMAT if name == "block" != c.model.remat],
+    "reward.resident": lambda c: [False] if c.reward.resident else [],
+    "eval.batch": lambda c: _divisors(c.eval.prompts, c.eval.batch or prompts_at_once(c)),
+}
+# These make it another run.
+OTHER_RUN: Ladder = {
+    "model.dtype": lambda c: ["bfloat16"] if c.model.dtype == "float32" else [],
+    "lora.rank": lambda c: [] if c.paths.lora else _halves(c.lora.rank, 16),
+    "rollout.branches": lambda c: _halves(c.rollout.branches, 4),
+}
+
+
+class Proposal(NamedTuple):
+    """Settings that need less memory.
+
+    Attributes:
+      fields: dotted name -> value; the others stay.
+      peak: bytes that the largest stage then needs on a device.
+    """
+
+    fields: dict[str, Any]
+    peak: float
+
+    def arguments(self) -> str:
+        """The settings as they are pasted behind a command."""
+        return " ".join(f"--config.{name}={value}" for name, value in self.fields.items())
+
+    def is_same_gradient(self) -> bool:
+        """Whether the settings leave the gradient of an iteration as it is."""
+        return self.fields.keys() <= SAME_GRADIENT.keys()
+
+
+def propose(config: ConfigDict, devices: Sequence[jax.Device], limit: float) -> Proposal:
+    """The first settings found that need at most `limit` bytes on a device.
+
+    Settings are lowered step by step until the run fits: always the first of SAME_GRADIENT and then
+    of OTHER_RUN that makes the largest stage smaller. Then each is raised again as far as the run
+    still fits, for later ones may have made it needless. If nothing fits, the proposal is the
+    smallest that was found, and its peak is above `limit`.
+    """
+    found = Proposal({}, peak(config, devices))
+    while found.peak > limit:
+        lower = _lower(config, devices, found)
+        if lower is None:
+            return found
+        found = lower
+    for name in list(found.fields):
+        found = _raised(config, devices, limit, found, name)
+    return found
+
+
+def _raised(
+    config: ConfigDict, devices: Sequence[jax.Device], limit: float, found: Proposal, name: str
+) -> Proposal:
+    """The proposal with one of its settings as near to the config's own as fits."""
+    others = {field: value for field, value in found.fields.items() if field != name}
+    values = (SAME_GRADIENT | OTHER_RUN)[name](with_fields(config, others))
+    for fields in [others, *({**found.fields, name: value} for value in values)]:
+        try:
+            needed = peak(with_fields(config, fields), devices)
+        except UsageError:
+            continue
+        if needed <= limit:
+            return Proposal(fields, needed)
+    return found
+
+
+def _lower(config: ConfigDict, devices: Sequence[jax.Device], found: Proposal) -> Proposal | None:
+    """The first setting that needs less than `found`."""
+    now = with_fields(config, found.fields)
+    for name, smaller in (SAME_GRADIENT | OTHER_RUN).items():
+        for value in smaller(now):
+            fields = {**found.fields, name: value}
+            try:
+                needed = peak(with_fields(config, fields), devices)
+            except UsageError:  # this value does not go with the others; a smaller one may
+                continue
+            if needed < found.peak:
+                return Proposal(fields, needed)
+            break
+    return None

@@ -1,0 +1,608 @@
+"""What a run holds in the memory of a device, stage by stage, from shapes alone.
+
+The run's own functions are traced: nothing is allocated, and nothing is compiled. `plan` gives the
+arrays and programs of a config on some devices as shapes, `estimate` their sizes in bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import programs as programs_lib
+from kvpo_jax.algorithm import keys
+from kvpo_jax.backbone import Backbone
+from kvpo_jax.decoder import VideoDecoder, make_step, spec_of
+from kvpo_jax.models import qwen2_vl, reward_model, umt5, wan_vae
+from kvpo_jax.models.wan import abstract_variables
+from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, scorers, videoalign
+from kvpo_jax.rollout import rollout
+from kvpo_jax.run import Run, make_mesh
+from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime.config import (
+    branches_at_once,
+    heldout_at_once,
+    prompts_at_once,
+    recorded_blocks,
+    wan_config,
+)
+from kvpo_jax.state import TrainState, abstract_state
+from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV
+
+START = 30  # first frame of the block that is planned; a program serves all blocks
+
+# ---------------------------------------------------------------- shapes
+
+
+def shape(sizes: Sequence[int], dtype: Any) -> Array:
+    """The shape of an array, in place of the array."""
+    return cast(Array, jax.ShapeDtypeStruct(tuple(sizes), dtype))
+
+
+def placed(tree: PyTree, mesh: Mesh, specs: PyTree = sharding.REPLICATED) -> PyTree:
+    """The shapes of a tree on a mesh. `specs` is one spec, or a tree of them."""
+
+    def place(spec: Spec, part: PyTree) -> PyTree:
+        named = NamedSharding(mesh, spec)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named), part)
+
+    return jax.tree.map(place, specs, tree)
+
+
+def bytes_of(tree: PyTree) -> int:
+    """Bytes that the arrays of a tree, or their shapes, take on one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+# ---------------------------------------------------------------- the shapes of an iteration
+
+
+class Program(NamedTuple):
+    """A compiled function, the shapes of its arguments, and the dtype that it computes in."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    dtype: str
+
+
+class Prompts(NamedTuple):
+    """Some prompts and what their videos begin with."""
+
+    batch: PromptBatch
+    text: TextKV
+    history: KVCache
+    noise: keys.NoiseKey
+
+
+class Iteration(NamedTuple):
+    """The arrays of an iteration, as shapes.
+
+    Attributes:
+      run: its programs, and the base weights as shapes.
+      state: every policy and the optimiser.
+      explored: the prompts that are rolled out together.
+      heldout: the prompts that are evaluated together.
+      routed_frames: draws of the branches that are rolled out together.
+      pages: caches of these branches and their anchor.
+      rolled: what `rollout` returns.
+      experience: what `train.remember` makes of it.
+    """
+
+    run: Run
+    state: TrainState
+    explored: Prompts
+    heldout: Prompts
+    routed_frames: Array
+    pages: KVCache
+    rolled: Rollout
+    experience: Experience
+
+
+def trace_iteration(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Iteration:
+    """Traces the functions of an iteration, so that the plan knows whatever they make."""
+    mesh = make_mesh(config, devices)
+    variables = abstract_variables(wan_config(config))
+    params, backbone = placed(variables["params"], mesh), fileless_backbone(config)
+    decoder = VideoDecoder(backbone, mesh, config.video.block_frames)
+    run = Run(config, mesh, backbone, params, programs_lib.build(config, mesh), decoder)
+    state = abstract_state(config, mesh)
+    explored = _trace_prompts(run, state, prompts_at_once(config))
+    noise, together = explored.noise, branches_at_once(config)
+    drawn = placed(jax.eval_shape(run.programs.draw, noise.key, noise.prompts, START), mesh)
+    pages = jax.eval_shape(run.programs.fork, explored.history)
+    rolled = _trace_rollout(run, state, explored, drawn)
+    return Iteration(
+        run=run,
+        state=state,
+        explored=explored,
+        heldout=_trace_prompts(run, state, heldout_at_once(config, mesh.shape["data"])),
+        routed_frames=placed(jax.eval_shape(lambda x: x[:, :together], drawn), mesh),
+        pages=placed(pages, mesh, programs_lib.cache_specs(config, mesh)[1]),
+        rolled=rolled,
+        experience=_trace_experience(run, state, explored.batch, rolled),
+    )
+
+
+def fileless_backbone(config: ml_collections.ConfigDict) -> Backbone:
+    """A backbone that needs no file: it decodes as that of the config does, and scores nothing.
+
+    `load_decoder` gives shapes.
+    """
+    config = config.copy_and_resolve_references()
+    config.weights = config.reward.scorer = config.eval.scorer = ""
+    toy = backbone_lib.toy_backbone(config)
+    if config.backbone == "toy":
+        return toy
+    vae = wan_vae.VAEConfig()
+    if path := config.paths.vae:
+        vae = wan_vae.config_from_dict(checkpoint.metadata_config(path, "wan_vae"))
+    return dataclasses.replace(
+        toy,
+        load_decoder=lambda place: wan_vae.abstract_decoder_params(vae),
+        decode=partial(backbone_lib.decode, vae),
+        to_pixel=composite.latent_to_pixel,
+    )
+
+
+def _trace_prompts(run: Run, state: TrainState, prompts: int) -> Prompts:
+    config, mesh = run.config, run.mesh
+    segments = len(config.video.switch_frames) + 1
+    sizes = (prompts, segments, config.model.text_len, config.model.text_dim)
+    embeddings = placed(shape(sizes, jnp.float32), mesh, sharding.PROMPTS)
+    batch = PromptBatch(
+        embeddings=embeddings,
+        changed=np.zeros((prompts, segments), bool),  # a prompt switch makes no other shapes
+        numbers=np.arange(prompts, dtype=np.int32),
+        sentences=(("",) * segments,) * prompts,
+    )
+    text = jax.eval_shape(run.programs.encode_text, run.variables(state.lora), embeddings)
+    history = jax.eval_shape(lambda: run.programs.blank(prompts))
+    key = jax.eval_shape(lambda: keys.draw_key(0, "noise", 0))
+    return Prompts(
+        batch=batch,
+        text=placed(text, mesh, sharding.TEXT),
+        history=placed(history, mesh, programs_lib.cache_specs(config, mesh)[0]),
+        noise=placed(keys.NoiseKey(key, shape((prompts,), jnp.int32)), mesh),
+    )
+
+
+def _trace_rollout(run: Run, state: TrainState, explored: Prompts, drawn: Array) -> Rollout:
+    pivot = run.draw_pivot(0)
+
+    def roll(variables: PyTree, embeddings: Array, noise: keys.NoiseKey, drawn: Array) -> Rollout:
+        batch = dataclasses.replace(explored.batch, embeddings=embeddings)
+        return rollout(run, variables, batch, noise, drawn, pivot)
+
+    variables, embeddings = run.variables(state.lora), explored.batch.embeddings
+    history, _ = programs_lib.cache_specs(run.config, run.mesh)
+    specs = Rollout(
+        branches=sharding.TRAJECTORIES,
+        anchor=sharding.PROMPTS,
+        text=sharding.TEXT,
+        replay=sharding.replay_spec(history),
+    )
+    rolled = jax.eval_shape(roll, variables, embeddings, explored.noise, drawn)
+    return placed(rolled, run.mesh, specs)
+
+
+def _trace_experience(
+    run: Run, state: TrainState, batch: PromptBatch, rolled: Rollout
+) -> Experience:
+    """What `train.remember` returns."""
+    groups = rolled.branches.shape[:2]
+    of_group = placed(shape(groups, jnp.float32), run.mesh)
+    return Experience(
+        tuples=rolled.replay,
+        embeddings=batch.embeddings,
+        text=rolled.text,
+        advantages=of_group,
+        gate_open=placed(shape(groups[:1], bool), run.mesh),
+        energies_old=of_group,
+        energies_ref=of_group,
+        energy_unit=state.energy_unit,
+        on_policy=placed(shape((), bool), run.mesh),
+    )
+
+
+# ---------------------------------------------------------------- the shapes of decoding
+
+
+class Decoding(NamedTuple):
+    """What decoding needs, as shapes.
+
+    Attributes:
+      weights: of the decoder.
+      pixels: of the branches and of the anchor.
+      memory: what the decoder remembers of the anchor at the fork, and of the branches in turn.
+      heldout_pixels: of the held-out videos.
+      heldout_memory: what it remembers of them.
+      program: the next block of the branches in turn.
+    """
+
+    weights: PyTree
+    pixels: tuple[Array, Array]
+    memory: tuple[PyTree, PyTree]
+    heldout_pixels: Array
+    heldout_memory: PyTree
+    program: Program
+
+
+def trace_decoding(iteration: Iteration) -> Decoding:
+    """Traces the decoder of a run."""
+    run, rolled = iteration.run, iteration.rolled
+    video, mesh, decode = run.config.video, run.mesh, run.backbone.decode
+    weights = placed(run.backbone.load_decoder(None), mesh)
+    prompts, branches, frames, *sides = rolled.branches.shape
+    heldout, shards = len(iteration.heldout.batch.numbers), mesh.shape["branch"]
+    at_once = 1 if branches % shards else shards  # as in VideoDecoder.group
+    block = shape((1, video.block_frames, *sides), jnp.float32)
+    first, state = jax.eval_shape(decode, weights, block, None)
+    later, _ = jax.eval_shape(decode, weights, block, state)
+    length = first.shape[1] + (video.blocks - 1) * later.shape[1]
+
+    def pixels(prompts: int, trajectories: int, spec: Spec) -> Array:
+        sizes = (prompts, trajectories, length, *later.shape[2:])
+        return placed(shape(sizes, later.dtype), mesh, spec)
+
+    def memory(prompts: int, trajectories: int) -> PyTree:
+        def per_video(x: Array) -> Array:
+            return shape((prompts, trajectories, *x.shape[1:]), x.dtype)
+
+        return placed(jax.tree.map(per_video, state), mesh, spec_of(mesh, trajectories))
+
+    latents = shape((prompts, at_once, frames, *sides), jnp.float32)
+    latents, in_turn = placed(latents, mesh, spec_of(mesh, at_once)), memory(prompts, at_once)
+    step = make_step(decode, mesh, video.block_frames)
+    return Decoding(
+        weights=weights,
+        pixels=(
+            pixels(prompts, branches, sharding.TRAJECTORIES),
+            pixels(prompts, 1, sharding.PROMPTS),
+        ),
+        memory=(memory(prompts, 1), in_turn),
+        heldout_pixels=pixels(heldout, 1, sharding.PROMPTS),
+        heldout_memory=memory(heldout, 1),
+        program=Program(step, (weights, latents, START, in_turn), "float32"),
+    )
+
+
+# ---------------------------------------------------------------- the shapes of scoring
+
+PUBLISHED = {
+    "hpsv3": (reward_model.HPSV3, preprocess.resize_pil),
+    "videoalign": (reward_model.VIDEOALIGN, preprocess.resize_torch),
+}
+LONG_TEXT = 512  # tokens of a reward model's instruction and of a long prompt
+
+
+class Reward(NamedTuple):
+    """A scorer.
+
+    Attributes:
+      title: of the stage in which it scores.
+      weights: of a learned one, as shapes.
+      batch: the clips of a batch; the devices of a process fetch them together, each a copy.
+      program: scores them on one device.
+    """
+
+    title: str
+    weights: PyTree
+    batch: PyTree
+    program: Program | None
+
+
+def trace_rewards(
+    config: ml_collections.ConfigDict, mesh: Mesh, clip_frames: int, wide: bool
+) -> dict[str, Reward]:
+    """The scorers of groups; with `wide` the learned ones compute in float32.
+
+    What is only watched scores single videos. It counts if it is learned, for its weights stay.
+    Sizes are those of the converted file if the config names it, else those of the published model.
+    """
+    optimised, watched = map(scorers.names_of, (config.reward.scorer, config.eval.scorer))
+    device = Mesh(mesh.devices.reshape(-1)[:1], "data")  # every device scores its own clips
+    height, width = 8 * config.video.height, 8 * config.video.width
+    out = {}
+    for name in optimised + [name for name in watched if name in PUBLISHED]:
+        if name not in PUBLISHED:
+            out[name] = Reward(f"scoring: {name}, clips of {clip_frames}", {}, {}, None)
+            continue
+        cfg, resize = PUBLISHED[name]
+        if path := config.paths[name]:
+            cfg = reward_model.config_from_dict(type(cfg), checkpoint.metadata_config(path, name))
+        count, frames = hpsv3.BATCH, 1
+        if isinstance(cfg, reward_model.VideoAlignConfig):
+            sampled = videoalign.sampled_frames(cfg, clip_frames, 16.0)
+            count, frames = videoalign.BATCH, len(sampled)
+        clips = shape((count, frames, height, width, 3), jnp.uint8)
+        tokens = cfg.vision.tokens(preprocess.grid(cfg, frames, height, width)) + LONG_TEXT
+        compiled = dataclasses.replace(cfg, dtype="float32") if wide else cfg
+        arguments = (
+            _reward_params(compiled),
+            qwen2_vl.Tokens(
+                shape((count, tokens), jnp.int32),
+                shape((count,), jnp.int32),
+                shape((count, 1), jnp.int32),
+            ),
+            clips,
+        )
+        step = learned.scoring_step(compiled, device, resize)
+        together = count * (mesh.size // jax.process_count())
+        out[name] = Reward(
+            title=f"scoring: {name}, {count} clips of {frames}",
+            weights=placed(_reward_params(cfg), device),
+            batch=placed(shape((together, *clips.shape[1:]), jnp.uint8), device),
+            program=Program(step, placed(arguments, device), cfg.dtype),
+        )
+    return out
+
+
+_reward_params = functools.cache(reward_model.abstract_params)  # a second each, of many plans
+
+
+def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
+    """A clip of all trajectories, twice: joined and, one after the other, as a scorer takes them.
+
+    A scorer that does not take stored pixels gets floats besides.
+    """
+    run, config = iteration.run, iteration.run.config
+    branches, _ = decoding.pixels
+    prompts, count, total, *picture = branches.shape
+    frames = (prompts, count + 1, longest_clip(run, total), *picture)
+    clip = placed(shape(frames, branches.dtype), run.mesh, sharding.PROMPTS)
+    names = scorers.names_of(config.reward.scorer)
+    if branches.dtype != np.uint8 or set(names) <= set(scorers.TAKES_BYTES):
+        return [clip, clip]
+    return [clip, clip, placed(shape(frames, jnp.float32), run.mesh, sharding.PROMPTS)]
+
+
+def longest_clip(run: Run, total: int) -> int:
+    """Frames of the longest clip of a video of `total` pixel frames that is scored at once."""
+    config, clipping = run.config, backbone_lib.clipping(run.config, run.backbone)
+    clips = composite.segment_clips(total, len(config.video.switch_frames) + 1, clipping)
+    lengths = [clip.end - clip.start for clip in clips]
+    if config.objective.advantage == "anchor":  # the replayed blocks are scored besides
+        fork = run.draw_pivot(0) * config.video.block_frames
+        end = fork + recorded_blocks(config) * config.video.block_frames
+        lengths.append(clipping.to_pixel(end) - clipping.to_pixel(fork))
+    return max(lengths, default=0)
+
+
+# ---------------------------------------------------------------- the plan
+
+
+class Plan(NamedTuple):
+    """The plan of an iteration, and of the held-out evaluation before it.
+
+    Attributes:
+      parts: name -> arrays as shapes.
+      stages: title -> the names of the parts that are resident in this stage.
+      programs: title -> what runs then and needs memory of its own.
+    """
+
+    parts: dict[str, PyTree]
+    stages: dict[str, list[str]]
+    programs: dict[str, Program]
+
+
+def plan(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device], wide: bool = False
+) -> Plan:
+    """The plan of a run on these devices; with `wide` its rewards compute in float32.
+
+    Raises:
+      UsageError: the config does not fit together, or not to so many devices.
+    """
+    iteration = trace_iteration(config, devices)
+    decoding = trace_decoding(iteration)
+    total = decoding.pixels[0].shape[2]
+    rewards = trace_rewards(config, iteration.run.mesh, longest_clip(iteration.run, total), wide)
+    parts = _parts(iteration, decoding)
+    for name, reward in rewards.items():
+        parts |= {f"reward {name}": reward.weights, f"a batch of {name}": reward.batch}
+    parts = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
+    stages = {
+        title: [name for name in parts if name in resident]
+        for title, resident in _stages(config, rewards).items()
+    }
+    scoring = {reward.title: reward.program for reward in rewards.values() if reward.program}
+    return Plan(parts, stages, _programs(iteration, decoding) | scoring)
+
+
+def _batches(config: ml_collections.ConfigDict) -> int:
+    """Micro-batches of an iteration."""
+    return config.train.prompts_per_iteration // prompts_at_once(config)
+
+
+def _parts(iteration: Iteration, decoding: Decoding) -> dict[str, PyTree]:
+    run, state, rolled = iteration.run, iteration.state, iteration.rolled
+    heldout, batches = iteration.heldout, _batches(run.config)
+    latents = shape((len(heldout.batch.numbers), *rolled.anchor.shape[1:]), rolled.anchor.dtype)
+    kept = (batches - 1) * (run.config.train.epochs > 1)
+    return {
+        "base weights": run.params,
+        "LoRA: policy, old, reference, EMA": state.replace(iteration=None, optimiser=None),
+        "optimiser": state.optimiser,
+        # One is resident while the next is made, if they are summed.
+        "gradient of LoRA": [state.lora] * (1 + (batches > 1)),
+        "text encoder": _text_encoder(run),
+        "text keys and values": iteration.explored.text,
+        "history (shared by the branches)": iteration.explored.history,
+        "pages (one per trajectory)": iteration.pages,
+        # The history that the tuples refer to is counted above.
+        "replay tuples and the anchor's page": rolled.replay.replace(history=None),
+        "kept of other prompts for further epochs": [(rolled.replay, rolled.text)] * kept,
+        "latents of all trajectories": (rolled.branches, rolled.anchor),
+        "pixels of all trajectories": decoding.pixels,
+        "a clip of all trajectories": trace_clips(iteration, decoding),
+        "held out: text, history": (heldout.text, heldout.history),
+        "held out: latents": placed(latents, run.mesh, sharding.PROMPTS),
+        "held out: pixels": decoding.heldout_pixels,
+        "decoder": decoding.weights,
+        "decoder's memory": decoding.memory,
+        "held out: decoder's memory": decoding.heldout_memory,
+    }
+
+
+def _text_encoder(run: Run) -> PyTree:
+    """UMT5 if it encodes prompts on the fly: it stays on the first device of every process."""
+    paths = run.config.paths
+    if run.config.backbone == "toy" or paths.embeddings or not paths.umt5:
+        return {}
+    cfg = umt5.UMT5Config(**checkpoint.metadata_config(paths.umt5, "umt5"))
+    return placed(umt5.abstract_params(cfg), run.mesh)
+
+
+def _stages(
+    config: ml_collections.ConfigDict, rewards: Mapping[str, Reward]
+) -> dict[str, set[str]]:
+    standing = {
+        "base weights",
+        "LoRA: policy, old, reference, EMA",
+        "optimiser",
+        "decoder",
+        "text encoder",
+    }
+    weights = {f"reward {name}" for name in rewards}
+    if config.reward.resident:
+        standing |= weights
+    training = standing | {"kept of other prompts for further epochs"}
+    if _batches(config) > 1:
+        training |= {"gradient of LoRA"}
+    begun = training | {
+        "text keys and values",
+        "history (shared by the branches)",
+        "latents of all trajectories",
+    }
+    rolled = begun | {"replay tuples and the anchor's page"}
+    shown = rolled | {"pixels of all trajectories"}
+    scored = shown | weights | {"a clip of all trajectories"}
+    evaluated = standing | {"held out: latents"}
+    return {
+        "held out: a block": evaluated | {"held out: text, history"},
+        "held out: decoding": evaluated | {"held out: decoder's memory", "held out: pixels"},
+        "rollout: a block of the prefix": begun,
+        "rollout: a block of all branches": rolled | {"pages (one per trajectory)"},
+        "decoding: a block": shown | {"decoder's memory"},
+        **{reward.title: scored | {f"a batch of {name}"} for name, reward in rewards.items()},
+        "replay": rolled | {"gradient of LoRA"},
+    }
+
+
+def _programs(iteration: Iteration, decoding: Decoding) -> dict[str, Program]:
+    run, explored, experience = iteration.run, iteration.explored, iteration.experience
+    lora, dtype = iteration.state.lora, run.config.model.dtype
+    variables, window_blocks = run.variables(lora), (0, run.config.rollout.window_blocks)
+
+    def shared_block(prompts: Prompts) -> Program:
+        arguments = (variables, prompts.text, 0, prompts.history, prompts.noise, START)
+        return Program(run.programs.shared_block, arguments, dtype)
+
+    branch_block = (
+        *(variables, explored.text, 0, explored.history, iteration.pages, iteration.routed_frames),
+        *(window_blocks, explored.noise, START),
+    )
+    replay = (lora, run.params, experience, shape((), bool))
+    return {
+        "held out: a block": shared_block(iteration.heldout),
+        "rollout: a block of the prefix": shared_block(explored),
+        "rollout: a block of all branches": Program(run.programs.branch_block, branch_block, dtype),
+        "decoding: a block": decoding.program,
+        "replay": Program(run.programs.replay, replay, dtype),
+    }
+
+
+# ---------------------------------------------------------------- in bytes
+
+
+class Estimate(NamedTuple):
+    """A plan in bytes on one device.
+
+    Attributes:
+      sizes: name of a part -> its size.
+      resident: title of a stage -> the parts that it finds, with their sizes.
+      working: title of a stage -> what its program needs besides; 0 without a program.
+    """
+
+    sizes: dict[str, int]
+    resident: dict[str, dict[str, int]]
+    working: dict[str, float]
+
+    def needed(self) -> dict[str, float]:
+        """title of a stage -> bytes in all."""
+        return {
+            title: sum(parts.values()) + self.working[title]
+            for title, parts in self.resident.items()
+        }
+
+    def peak(self) -> float:
+        """The bytes of the largest stage."""
+        return max(self.needed().values())
+
+
+def estimate(planned: Plan) -> Estimate:
+    """The bytes of a plan. What programs need is `working_bytes`, no compiler is asked."""
+    sizes = {name: bytes_of(tree) for name, tree in planned.parts.items()}
+    working = dict.fromkeys(planned.stages, 0.0)
+    for title, program in planned.programs.items():
+        working[title] = working_bytes(program.function.trace(*program.arguments).jaxpr.jaxpr)
+    resident = {
+        title: {name: sizes[name] for name in names} for title, names in planned.stages.items()
+    }
+    return Estimate(sizes, resident, working)
+
+
+# Operations whose results are arrays of their own. Others are fused into what reads them, or write
+# in place.
+KEPT = ("scan", "dot_general", "conv_general_dilated", "gather", "concatenate")
+
+
+def working_bytes(jaxpr: core.Jaxpr, on_device: bool = False) -> int:
+    """About what a program needs on a device besides its arguments and results.
+
+    It is the largest sum along a nest of loops: the results of a loop, of a loop inside it, and so
+    on to the largest result in the innermost one. In a gradient these are one LoRA tree per branch,
+    then what all layers save for the backward pass; in a block the keys and values that all layers
+    make. docs/memory.md compares it with the compiler's figures.
+
+    Args:
+      jaxpr: of the program.
+      on_device: whether its shapes are those of one device, as inside `shard_map`; others are not
+        counted.
+    """
+    most = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inside = on_device or name == "shard_map"
+        inner = max((working_bytes(x, inside) for x in _inner(equation)), default=0)
+        made: list[Any] = [x.aval for x in equation.outvars] if name in KEPT and on_device else []
+        own = sum(math.prod(x.shape) * x.dtype.itemsize for x in made)
+        most = max(most, own + inner)
+    return most
+
+
+def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+    """The programs that an operation runs: the body of a loop, the branches of a condition."""
+    for parameter in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
+    ):
+        if isinstance(parameter, core.ClosedJaxpr):
+            yield parameter.jaxpr
+        elif isinstance(parameter, core.Jaxpr):
+            yield parameter
