@@ -373,7 +373,7 @@ def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
 
 def longest_clip(run: Run, total: int) -> int:
     """Frames of the longest clip of a video of `total` pixel frames that is scored at once."""
-    config, clipping = run.config, backbone_lib.clipping(run.config, run.backbone)
+    config, clipping = run.config, backbone_lib.clipping(run.config, run.backbone.to_pixel)
     clips = composite.segment_clips(total, len(config.video.switch_frames) + 1, clipping)
     lengths = [clip.end - clip.start for clip in clips]
     if config.objective.advantage == "anchor":  # the replayed blocks are scored besides

@@ -112,6 +112,19 @@ def test_a_setting_is_lowered_no_further_than_it_has_to_be(config, device, needs
     assert fitting.propose(config, device, needs[4]).fields == {}
 
 
+def test_a_setting_that_later_ones_made_needless_is_raised_again(
+    config, device, needs, monkeypatch
+):
+    """A smaller rank is tried first and helps too little; then a micro-batch is enough alone."""
+    smaller = fitting.SAME_GRADIENT["train.micro_batch"]
+    rank = {"lora.rank": lambda c: [1] if c.lora.rank > 1 else []}
+    monkeypatch.setattr(fitting, "SAME_GRADIENT", rank)
+    monkeypatch.setattr(fitting, "OTHER_RUN", {"train.micro_batch": smaller})
+    assert fitting.peak(fitting.with_fields(config, {"lora.rank": 1}), device) < needs[4]
+    proposal = fitting.propose(config, device, needs[2])
+    assert proposal == fitting.Proposal({"train.micro_batch": 2}, needs[2])
+
+
 def test_what_changes_the_run_comes_last_and_is_said(config, device, needs, monkeypatch):
     monkeypatch.setattr(
         fitting, "SAME_GRADIENT", {"eval.batch": fitting.SAME_GRADIENT["eval.batch"]}
