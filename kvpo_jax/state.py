@@ -89,8 +89,7 @@ def newest_state(workdir: Path, config: ml_collections.ConfigDict, mesh: Mesh) -
     Raises:
       UsageError: there is none yet, or it is not of this config (see `checkpoint.restore_latest`).
     """
-    with checkpoint.reader(workdir / "checkpoints") as checkpoints:
-        restored = checkpoint.restore_latest(checkpoints, abstract_state(config, mesh))
+    restored = checkpoint.read_latest(workdir / "checkpoints", abstract_state(config, mesh))
     if restored is None:
         raise UsageError(f"{workdir / 'checkpoints'} has no checkpoint yet")
     return restored[1]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -83,7 +84,8 @@ def test_a_donated_state_does_not_reach_into_the_save_in_progress(tmp_path):
     add_one = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     tree = {str(i): jnp.zeros((500, 500)) for i in range(8)}
     with checkpoint.manager(tmp_path, keep=1) as checkpoints:
-        checkpoint.save(checkpoints, 0, tree, {})
+        checkpoint.save(checkpoints, 0, tree, {})  # the first save is waited for, the second not
+        checkpoint.save(checkpoints, 1, tree, {})
         tree = jax.block_until_ready(add_one(tree))
         _, restored, _ = checkpoint.restore_latest(checkpoints, tree)
     assert all(float(jnp.max(jnp.abs(x))) == 0 for x in restored.values())
@@ -146,9 +148,156 @@ def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_the_one_before(
     shutil.rmtree(tmp_path / "1")
     with (
         checkpoint.reader(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match=r"2 cannot be read \(.*\)$"),
+        pytest.raises(ValueError, match=r"2 cannot be read \(.*\); .* there is no older one$"),
     ):
         checkpoint.restore_latest(checkpoints, train_state(0.0))
+
+
+def flip(path, at, bit=0x40):
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_of_any_leaf_is_an_error_that_names_it(tmp_path):
+    """What orbax reads without a word: it gives other numbers of the same shape."""
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, step, train_state(step), {})
+        _, good, _ = checkpoint.restore_latest(checkpoints, train_state(0.0))
+    names = [jax.tree_util.keystr(k, simple=True, separator=".") for k, _ in leaves_of(good)]
+    read = ocp.CheckpointManager.restore
+    for changed, name in enumerate(names):
+
+        def restore(self, step, args, changed=changed):
+            restored = read(self, step, args=args)
+            leaves, structure = jax.tree.flatten(restored.state)
+            content = np.array(leaves[changed])  # of the leaf, its last byte
+            content.reshape(-1).view(np.uint8)[-1] ^= 1
+            leaves[changed] = jax.device_put(content, leaves[changed].sharding)
+            return ocp.args.Composite(
+                state=jax.tree.unflatten(structure, leaves), extra=restored.extra
+            )
+
+        with pytest.MonkeyPatch.context() as patch, checkpoint.reader(tmp_path) as checkpoints:
+            patch.setattr(ocp.CheckpointManager, "restore", restore)
+            with pytest.raises(UsageError) as error:
+                checkpoint.restore_latest(checkpoints, train_state(0.0))
+        assert str(error.value) == (
+            f"checkpoint {tmp_path / '2'} cannot be read (ValueError: {name} is not what was "
+            "saved); if it is damaged, delete it to continue from 1"
+        )
+
+
+def leaves_of(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def test_flipped_bits_on_disk_never_become_other_numbers(tmp_path):
+    """In the files of the newest checkpoint, wherever they are; some are read by nobody."""
+    folder, damaged = tmp_path / "good", tmp_path / "damaged"
+    incompressible = jax.random.normal(jax.random.key(0), 3000)
+    numbers = {"w": incompressible, **train_state(2)}
+    like = jax.tree.map(jnp.zeros_like, numbers)
+    with checkpoint.manager(folder, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoint.save(checkpoints, step, numbers, {"config": {"seed": 7}})
+    files = sorted(path.relative_to(folder) for path in (folder / "2").rglob("*") if path.is_file())
+    largest = max(files, key=lambda file: (folder / file).stat().st_size)
+    noticed, rng = [], np.random.default_rng(0)
+    for file in [*files, *files, *[largest] * 8]:
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(folder, damaged)
+        if size := (folder / file).stat().st_size:
+            flip(damaged / file, rng.integers(size))
+        try:
+            with checkpoint.reader(damaged) as checkpoints:
+                step, tree, extra = checkpoint.restore_latest(checkpoints, like)
+        except UsageError as error:
+            assert str(error).startswith(f"checkpoint {damaged / '2'}")
+            noticed.append(str(error))
+        else:
+            assert (step, extra) == (2, {"config": {"seed": 7}})
+            assert_bitwise_equal(tree, numbers)
+    assert any("w is not what was saved" in error for error in noticed)
+
+
+def test_a_changed_record_is_an_error(tmp_path):
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, 1, train_state(1), {"seconds": 12.5})
+    record = tmp_path / "1" / "extra" / "metadata"
+    record.write_text(record.read_text().replace("12.5", "13.5"))
+    with checkpoint.reader(tmp_path) as checkpoints:
+        with pytest.raises(
+            UsageError, match=r"1 cannot be read .*its record is not what was saved"
+        ):
+            checkpoint.restore_latest(checkpoints, train_state(0.0))
+
+
+def test_a_checkpoint_from_before_checksums_is_read_and_said(tmp_path, capsys):
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, 1, train_state(1), {"seconds": 12.5})
+    (tmp_path / "1" / "extra" / "metadata").write_text('{"seconds": 12.5}')
+    assert capsys.readouterr().out == ""
+    with checkpoint.reader(tmp_path) as checkpoints:
+        _, tree, extra = checkpoint.restore_latest(checkpoints, train_state(0.0))
+    assert_bitwise_equal(tree, train_state(1))
+    assert extra == {"seconds": 12.5}
+    said = f"checkpoint {tmp_path / '1'} is older than checksums: damage to it would not be seen\n"
+    assert capsys.readouterr().out == said
+
+
+def test_checksums_do_not_depend_on_how_a_leaf_is_sharded(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",))
+    state = train_state(1)
+    rows = NamedSharding(mesh, P("data"))
+    state["lora"]["q"]["a"] = jax.device_put(state["lora"]["q"]["a"], rows)
+    with checkpoint.manager(tmp_path, keep=2) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, {})
+        _, tree, _ = checkpoint.restore_latest(checkpoints, train_state(0.0))
+    assert_bitwise_equal(tree, train_state(1))
+
+
+def test_the_first_save_is_read_back(tmp_path):
+    """Orbax writes into such a folder without a word, and cannot read what it wrote."""
+    with checkpoint.manager(tmp_path / "a [b]", keep=2) as checkpoints:
+        with pytest.raises(UsageError, match=r"b]/1 cannot be read"):
+            checkpoint.save(checkpoints, 1, train_state(1), {})
+
+
+def test_a_reader_goes_on_to_the_newer_checkpoint_if_a_run_deletes_its_own(tmp_path):
+    like, read = train_state(0.0), ocp.CheckpointManager.restore
+    with checkpoint.manager(tmp_path, keep=1) as checkpoints:
+        checkpoint.save(checkpoints, 1, train_state(1), {})
+
+        def overtaken(self, step, args):
+            if step == 1:  # while it is being read
+                checkpoint.save(checkpoints, 2, train_state(2), {})
+                checkpoints.wait_until_finished()
+                assert not (tmp_path / "1").exists()
+            return read(self, step, args=args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ocp.CheckpointManager, "restore", overtaken)
+            step, tree, _ = checkpoint.read_latest(tmp_path, like)
+    assert step == 2
+    assert_bitwise_equal(tree, train_state(2))
+    flip(tmp_path / "2" / "state" / "_METADATA", 0)
+    with pytest.raises(UsageError, match="2 cannot be read"):  # and not for ever
+        checkpoint.read_latest(tmp_path, like)
+
+
+def test_later_checkpoints_are_forgotten(tmp_path):
+    with checkpoint.manager(tmp_path, keep=5) as checkpoints:
+        for step in (1, 2, 3, 4):
+            checkpoint.save(checkpoints, step, train_state(step), {})
+        checkpoint.forget_after(checkpoints, 2)
+        checkpoint.save(checkpoints, 3, train_state(9), {})
+        assert list(checkpoints.all_steps()) == [1, 2, 3]
+        assert_bitwise_equal(
+            checkpoint.restore_latest(checkpoints, train_state(0.0))[1], train_state(9)
+        )
 
 
 def test_reading_where_nothing_is_makes_nothing(tmp_path):

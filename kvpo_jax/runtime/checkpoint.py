@@ -1,7 +1,8 @@
 """What a run saves: its train state (orbax) and weight files (safetensors).
 
-The train state is saved exactly, in the background, whole or not at all. Weight files are read
-strictly: a tensor that is missing, left over or of another shape is an error.
+The train state is saved exactly, in the background, whole or not at all, with a checksum of every
+leaf: a changed bit is an error when it is read. Weight files are read strictly: a tensor that is
+missing, left over or of another shape is an error.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import sharding, weight_file
+from kvpo_jax.runtime import sharding, sums, weight_file
+from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.types import PyTree
 
 # ---------------------------------------------------------------- train state
+
+LEAVES = "sums"  # in a checkpoint's JSON record: name of a leaf -> its checksum
 
 
 def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
@@ -60,12 +64,28 @@ def save(
 ) -> None:
     """Saves arrays `tree` and JSON `extra` as `step`, in the background.
 
-    A step that is saved already stays as it is.
+    A step that is saved already stays as it is. The first one in a directory is waited for and
+    read back: where nothing can be read, that is an error now, and not when the run is continued.
+
+    Raises:
+      UsageError: what was saved first cannot be read (see `restore_latest`).
     """
-    checkpoints.save(
-        step,
-        args=ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra)),
-    )
+    if step in checkpoints.all_steps():
+        return
+    first = checkpoints.latest_step() is None
+    record = sums.sealed({**extra, LEAVES: sums.of_arrays(_named(tree))})
+    state, extra_item = ocp.args.StandardSave(tree), ocp.args.JsonSave(record)
+    checkpoints.save(step, args=ocp.args.Composite(state=state, extra=extra_item))
+    if first:
+        restore_latest(checkpoints, tree)
+
+
+def forget_after(checkpoints: ocp.CheckpointManager, step: int) -> None:
+    """Deletes the checkpoints of later steps than `step`."""
+    checkpoints.wait_until_finished()
+    for later in checkpoints.all_steps():
+        if later > step:
+            checkpoints.delete(later)
 
 
 def restore_latest(
@@ -79,8 +99,8 @@ def restore_latest(
         A leaf that is not committed to devices here (or has no sharding) is not committed there.
 
     Raises:
-      UsageError: the saved state has other leaves, shapes or dtypes, or cannot be read; the message
-        names the checkpoint, and the leaves or the checkpoint before it.
+      UsageError: the saved state has other leaves, shapes or dtypes, cannot be read, or is not what
+        was saved; the message names the checkpoint, and the leaves or the checkpoint before it.
     """
     checkpoints.wait_until_finished()
     step = checkpoints.latest_step()
@@ -96,17 +116,49 @@ def restore_latest(
             name: signature(x)
             for name, x in _named(checkpoints.item_metadata(step).state.tree).items()
         }
-    _check_same(f"checkpoint {checkpoints.directory / str(step)}", saved, wanted)
+    where = f"checkpoint {checkpoints.directory / str(step)}"
+    _check_same(where, saved, wanted)
     args = ocp.args.Composite(
         state=ocp.args.StandardRestore(jax.tree.map(_abstract, like)), extra=ocp.args.JsonRestore()
     )
     with _readable(checkpoints, step):
         restored = checkpoints.restore(step, args=args)
+        extra = _without_sums(restored.extra, restored.state, where)
 
     def place(x, like):
         return x if _is_committed(like) else jnp.asarray(np.asarray(x))
 
-    return step, jax.tree.map(place, restored.state, like), restored.extra
+    return step, jax.tree.map(place, restored.state, like), extra
+
+
+def read_latest(directory: Path | str, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
+    """`restore_latest` of a run that may be under way.
+
+    If the run deletes the checkpoint that is being read, the newer one is read instead.
+    """
+    with reader(directory) as checkpoints:
+        while True:
+            step = checkpoints.latest_step()
+            try:
+                return restore_latest(checkpoints, like)
+            except UsageError:
+                checkpoints.reload()
+                if checkpoints.latest_step() == step:
+                    raise
+
+
+def _without_sums(record: Mapping[str, Any], tree: PyTree, where: str) -> dict[str, Any]:
+    """What was saved as extra; ValueError unless it and every leaf are as they were saved."""
+    if not record.keys() & {LEAVES, sums.SEAL}:
+        if sharding.is_main():
+            print(f"{where} is older than checksums: damage to it would not be seen", flush=True)
+        return dict(record)
+    extra = sums.opened(record)
+    saved, found = extra.pop(LEAVES), sums.of_arrays(_named(tree))
+    if changed := [name for name in found if saved.get(name) != found[name]]:
+        more = f" and {len(changed) - 1} more leaves are" if changed[1:] else " is"
+        raise ValueError(f"{changed[0]}{more} not what was saved")
+    return extra
 
 
 @contextlib.contextmanager
@@ -120,10 +172,11 @@ def _readable(checkpoints: ocp.CheckpointManager, step: int) -> Iterator[None]:
         raise  # of the machine, not of the file
     except Exception as error:
         older = [other for other in checkpoints.all_steps() if other < step]
-        instead = f"; if it is damaged, delete it to continue from {max(older)}" if older else ""
+        instead = f"delete it to continue from {max(older)}" if older else "there is no older one"
         cause = textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
         raise UsageError(
-            f"checkpoint {checkpoints.directory / str(step)} cannot be read ({cause}){instead}"
+            f"checkpoint {checkpoints.directory / str(step)} cannot be read ({cause});"
+            f" if it is damaged, {instead}"
         ) from error
 
 

@@ -269,6 +269,13 @@ def own_part(x: Array) -> Array:
     return multihost_utils.global_array_to_host_local_array(x, placed.mesh, placed.spec)
 
 
+def whole(x: Array | np.ndarray) -> np.ndarray:
+    """The whole of an array, on every process. Every process has to ask."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
 def gather(compute: Callable[[], PyTree], mesh: Mesh) -> PyTree:
     """Joins what `compute` makes of each process's part: float[P, G] or float[P], on every process.
 
