@@ -17,6 +17,10 @@ class NotFiniteError(UsageError, FloatingPointError):
     """A reward, energy or gradient that is not finite; the message names it."""
 
 
+class DivergedError(NotFiniteError):
+    """A policy whose videos or energies are not finite: no reward is at fault."""
+
+
 class MissingPackageError(UsageError, ImportError):
     """A package that an extra installs; the message names the extra."""
 

@@ -25,7 +25,7 @@ from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
 from kvpo_jax.data import prompts
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.rewards import composite, scorers, video_files
 from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
@@ -82,12 +82,18 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
 def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:
     """Pixels [P, 1, frames, h, w, 3] of this process's prompts.
 
-    A function of its own, so that the KV cache is freed before decoding.
+    A function of its own, so that the KV cache is freed before decoding. DivergedError if they are
+    not finite.
     """
     noise = keys.NoiseKey(keys.draw_key(0, "heldout", 0), batch.numbers)
     blocks = generate(run, run.variables(lora), batch, noise)
     latents = join_blocks(blocks, axis=1)[:, None]
     del blocks
+    if not run.programs.all_finite(latents):
+        raise DivergedError(
+            "the held-out videos of a policy are not finite: its weights are at fault, or its "
+            f"updates (config.train.learning_rate={run.config.train.learning_rate})"
+        )
     return sharding.own_part(run.decoder.videos(latents))
 
 

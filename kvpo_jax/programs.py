@@ -74,6 +74,7 @@ class Programs:
       accumulate: (Gradient in place, Gradient) -> their sum.
       apply: (TrainState, Gradient) -> TrainState, metrics.
       pixel_std: pixels [P, G, frames, h, w, 3] -> their std over the branches, the mean, float[].
+      all_finite: (latents of a rollout, or of held-out videos) -> whether every number is, bool[].
     """
 
     encode_text: Callable[[PyTree, Array | np.ndarray], TextKV]
@@ -88,9 +89,10 @@ class Programs:
     accumulate: Callable[[Gradient, Gradient], Gradient]
     apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
     pixel_std: Callable[[Array], Array]
+    all_finite: Callable[[PyTree], Array]
 
     def compilations(self) -> dict[str, int]:
-        """How often each program has been compiled: at most once in a run over any pivots."""
+        """How often each program has been compiled: at most once for what it is given in a run."""
         return {f.name: getattr(self, f.name)._cache_size() for f in dataclasses.fields(self)}
 
 
@@ -112,6 +114,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         accumulate=jax.jit(accumulate, donate_argnums=0),
         apply=jax.jit(_make_apply(config), out_shardings=replicated),
         pixel_std=jax.jit(pixel_std),
+        all_finite=jax.jit(all_finite, out_shardings=replicated),
     )
 
 
@@ -416,6 +419,11 @@ def pixel_std(pixels: Array) -> Array:
     """
     scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
     return jax.vmap(objective.group_std)(pixels.astype(jnp.float32)).mean() / scale
+
+
+def all_finite(tree: PyTree) -> Array:
+    """Whether every number in the tree is finite, bool[]."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
 
 
 # ---------------------------------------------------------------- before a run has programs

@@ -21,6 +21,7 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys, objective
+from kvpo_jax.errors import DivergedError
 from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
@@ -44,12 +45,24 @@ from kvpo_jax.types import (
 
 
 def explore(run: Run, lora: PyTree, batch: PromptBatch, iteration: int, pivot: int) -> Rollout:
-    """Steps 1 and 2: anchor and branches of P prompts, by the policy with this LoRA tree."""
+    """Steps 1 and 2: anchor and branches of P prompts, by the policy with this LoRA tree.
+
+    Raises:
+      DivergedError: they are not finite.
+    """
     seed, fork_frame = run.config.seed, pivot * run.config.video.block_frames
     routing_key = keys.draw_key(seed, "routing", iteration)
     routed_frames = run.programs.draw(routing_key, batch.numbers, fork_frame)
     noise = keys.NoiseKey(keys.draw_key(seed, "noise", iteration), batch.numbers)
     rolled = rollout(run, run.variables(lora), batch, noise, routed_frames, pivot)
+    if not run.programs.all_finite((rolled.branches, rolled.anchor)):
+        fault = (
+            "the policy has diverged; start again with a lower config.train.learning_rate="
+            f"{run.config.train.learning_rate}"
+            if iteration
+            else "the weights are at fault, or the LoRA that training starts from"
+        )
+        raise DivergedError(f"the videos of iteration {iteration + 1} are not finite: {fault}")
     return jax.block_until_ready(rolled)
 
 
@@ -160,7 +173,7 @@ def apply(
     """Step 5, the PPO-KL update: the new state and its metrics.
 
     Raises:
-      NotFiniteError: the loss or the gradient is not finite.
+      NotFiniteError: the loss, the gradient or the new state is not finite.
     """
     assert gradient is not None, "an iteration has at least one prompt"
     updated, metrics = run.programs.apply(state, gradient)
@@ -310,17 +323,22 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
         checkpoint.save(checkpoints, int(state.iteration), state, extra)
 
     def save_good() -> None:
+        checkpoint.forget_after(checkpoints, int(good.iteration))
         if int(good.iteration):  # before that nothing is lost, and the configuration may change
             save(good)
 
     online = ema = None  # evaluations of the state's policies, if there are any
-    good = state
+    good = state  # the last state whose update was finite and that has not failed to make videos
     with stop_signal() as stop, saved_on_error(checkpoints, save_good):
         before = evaluation(state.reference)
         trace = workdir / "profile" if profile else None
         for iteration in until_stopped(first, iterations, stop, trace):
-            good = state
-            state, metrics, groups = improve(run, state, iteration, clock)
+            before_good, good = good, state
+            try:
+                state, metrics, groups = improve(run, state, iteration, clock)
+            except DivergedError:
+                good = before_good
+                raise
             record = {**jax.device_get(metrics), **group_metrics(groups)}
             record["pivot"] = run.draw_pivot(iteration)
             online = ema = None

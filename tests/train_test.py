@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from equipment import SMALL
 
@@ -22,7 +23,7 @@ from kvpo_jax import programs, rollout, train
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys, objective
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import DivergedError, NotFiniteError, UsageError
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.run import Run
@@ -469,6 +470,34 @@ def test_a_fault_of_a_reward_stops_the_run_and_loses_nothing(weights, tmp_path, 
     with pytest.raises((FloatingPointError, RuntimeError), match="MQ"):
         train.train_and_evaluate(config, tmp_path)
     assert saved_state(tmp_path, config, 1).iteration == 1
+
+
+def test_an_infinite_update_of_a_finite_gradient_names_the_learning_rate(weights, tmp_path):
+    """And not the reward that its videos would have; nothing of it is saved."""
+    config = make_config(weights, train__learning_rate=1e30)
+    with pytest.raises(NotFiniteError, match="update_norm is inf .* lower config.train.learning_r"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("iterations", [3, 4])
+def test_a_diverged_policy_is_not_what_is_left(weights, tmp_path, monkeypatch, iterations):
+    """The third update is finite, and so large that its policy makes no finite video.
+
+    That shows in the evaluation after it, or in the rollout of the next iteration, when it has been
+    saved already and the state before it deleted.
+    """
+
+    def schedule(*_):
+        return lambda count: jnp.where(count < 2, 1e-3, 1e15)
+
+    monkeypatch.setattr(optax, "linear_schedule", schedule)
+    fields = {"train__iterations": iterations, "train__warmup": 1, "train__keep": 1}
+    config = make_config(weights, **fields)
+    with pytest.raises(DivergedError, match=r"videos .* not finite: .*config.train.learning_rate="):
+        train.train_and_evaluate(config, tmp_path)
+    state = saved_state(tmp_path, config, 2)
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(state.lora)) < 10
 
 
 def test_controls_change_the_advantages_only(weights):

@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from kvpo_jax.algorithm import objective
-from kvpo_jax.errors import NotFiniteError, UsageError
+from kvpo_jax.errors import DivergedError, NotFiniteError, UsageError
 from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.runtime.doctor import Doctor
 from kvpo_jax.runtime.pictures import sheet
@@ -79,7 +79,9 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 def check_finite(
     metrics: Mapping[str, Array], energies: Mapping[str, Array], sentences: Sequence[Sequence[str]]
 ) -> None:
-    """NotFiniteError that names what is not finite: policy, prompt and branch, or the gradient.
+    """NotFiniteError that names what is not finite: policy, prompt and branch, gradient or update.
+
+    An update is finite if the new LoRA is: EMA and Adam's moments follow from LoRA and gradient.
 
     Args:
       metrics: of the gradient or of the update.
@@ -89,13 +91,20 @@ def check_finite(
     for policy, values in energies.items():
         finite = np.isfinite(np.asarray(values))
         for prompt, branch in np.argwhere(~finite)[:1]:
-            raise NotFiniteError(
+            diverged = policy == "trained"
+            raise (DivergedError if diverged else NotFiniteError)(
                 f"the energy of branch {branch} of prompt {sentences[prompt]} is "
                 f"{values[prompt, branch]} under the {policy} policy"
             )
     for name in ("loss", "grad_norm"):
         if name in metrics and not np.isfinite(metrics[name]):
             raise NotFiniteError(f"{name} is {metrics[name]} though every energy is finite")
+    for name in ("update_norm", "lora_norm"):
+        if name in metrics and not np.isfinite(metrics[name]):
+            raise NotFiniteError(
+                f"{name} is {metrics[name]} though the gradient is finite: the update is too large;"
+                " start again with a lower config.train.learning_rate"
+            )
 
 
 # ---------------------------------------------------------------- writers
