@@ -31,6 +31,7 @@ from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import command, progress, sharding, statistics
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import write_json
 from kvpo_jax.runtime.pictures import PICTURED, before_after
 from kvpo_jax.state import newest_state, policy_of
@@ -182,7 +183,7 @@ def print_table(results: Mapping[str, Heldout]) -> None:
 def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     """Prints the held-out table of a run's newest checkpoint."""
     # The run is looked at and not continued, so any field may differ here.
-    config = config_lib.override(config_lib.load_saved(workdir / "config.json"), arguments)
+    config = config_lib.override(workdir_lib.trained_config(workdir), arguments)
     config_lib.check(config)
     backbone_lib.check_files(config)
     command.use_compilation_cache()

@@ -239,17 +239,17 @@ def load_run(
 def find_config(given: flags.FlagValues, arguments: Sequence[str]) -> ml_collections.ConfigDict:
     """The configuration: --config, or that of the run in --checkpoint; with its files checked."""
     path = Path(given.checkpoint) if given.checkpoint else None
-    run_config = path / "config.json" if path is not None and path.is_dir() else None
+    run = path if path is not None and path.is_dir() else None
     if path is not None and not path.exists():
         raise UsageError(
             f"--checkpoint={path}: there is no such run directory or converted checkpoint"
         )
-    if given.ema and run_config is None:
+    if given.ema and run is None:
         raise UsageError("--ema needs --checkpoint to be a run directory")
-    overrides = [*arguments, *([f"--config.weights={path}"] if path and run_config is None else [])]
-    if run_config is not None and not given.config:
+    overrides = [*arguments, *([f"--config.weights={path}"] if path and run is None else [])]
+    if run is not None and not given.config:
         # Made with that run's configuration; what differs is this video's own business.
-        config = config_lib.override(config_lib.load_saved(run_config), overrides)
+        config = config_lib.override(workdir.trained_config(run), overrides)
         config_lib.check(config)
     else:
         config = workdir.resolve(given.config, None, overrides)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import atomic
+from kvpo_jax.runtime import atomic, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 
@@ -258,6 +258,30 @@ def test_fields_that_are_newer_than_a_run_take_their_defaults_and_it_says_so(tmp
     assert all(field in out for field in defaults.split(", "))
 
 
+@pytest.mark.parametrize(
+    "field, value, expected",
+    [
+        ("train.iterations", 3.5, "expected int, as in 40"),
+        ("train.iterations", "5", "expected int, as in 40"),
+        ("train.learning_rate", None, "expected float, as in 0.001"),
+        ("objective.shuffle_advantages", 1, "expected bool, as in False"),
+        ("sampler.steps", 1.0, "expected tuple, as in"),
+        ("video.switch_frames", ["a"], "expected elements of type int"),
+        ("reward.weights.VQ", "0.4", "expected float"),
+    ],
+)
+def test_a_saved_value_of_another_type_is_named(tmp_path, field, value, expected):
+    edited = TINY.to_dict()
+    *sections, name = field.split(".")
+    section = edited
+    for part in sections:
+        section = section[part]
+    section[name] = value
+    atomic.write_json(edited, tmp_path / "config.json")
+    with pytest.raises(UsageError, match=f"{field}.*{expected}"):
+        config_lib.load_saved(tmp_path / "config.json")
+
+
 def test_what_may_differ_when_a_run_is_continued():
     longer = overridden(
         "--config.train.iterations=800", "--config.eval.prompts=64", "--config.train.keep=9"
@@ -338,15 +362,64 @@ def test_a_continued_run_may_take_other_micro_batches_and_says_so(tmp_path, caps
     assert "train.micro_batch 0 -> 1\n" in out and "prompts_at_once 2 -> 1\n" in out
 
 
+def write_checkpoint(workdir, step, record):
+    """As much of a checkpoint as says what it was made with."""
+    extra = workdir / "checkpoints" / str(step) / "extra"
+    extra.mkdir(parents=True)
+    atomic.write_json(record, extra / "metadata")
+
+
+def test_a_run_is_looked_at_with_the_configuration_of_its_checkpoint(tmp_path, capsys):
+    """Not with an edited config.json, which only says what may differ: where files are now."""
+    trained = overridden("--config.seed=5", "--config.weights=/old/w")
+    write_checkpoint(tmp_path, 7, sums.sealed({"config": trained.to_dict()}))
+    checkpoint = tmp_path / "checkpoints" / "7"
+    assert workdir_lib.trained_config(tmp_path) == trained
+    taken = f"; the configuration of {checkpoint} is taken\n"
+    assert capsys.readouterr().out == f"there is no {tmp_path / 'config.json'}{taken}"
+
+    workdir_lib.start_run(trained, tmp_path)
+    assert workdir_lib.trained_config(tmp_path) == trained
+    assert capsys.readouterr().out == ""
+
+    edited = overridden("--config.seed=6", "--config.weights=/new/w", "--config.objective.tau=9.0")
+    workdir_lib.start_run(edited, tmp_path)
+    capsys.readouterr()
+    expected = overridden("--config.seed=5", "--config.weights=/new/w")
+    assert workdir_lib.trained_config(tmp_path) == expected
+    changes = f"objective.tau=9.0 is not {TINY.objective.tau}, seed=6 is not 5"
+    said = f"{tmp_path / 'config.json'} was changed, {changes}{taken}"
+    assert capsys.readouterr().out == said
+
+    (tmp_path / "config.json").write_text('{"seed": 6')
+    assert workdir_lib.trained_config(tmp_path) == trained
+    assert "config.json is not a saved configuration: " in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_any_configuration_is_not_continued_with_another(tmp_path):
+    write_checkpoint(tmp_path, 7, {"seconds": {}})
+    with pytest.raises(UsageError, match="does not say what it was made with, and there is no con"):
+        workdir_lib.resolve("configs/tiny.py", tmp_path, [])
+    with pytest.raises(UsageError, match="there is no .*config.json"):
+        workdir_lib.trained_config(tmp_path)
+
+
+def test_a_damaged_record_says_nothing(tmp_path):
+    """Its damage is named when the checkpoint is restored."""
+    record = sums.sealed({"config": overridden("--config.seed=5").to_dict()})
+    record["config"]["seed"] = 4
+    write_checkpoint(tmp_path, 7, record)
+    workdir_lib.start_run(overridden("--config.seed=5"), tmp_path)
+    assert workdir_lib.resolve(None, tmp_path, []).seed == 5
+
+
 def test_a_checkpoint_says_what_the_run_is(tmp_path):
     """config.json is edited, then lost: the run that its checkpoint was made with is continued, or
     none.
     """
     config = overridden("--config.seed=5")
     workdir_lib.start_run(config, tmp_path)
-    extra = tmp_path / "checkpoints" / "7" / "extra"
-    extra.mkdir(parents=True)
-    atomic.write_json({"seconds": {}, "config": config.to_dict()}, extra / "metadata")
+    write_checkpoint(tmp_path, 7, {"seconds": {}, "config": config.to_dict()})
     longer = workdir_lib.resolve(None, tmp_path, ["--config.train.iterations=99"])
     workdir_lib.start_run(longer, tmp_path)
     assert workdir_lib.resolve(None, tmp_path, []) == longer

@@ -159,14 +159,17 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
     state = state_lib.init_state(config, run_lib.make_mesh(config), lora)
     state = state.replace(iteration=jnp.asarray(3, jnp.int32))
     with checkpoint.manager(tmp_path / "checkpoints", 1) as checkpoints:
-        checkpoint.save(checkpoints, 3, state, {})
+        checkpoint.save(checkpoints, 3, state, {"config": config.to_dict()})
     saved = config.copy_and_resolve_references()
     saved.mesh.update(data=4, branch=8)  # 32 devices
     saved.paths.lora = "/elsewhere/lora.safetensors"
+    saved.model.num_layers = 4  # edited by hand: not what was trained
     workdir_lib.start_run(saved, tmp_path)
     here = ["--config.mesh.data=1", "--config.mesh.branch=1", "--config.paths.lora="]
     evaluate.evaluate_run(tmp_path, here)
-    assert f"iteration 3 of {tmp_path}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"iteration 3 of {tmp_path}" in out
+    assert "config.json was changed, model.num_layers=4 is not 3; the configuration of" in out
     with pytest.raises(
         ValueError, match="paths.lora=/elsewhere/lora.safetensors: there is no such file"
     ):

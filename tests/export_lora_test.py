@@ -296,7 +296,9 @@ def workdir(tmp_path_factory) -> tuple[Path, state_lib.TrainState]:
     """A run of configs/tiny.py with a checkpoint whose policies are all random."""
     workdir = tmp_path_factory.mktemp("run")
     config = config_lib.load("configs/tiny.py")
-    write_json(config.to_dict(), workdir / "config.json")
+    edited = config.copy_and_resolve_references()
+    edited.lora.alpha = 4.0  # by hand: the checkpoint says 8
+    write_json(edited.to_dict(), workdir / "config.json")
     mesh = run_lib.make_mesh(config)
     lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
     state = state_lib.init_state(config, mesh, lora)
@@ -304,7 +306,7 @@ def workdir(tmp_path_factory) -> tuple[Path, state_lib.TrainState]:
     state = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), state)
     state = state.replace(iteration=jnp.int32(3))
     with checkpoint.manager(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoint.save(checkpoints, 3, sharding.place(state, mesh), {})
+        checkpoint.save(checkpoints, 3, sharding.place(state, mesh), {"config": config.to_dict()})
     return workdir, state
 
 
@@ -369,7 +371,7 @@ def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
         ),
         (
             {"format": "peft", "output": "a", "workdir": Path("nowhere")},
-            "nowhere is not the directory of a run with",
+            "nowhere is not the directory of a run with checkpoints: there is none in",
         ),
         (
             {"format": "merged", "output": "a.safetensors", "lora": "lora", "base": "lora"},

@@ -5,6 +5,7 @@ typed.
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import imageio.v3 as iio
 import jax
@@ -18,7 +19,8 @@ from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import atomic, sharding
+from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import PyTree
 
@@ -204,6 +206,19 @@ def test_errors_are_one_line(tmp_path, arguments, message):
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
     assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_run_generates_with_the_configuration_of_its_checkpoint(tmp_path):
+    """A hand has changed config.json after the run."""
+    trained = config_lib.load("configs/tiny.py")
+    edited = trained.copy_and_resolve_references()
+    edited.video.block_frames = 5
+    atomic.write_json(edited.to_dict(), tmp_path / "config.json")
+    extra = tmp_path / "checkpoints" / "3" / "extra"
+    extra.mkdir(parents=True)
+    atomic.write_json({"config": trained.to_dict()}, extra / "metadata")
+    given = SimpleNamespace(checkpoint=str(tmp_path), config=None, ema=False, output="videos")
+    assert generate.find_config(given, []) == trained
 
 
 def test_what_is_no_folder_and_no_run_is_named(tmp_path):

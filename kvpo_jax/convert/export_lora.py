@@ -31,9 +31,9 @@ from kvpo_jax.convert.wan_lora_weights import LORA_NAMES, LoRAConfig, abstract_l
 from kvpo_jax.convert.wan_weights import BLOCK_LINEARS, DIFFUSERS_BLOCK, to_official, wan_table
 from kvpo_jax.errors import MissingPackageError, UsageError
 from kvpo_jax.runtime import checkpoint, command, sharding, weight_file
-from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.weight_file import Stored, write_safetensors
+from kvpo_jax.runtime.workdir import has_checkpoint, trained_config
 from kvpo_jax.state import newest_state, policy_of
 
 POLICIES = ("online", "ema", "reference")
@@ -60,12 +60,12 @@ class LoRA:
 
 def from_run(workdir: Path, policy: str) -> LoRA:
     """The LoRA of a policy in a run's newest checkpoint."""
-    for needed in (workdir / "config.json", workdir / "checkpoints"):
-        if not needed.exists():
-            raise UsageError(
-                f"{workdir} is not the directory of a run with checkpoints: there is no {needed}"
-            )
-    config = config_lib.load_saved(workdir / "config.json")
+    if not has_checkpoint(workdir):
+        raise UsageError(
+            f"{workdir} is not the directory of a run with checkpoints: there is none in"
+            f" {workdir / 'checkpoints'}"
+        )
+    config = trained_config(workdir)
     state = newest_state(workdir, config, sharding.make_mesh(1, 1, 1, 1))
     print(f"{policy} policy of {workdir} after iteration {int(state.iteration)}", flush=True)
     lora, model = jax.device_get(policy_of(state, policy)), config.model

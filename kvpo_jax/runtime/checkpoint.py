@@ -22,7 +22,6 @@ import orbax.checkpoint as ocp
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import sharding, sums, weight_file
-from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.types import PyTree
 
 # ---------------------------------------------------------------- train state

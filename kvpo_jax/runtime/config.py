@@ -393,12 +393,13 @@ def _like(name: str, value: Any, default: Any) -> Any:
 
 
 def check_fields(config: ConfigDict, path: Path) -> None:
-    """UsageError if what `path` holds has other fields than configs/tiny.py.
+    """UsageError if what `path` holds has other fields than configs/tiny.py, or of other types.
 
-    It is another version's, or foreign.
+    It is another version's, foreign, or was edited.
     """
-    own = {name for name in flat(config) if not _is_weight(name)}
-    known = {name for name in flat(load(str(shipped(TINY)))) if not _is_weight(name)}
+    fields, defaults = flat(config), flat(load(str(shipped(TINY))))
+    own = {name for name in fields if not _is_weight(name)}
+    known = {name for name in defaults if not _is_weight(name)}
 
     def listed(names: list[str]) -> str:
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -408,6 +409,13 @@ def check_fields(config: ConfigDict, path: Path) -> None:
         raise UsageError(
             f"{path} has other fields than {TINY}, {'; '.join(found)}; correct it or name another"
         )
+    for name, value in fields.items():
+        default = 1.0 if _is_weight(name) else defaults[name]
+        if type(value) is not type(default) and (type(value), type(default)) != (int, float):
+            raise UsageError(
+                f"{path}: {name}={value!r}: expected {type(default).__name__}, as in {default!r}"
+            )
+        _like(name, value, default)
 
 
 def check(config: ConfigDict) -> None:
@@ -525,12 +533,27 @@ def _check_batches(config: ConfigDict) -> None:
             raise UsageError(f"config.{name}={part} does not divide config.{whole_name}={whole}")
 
 
-def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
-    """UsageError if continuing a run of `saved` with `given` would be another run (RESUMABLE)."""
+def another_run(saved: ConfigDict, given: ConfigDict) -> list[str]:
+    """The fields by which a run of `given` is another one than a run of `saved`: not RESUMABLE."""
     before, now = flat(saved), flat(given)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name) and not name.startswith(RESUMABLE):
-            raise UsageError(
-                f"config.{name}: the run was started with {before.get(name)!r}, not with"
-                f" {now.get(name)!r}; continue it with its own configuration or start another run"
-            )
+    names = sorted(before.keys() | now.keys())
+    return [n for n in names if before.get(n) != now.get(n) and not n.startswith(RESUMABLE)]
+
+
+def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
+    """UsageError if continuing a run of `saved` with `given` would be another run."""
+    for name in another_run(saved, given):
+        raise UsageError(
+            f"config.{name}: the run was started with {flat(saved).get(name)!r}, not with"
+            f" {flat(given).get(name)!r}; continue it with its own configuration or start another"
+            " run"
+        )
+
+
+def with_resumable(saved: ConfigDict, given: ConfigDict) -> ConfigDict:
+    """`saved` with the RESUMABLE fields of `given`."""
+    out = saved.copy_and_resolve_references()
+    fields = {n: value for n, value in flat(given).items() if n.startswith(RESUMABLE)}
+    with out.unlocked():
+        out.update_from_flattened_dict(fields)
+    return out.lock()

@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 
 import kvpo_jax
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import sharding, sums
 from kvpo_jax.runtime.atomic import write_json
 from kvpo_jax.runtime.config import (
     PACKAGE,
     TINY,
+    another_run,
     check,
     check_resumable,
     flat,
@@ -34,6 +35,7 @@ from kvpo_jax.runtime.config import (
     override,
     prompts_at_once,
     shipped,
+    with_resumable,
     with_tuples,
 )
 
@@ -49,17 +51,65 @@ def _steps(workdir: Path) -> list[int]:
     return [int(name) for name in names if name.isdigit()]
 
 
-def _checkpoint_config(workdir: Path) -> ConfigDict | None:
-    """The configuration that the newest checkpoint was made with; None if it does not say."""
-    if not (steps := _steps(workdir)):
+def _record(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint and its JSON record; None if there is none, or a damaged one.
+
+    It is read without orbax, because processes may still have to join.
+    """
+    while steps := _steps(workdir):
+        path = workdir / "checkpoints" / str(max(steps))
+        try:
+            record = json.loads((path / "extra" / "metadata").read_text())
+            return path, sums.opened(record) if sums.SEAL in record else record
+        except (OSError, ValueError):
+            if _steps(workdir) == steps:  # else a run has deleted it meanwhile
+                return None  # damage is named when the checkpoint is restored
+    return None
+
+
+def _checkpoint_config(workdir: Path) -> tuple[Path, ConfigDict] | None:
+    """The newest checkpoint, and the configuration that it was made with; None if it has none."""
+    if (found := _record(workdir)) is None or "config" not in found[1]:
         return None
-    # Orbax's JSON item, read without orbax: processes may still have to join.
-    record = workdir / "checkpoints" / str(max(steps)) / "extra" / "metadata"
+    path, record = found
+    return path, from_record(record["config"], path)
+
+
+def trained_config(workdir: Path) -> ConfigDict:
+    """The configuration of a run, to look at what it has trained.
+
+    That of its newest checkpoint, for config.json may have been edited or lost. A line says how it
+    differs. Fields in which a continued run may differ, as where its files are, are config.json's.
+
+    Raises:
+      UsageError: there is no run in `workdir`.
+    """
+    written = workdir / "config.json"
+    if (found := _checkpoint_config(workdir)) is None:
+        return load_saved(written)
+    checkpoint, trained = found
     try:
-        saved = json.loads(record.read_text())["config"]
-    except (OSError, ValueError, KeyError):  # damage is named when the checkpoint is restored
-        return None
-    return from_record(saved, record)
+        saved = load_saved(written) if written.exists() else None
+        fault = f"there is no {written}"
+    except UsageError as error:
+        saved, fault = None, str(error)
+    if saved is None:
+        print(f"{fault}; the configuration of {checkpoint} is taken", flush=True)
+        return trained
+    if names := another_run(trained, saved):
+        now, then = flat(saved), flat(trained)
+        changed = [f"{name}={now.get(name)!r} is not {then.get(name)!r}" for name in names]
+        more = f" and {len(changed) - 3} more" if changed[3:] else ""
+        print(
+            f"{written} was changed, {', '.join(changed[:3])}{more}; the configuration of "
+            f"{checkpoint} is taken",
+            flush=True,
+        )
+    return with_resumable(trained, saved)
+
+
+def _is_run(workdir: Path) -> bool:
+    return (workdir / "config.json").exists() or has_checkpoint(workdir)
 
 
 def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
@@ -75,14 +125,19 @@ def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
     if workdir:
         if Path(workdir).is_file():
             raise UsageError(f"--workdir={workdir} is a file; name a directory")
-        if resume and not (Path(workdir) / "config.json").exists():
+        if resume and not _is_run(Path(workdir)):
             raise UsageError(f"--resume: there is no run in {workdir}")
         return Path(workdir)
     if resume:
-        configs = list(Path("runs").glob("*/config.json"))
-        if not configs:
+        runs = [path for path in Path("runs").glob("*") if _is_run(path)]
+        if not runs:
             raise UsageError(f"--resume: there is no run under {Path('runs').absolute()}")
-        return max(configs, key=lambda file: file.stat().st_mtime).parent
+
+        def started(path: Path) -> float:
+            record = path / "config.json"
+            return (record if record.exists() else path / "checkpoints").stat().st_mtime
+
+        return max(runs, key=started)
     path, _, preset = (spec or TINY).partition(":")
     name = "-".join(
         [Path(path).stem, *([preset] if preset else []), time.strftime("%Y%m%d-%H%M%S")]
@@ -103,8 +158,13 @@ def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) ->
         if (workdir / "config.json").exists():
             saved = load_saved(workdir / "config.json")
         if has_checkpoint(workdir):
-            made_with = _checkpoint_config(workdir) or saved
+            _, made_with = _checkpoint_config(workdir) or (None, saved)
             saved = saved or made_with
+            if saved is None:
+                raise UsageError(
+                    f"{workdir}: its newest checkpoint does not say what it was made with, and"
+                    " there is no config.json; put that of the run back"
+                )
     base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
     config = override(base, arguments)
     check(config)
