@@ -87,7 +87,7 @@ def prompt_batch(
     """
     sentences = tuple(tuple(backbone.prompts(split, start + int(n))) for n in numbers)
     own = sharding.own_prompts(mesh, len(sentences))
-    flat = backbone.embed([s for i in own for s in sentences[i]])
+    flat = sharding.together(lambda: backbone.embed([s for i in own for s in sentences[i]]))
     own_embeddings = flat.reshape(len(own), -1, *flat.shape[1:])
     embeddings = sharding.from_own_prompts(own_embeddings, mesh, len(sentences))
     changed = np.array([[m == 0 or s[m] != s[m - 1] for m in range(len(s))] for s in sentences])

@@ -21,6 +21,10 @@ class DivergedError(NotFiniteError):
     """A policy whose videos or energies are not finite: no reward is at fault."""
 
 
+class SharedError(UsageError):
+    """An error that one of several processes has met, raised on all; the message names both."""
+
+
 class MissingPackageError(UsageError, ImportError):
     """A package that an extra installs; the message names the extra."""
 

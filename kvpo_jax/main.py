@@ -16,7 +16,7 @@ from absl import flags
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import command, sharding, workdir
 from kvpo_jax.runtime.config import prompts_at_once
-from kvpo_jax.runtime.process import STOPPED
+from kvpo_jax.runtime.process import STOPPED, ending_together
 from kvpo_jax.runtime.progress import legend
 
 __doc__ = f"{__doc__}\nThe words in the line of an iteration:\n\n{legend()}\n"
@@ -42,17 +42,18 @@ def main(arguments: list[str]) -> None:
         backbone.check_files(config)
         if distributed is not None:
             join(distributed)
-        command.use_compilation_cache()
-        fitted = fitting.fitted(config)
-        # What cannot work is an error before the run directory is made.
-        equipment = run.load(fitted)
-        run.eligible_pivots(fitted, equipment.backbone.to_pixel)
-        with workdir.locked(directory):
-            if sharding.is_main():
-                workdir.start_run(config, directory, prompts_at_once(fitted))
-                print(f"run directory: {directory}", flush=True)
-            if train.train(equipment, directory, given.profile) is None:
-                sys.exit(STOPPED)
+        with ending_together():
+            command.use_compilation_cache()
+            fitted = fitting.fitted(config)
+            # What cannot work is an error before the run directory is made.
+            equipment = run.load(fitted)
+            run.eligible_pivots(fitted, equipment.backbone.to_pixel)
+            with workdir.locked(directory):
+                if sharding.is_main():
+                    workdir.start_run(config, directory, prompts_at_once(fitted))
+                    print(f"run directory: {directory}", flush=True)
+                if train.train(equipment, directory, given.profile) is None:
+                    sys.exit(STOPPED)
     except (UsageError, OSError) as error:
         command.fail(error)
 

@@ -253,7 +253,8 @@ def test_gradients_are_summed_over_the_devices_once(tmp_path):
 EXCHANGE = """
 import os, sys
 import jax, numpy as np
-from kvpo_jax.runtime import sharding
+from kvpo_jax.errors import SharedError
+from kvpo_jax.runtime import sharding, sums
 flags = [argument.partition("=")[2] for argument in sys.argv[1:]]
 flags = (flags[0], int(flags[1]), int(flags[2])) if flags else (None, None, None)
 jax.distributed.initialize(**sharding.distributed_arguments(os.environ, *flags))
@@ -270,6 +271,10 @@ for data, branch in ((4, 2), (2, 4), (8, 1), (1, 8)):
     rows = sharding.from_own_prompts(table[own], mesh, 8)
     np.testing.assert_array_equal(sharding.own_part(rows), table[own])
     assert rows.shape == table.shape
+    placed = sharding.place(table, mesh, sharding.TRAJECTORIES)
+    assert sums.of_arrays({"x": placed, "y": sharding.place(table, mesh)}) == {
+        name: sums.of_bytes(table.astype(placed.dtype)) for name in "xy"
+    }
 last = jax.process_index() == 3
 assert sharding.any_process(last) and not sharding.any_process(False)
 assert sharding.is_main() == (jax.process_index() == 0)
@@ -278,12 +283,20 @@ def infinite():
     if last:
         raise FloatingPointError("this one")
 
-try:
-    sharding.gather(infinite, mesh)
-except FloatingPointError as error:
-    assert ("this one" in str(error)) == last
-else:
-    raise AssertionError
+def broken():
+    if last:
+        raise RuntimeError("broken")
+
+for compute, kind, message in (
+    (infinite, FloatingPointError, "process 3 of 4: FloatingPointError: this one"),
+    (broken, SharedError, "process 3 of 4: RuntimeError: broken"),
+):
+    try:
+        sharding.gather(compute, mesh)
+    except kind as error:
+        assert str(error) == message, error
+    else:
+        raise AssertionError
 for wrong in ((2, 2), (1, 4)):
     try:
         sharding.make_mesh(*wrong, 8, 8)
@@ -299,6 +312,42 @@ for wrong in ((2, 2), (1, 4)):
 def test_four_processes_exchange_what_is_theirs(tmp_path, launcher):
     """On meshes in which a process has rows, columns or a rectangle."""
     finish(start(launcher, tmp_path, 4, 2, ["-c", EXCHANGE]))
+
+
+ALONE = """
+import os, sys, time
+import jax
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import process, sharding
+failing, kind, *flags = sys.argv[1:]
+flags = [flag.partition("=")[2] for flag in flags]
+jax.distributed.initialize(
+    **sharding.distributed_arguments(os.environ, flags[0], int(flags[1]), int(flags[2]))
+)
+with process.ending_together():
+    sharding.any_process(False)
+    print("began", flush=True)
+    if jax.process_index() == int(failing):
+        raise {"usage": UsageError, "other": RuntimeError}[kind]("the disk is gone")
+    sharding.any_process(False)  # waits for the other
+"""
+
+
+@pytest.mark.parametrize("failing, kind", [(0, "usage"), (1, "other")])
+def test_an_error_that_one_process_meets_alone_ends_all(tmp_path, failing, kind):
+    """Within seconds and with status 1, while the other waits for it; both say why."""
+    processes = start("flags", tmp_path, 2, 1, ["-c", ALONE, f"{failing}", kind])
+    while not all("began" in text_of(process) for process in processes):
+        assert all(process.poll() in (None, 1) for process in processes), text_of(processes[0])
+        time.sleep(0.05)
+    begin = time.monotonic()
+    finish(processes, 1)
+    assert time.monotonic() - begin < 15
+    texts = [text_of(process) for process in processes]
+    said = {"usage": "the disk is gone", "other": "RuntimeError: the disk is gone"}[kind]
+    assert f"error: {said}\n" in texts[failing]
+    assert f"error: process {failing} has failed, {said}\n" in texts[1 - failing]
+    assert [text.count("Traceback") for text in texts].count(1) == (kind == "other")
 
 
 @pytest.fixture(scope="module")
@@ -397,3 +446,28 @@ def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
     for row, expected in zip(lines(two), lines(one), strict=True):
         assert row == pytest.approx(expected, rel=1000 * tolerance, abs=tolerance)
     assert (two / "report" / "before_after.png").exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_a_scorer_on_one_process_ends_both_and_loses_nothing(weights, tmp_path):
+    """At its ninth call, after those for the reference's held-out videos and for an iteration."""
+    reward = weights.with_name("failing_colour.py")
+    reward.write_text(
+        f"{REWARD}\nimport jax\ncalls, score_well = 0, score\n\n\ndef score(pixels, prompts):\n"
+        "    global calls\n    calls += 1\n    if calls == 9 and jax.process_index() == 1:\n"
+        "        raise ValueError('the reward server is gone')\n"
+        "    return score_well(pixels, prompts)\n"
+    )
+    workdir = tmp_path / "run"
+    fields = {"reward.scorer": "failing_colour:score", "train.checkpoint_every": 100}
+    command = ["-m", "kvpo_jax.main", f"--workdir={workdir}", *arguments(weights, 2, 1)]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    processes = start("flags", tmp_path, 2, 1, command, weights.parent)
+    finish(processes, 1)
+    for process in processes:
+        last = text_of(process).strip().splitlines()[-1]
+        assert last == "error: process 1 of 2: ValueError: the reward server is gone"
+    done = len(lines(workdir))
+    assert done >= 1
+    config = make_config(weights, 1, 1)
+    assert saved_state(workdir, config).iteration == done

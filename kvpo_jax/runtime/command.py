@@ -82,6 +82,11 @@ def fail(error: UsageError | OSError) -> NoReturn:
     Any other exception is a fault of a program, of this one or of somebody's scorer, and keeps its
     traceback.
     """
+    sys.exit(f"error: {in_a_line(error)}")
+
+
+def in_a_line(error: UsageError | OSError) -> str:
+    """What is wrong, and where it happened."""
     notes = getattr(error, "__notes__", ())
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         message = f"{error.filename}: {error.strerror}"
@@ -89,7 +94,7 @@ def fail(error: UsageError | OSError) -> NoReturn:
         message = str(error.args[0])
     else:
         message = str(error)
-    sys.exit(f"error: {': '.join([*notes, message])}")
+    return ": ".join([*notes, message])
 
 
 def use_compilation_cache() -> None:

@@ -1,19 +1,25 @@
-"""The life of a training process: when it stops, what it saves then, where its seconds go."""
+"""The life of a training process: when it stops, what it saves then, how several of them end, where
+its seconds go.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from kvpo_jax.runtime import sharding
+from kvpo_jax.errors import SharedError, UsageError
+from kvpo_jax.runtime import command, sharding
 
 STOPPED = 75  # exit status of a run that was stopped and can be continued: "try again" in sysexits
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -44,12 +50,12 @@ def saved_on_error(checkpoints: ocp.CheckpointManager, save: Callable[[], None])
 
     Every way out waits for the save under way, which would be lost otherwise. An error that one of
     several processes has alone saves nothing, because all of them have to take part in a save;
-    a value that is not finite is seen by all.
+    a value that is not finite is seen by all, and so is a SharedError.
     """
     try:
         yield
     except Exception as error:
-        if jax.process_count() == 1 or isinstance(error, FloatingPointError):
+        if jax.process_count() == 1 or isinstance(error, FloatingPointError | SharedError):
             try:
                 save()
             except Exception as failure:
@@ -88,6 +94,72 @@ def stop_signal() -> Iterator[threading.Event]:
         for number, handler in previous.items():
             # None is the handler of jax.distributed, which is not Python's.
             signal.signal(number, handler or signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------- several processes
+
+FAILED = "kvpo_jax/failed"  # a key of JAX's coordination service, and a barrier
+GRACE = 10_000  # ms that a process which ends waits for the others to see why
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Ends every process of a run within seconds of an error that one of them meets.
+
+    The others may wait for it in an operation over all devices, where no exception reaches them,
+    and it would wait for them as it leaves: 300 s, the timeout of JAX's shutdown. So the one that
+    fails leaves a word in JAX's coordination service, where all look once a second. They end with
+    status 1. A save under way is complete by then, for `saved_on_error` waits for it.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    client = ocp.multihost.get_jax_distributed_client()
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(client, done), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except SystemExit:  # stopped, which all of them are
+        raise
+    except BaseException as error:
+        if done.is_set():  # another has failed and left, which is what has failed here
+            watcher.join()
+        done.set()
+        if isinstance(error, UsageError | OSError):
+            what = command.in_a_line(error)
+        else:
+            what = f"{type(error).__name__}: {error}"
+            traceback.print_exception(error)
+        with suppress(jax.errors.JaxRuntimeError):  # another was faster
+            client.key_value_set(FAILED, f"process {jax.process_index()} has failed, {what}")
+        _end(client, what)
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _watch(client: Any, done: threading.Event) -> None:
+    """Ends this process once another has left a word."""
+    while not done.wait(1.0):
+        with suppress(jax.errors.JaxRuntimeError):  # there is none yet
+            what = client.key_value_try_get(FAILED)
+            done.set()
+            _end(client, what)
+
+
+def _end(client: Any, what: str) -> None:
+    """Ends this process with status 1, as soon as the others know that they have to end too."""
+    print(f"error: {what}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    with suppress(jax.errors.JaxRuntimeError):  # one does not come: it was killed
+        client.wait_at_barrier(FAILED, GRACE)
+    if sharding.is_main():
+        time.sleep(1)  # the service ends with it, and JAX ends those who are still there by SIGABRT
+    os._exit(1)  # no exit handlers: they would wait for the others
+
+
+# ---------------------------------------------------------------- seconds
 
 
 class Clock:

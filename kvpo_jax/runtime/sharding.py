@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from einops import rearrange
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import NotFiniteError, SharedError, UsageError
 from kvpo_jax.types import Array, KVCache, PyTree, ReplayTuples, TextKV
 
 # Any, because specs stand where a struct has arrays.
@@ -184,6 +185,7 @@ def branches_of(x: Array, mesh: Mesh, branches: int) -> Array:
 # and the index set by Kubernetes.
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 INDEXED_POD = "JOB_COMPLETION_INDEX"
+SAID = 500  # bytes of an error that the other processes are told
 
 
 def distributed_arguments(
@@ -276,21 +278,49 @@ def whole(x: Array | np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(x, tiled=True)
 
 
+def together(compute: Callable[[], PyTree]) -> PyTree:
+    """What `compute` makes of this process's part; its error is one on all, so that none waits.
+
+    Every process has to ask.
+
+    Raises:
+      NotFiniteError: a process has met a FloatingPointError.
+      SharedError: a process has met another error; if that is no UsageError or OSError, it prints
+        its traceback. On one process alone the error is raised as it is.
+    """
+    result, error = None, None
+    try:
+        result = compute()
+    except Exception as raised:
+        if jax.process_count() == 1:
+            raise
+        error = raised
+    if jax.process_count() == 1:
+        return result
+    kind = 0 if error is None else 2 if isinstance(error, FloatingPointError) else 1
+    kinds = multihost_utils.process_allgather(np.asarray(kind))
+    if not np.any(kinds):
+        return result
+    if error is not None and not isinstance(error, UsageError | OSError):
+        traceback.print_exception(error)
+    text = str(error) if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
+    content = np.frombuffer(text.encode()[:SAID].ljust(SAID), np.uint8)
+    first = int(np.argmax(kinds > 0))
+    said = bytes(multihost_utils.process_allgather(content)[first]).decode(errors="replace")
+    raise (NotFiniteError if kinds[first] == 2 else SharedError)(
+        f"process {first} of {jax.process_count()}: {said.strip()}"
+    ) from error
+
+
 def gather(compute: Callable[[], PyTree], mesh: Mesh) -> PyTree:
     """Joins what `compute` makes of each process's part: float[P, G] or float[P], on every process.
 
-    If several processes hold a prompt, what depends on it alone is taken from the first of them. A
-    FloatingPointError on one process becomes one on all, so that none waits for another.
+    If several processes hold a prompt, what depends on it alone is taken from the first of them.
+
+    Raises:
+      Exception: see `together`.
     """
-    own = error = None
-    try:
-        own = compute()
-    except FloatingPointError as raised:
-        error = raised
-    if any_process(error is not None):
-        raise error or FloatingPointError(
-            "another process met a number that is not finite, and names it"
-        )
+    own = together(compute)
     processes = _processes(mesh)
 
     def join(x: np.ndarray) -> Array:  # [processes, ...]
