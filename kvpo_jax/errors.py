@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -51,6 +51,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
     best = max(names, key=resemblance, default="")
     return f"; did you mean {best!r}?" if best and resemblance(best)[0] > 0.6 else ""
+
+
+def shortened(items: Sequence[object], most: int = 5) -> str:
+    """The first of them, and how many more there are: "a, b and 7 more"."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(map(str, items[:most])) + more
 
 
 class Registry(dict[str, T], Generic[T]):

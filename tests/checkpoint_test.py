@@ -185,8 +185,8 @@ def test_a_flipped_bit_of_any_leaf_is_an_error_that_names_it(tmp_path):
             with pytest.raises(UsageError) as error:
                 checkpoint.restore_latest(checkpoints, train_state(0.0))
         assert str(error.value) == (
-            f"checkpoint {tmp_path / '2'} cannot be read (ValueError: {name} is not what was "
-            "saved); if it is damaged, delete it to continue from 1"
+            f"checkpoint {tmp_path / '2'} cannot be read (ValueError: not what was saved: "
+            f"{name}); if it is damaged, delete it to continue from 1"
         )
 
 
@@ -220,7 +220,7 @@ def test_flipped_bits_on_disk_never_become_other_numbers(tmp_path):
         else:
             assert (step, extra) == (2, {"config": {"seed": 7}})
             assert_bitwise_equal(tree, numbers)
-    assert any("w is not what was saved" in error for error in noticed)
+    assert any("not what was saved: w)" in error for error in noticed)
 
 
 def test_a_changed_record_is_an_error(tmp_path):

@@ -83,11 +83,37 @@ def test_a_cut_line_goes_even_if_its_iteration_is_not_repeated(tmp_path):
     assert iterations(path) == [0]
 
 
-def test_a_damaged_line_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "damage", [b"nonsense", b"\xff\xfe\x00", b"[]", b"{}", b'{"iteration": "2"}', b"null", b""]
+)
+def test_damaged_lines_are_put_aside_and_named_and_the_run_goes_on(tmp_path, capsys, damage):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 0}\nnonsense\n')
-    with pytest.raises(ValueError, match=r"metrics.jsonl:2 has no metrics of an iteration"):
-        metrics.MetricWriter(tmp_path, first_iteration=1)
+    path.write_bytes(b'{"iteration": 0}\n' + damage + b'\n{"iteration": 2}\n')
+    writer = metrics.MetricWriter(tmp_path, first_iteration=3)
+    writer.write_scalars(3, {})
+    writer.close()
+    assert iterations(path) == [0, 2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
+    said = [f"{path}: damaged lines, put into metrics.jsonl.damaged: 2"]
+    assert capsys.readouterr().out.splitlines() == [*said, f"{path}: missing iterations: 1"]
+
+
+def test_gaps_and_repetitions_are_said(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    text = "".join(f'{{"iteration": {i}}}\n' for i in (0, 1, 1, 4, 11, 20))
+    path.write_text(text)
+    metrics.JsonlWriter(path, first_step=12).close()
+    assert iterations(path) == [0, 1, 1, 4, 11]
+    missing = "missing iterations: 2, 3, 5, 6, 7 and 3 more"
+    twice = "iterations that are there more than once: 1"
+    assert capsys.readouterr().out == f"{path}: {missing}\n{path}: {twice}\n"
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.JsonlWriter(path, first_step=2).close()
+    assert capsys.readouterr().out == f"{path}: missing iterations: 0, 1\n"
+    for first_step in (0, 2):  # nothing to say of a new run, or of one that is whole
+        path.write_text('{"iteration": 0}\n{"iteration": 1}\n{"iteration": 2, "rew')
+        metrics.JsonlWriter(path, first_step).close()
+        assert capsys.readouterr().out == ""
 
 
 KILLED = """

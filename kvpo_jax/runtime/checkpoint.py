@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import UsageError, shortened
 from kvpo_jax.runtime import sharding, sums, weight_file
 from kvpo_jax.types import PyTree
 
@@ -155,8 +155,7 @@ def _without_sums(record: Mapping[str, Any], tree: PyTree, where: str) -> dict[s
     extra = sums.opened(record)
     saved, found = extra.pop(LEAVES), sums.of_arrays(_named(tree))
     if changed := [name for name in found if saved.get(name) != found[name]]:
-        more = f" and {len(changed) - 1} more leaves are" if changed[1:] else " is"
-        raise ValueError(f"{changed[0]}{more} not what was saved")
+        raise ValueError(f"not what was saved: {shortened(changed)}")
     return extra
 
 
@@ -288,11 +287,5 @@ def _check_same(where: str, saved: Mapping[str, str], wanted: Mapping[str, str])
             if saved.get(n, wanted[n]) != wanted[n]
         ],
     }
-    found = [
-        f"{kind}: {', '.join(names[:5])}"
-        + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-        for kind, names in faults.items()
-        if names
-    ]
-    if found:
+    if found := [f"{kind}: {shortened(names)}" for kind, names in faults.items() if names]:
         raise UsageError(f"{where}: {'; '.join(found)}")

@@ -23,7 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from kvpo_jax.algorithm import flow, objective, replay, routing
-from kvpo_jax.errors import UsageError, nearest
+from kvpo_jax.errors import UsageError, nearest, shortened
 from kvpo_jax.models import attention, layers, wan
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -401,11 +401,8 @@ def check_fields(config: ConfigDict, path: Path) -> None:
     own = {name for name in fields if not _is_weight(name)}
     known = {name for name in defaults if not _is_weight(name)}
 
-    def listed(names: list[str]) -> str:
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
     faults = {"missing": sorted(known - own), "unknown": sorted(own - known)}
-    if found := [f"{kind}: {listed(names)}" for kind, names in faults.items() if names]:
+    if found := [f"{kind}: {shortened(names)}" for kind, names in faults.items() if names]:
         raise UsageError(
             f"{path} has other fields than {TINY}, {'; '.join(found)}; correct it or name another"
         )

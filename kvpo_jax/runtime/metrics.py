@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 from kvpo_jax.algorithm import objective
-from kvpo_jax.errors import DivergedError, NotFiniteError, UsageError
+from kvpo_jax.errors import DivergedError, NotFiniteError, shortened
 from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.runtime.doctor import Doctor
 from kvpo_jax.runtime.pictures import sheet
@@ -117,11 +117,12 @@ class JsonlWriter:
       path: the file; its folder exists.
       first_step: the step that this process begins with. A continued run repeats the steps after
         its checkpoint: what an earlier process wrote of them is dropped, as is a last line that a
-        kill has cut short.
+        kill has cut short. It is said which of the steps before are missing or there twice; a
+        damaged line is put aside.
     """
 
     def __init__(self, path: Path, first_step: int = 0):
-        _truncate(path, first_step)
+        _cut(path, first_step)
         self._file = path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -141,19 +142,39 @@ class JsonlWriter:
         self._file.close()
 
 
-def _truncate(path: Path, first_step: int) -> None:
-    """Drops the lines from `first_step` on, and one that a kill has cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
-        try:
-            if line.endswith("\n") and json.loads(line)["iteration"] < first_step:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{path}:{number} has no metrics of an iteration: {error}") from error
+def _cut(path: Path, first_step: int) -> None:
+    """Leaves whole lines of the steps before `first_step`, and says what is wrong with them."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    steps = [_step_of(line) for line in lines]
+    before = [step for step in steps if step is not None and step < first_step]
+    damaged = [number for number, step in enumerate(steps, 1) if step is None]
+    missing, found = sorted(set(range(first_step)) - set(before)), Counter(before)
+    twice = sorted(step for step, count in found.items() if count > 1)
+    aside = path.with_name(f"{path.name}.damaged")
+    for what, which in (
+        (f"damaged lines, put into {aside.name}", damaged),
+        ("missing iterations", missing),
+        ("iterations that are there more than once", twice),
+    ):
+        if which:
+            print(f"{path}: {what}: {shortened(which)}", flush=True)
+    if damaged:
+        with aside.open("ab") as file:
+            file.writelines(lines[number - 1] for number in damaged)
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+        kept = zip(lines, steps, strict=True)
+        temporary.write_bytes(b"".join(x for x, step in kept if step in found))
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None if it is damaged."""
+    try:
+        step = json.loads(line)["iteration"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return step if type(step) is int and step >= 0 else None
 
 
 class TensorboardXWriter:

@@ -19,7 +19,7 @@ import jax
 from ml_collections import ConfigDict
 
 import kvpo_jax
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import UsageError, shortened
 from kvpo_jax.runtime import sharding, sums
 from kvpo_jax.runtime.atomic import write_json
 from kvpo_jax.runtime.config import (
@@ -99,12 +99,8 @@ def trained_config(workdir: Path) -> ConfigDict:
     if names := another_run(trained, saved):
         now, then = flat(saved), flat(trained)
         changed = [f"{name}={now.get(name)!r} is not {then.get(name)!r}" for name in names]
-        more = f" and {len(changed) - 3} more" if changed[3:] else ""
-        print(
-            f"{written} was changed, {', '.join(changed[:3])}{more}; the configuration of "
-            f"{checkpoint} is taken",
-            flush=True,
-        )
+        change = f"{written} was changed, {shortened(changed)}"
+        print(f"{change}; the configuration of {checkpoint} is taken", flush=True)
     return with_resumable(trained, saved)
 
 
