@@ -440,3 +440,16 @@ def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
             raise UsageError(
                 f"config.{name}={fields[name]}: there is no such file; it is made by {made_by}"
             )
+
+
+def files_read(config: ml_collections.ConfigDict) -> dict[str, Path]:
+    """What a run's numbers depend on beside its configuration, by what names it there.
+
+    The files and folders of FILES, and the modules of scorers "module:function".
+    """
+    fields = config_lib.flat(config)
+    files = {f"config.{name}": Path(fields[name]) for name in FILES if fields[name]}
+    if config.backbone == "toy" and not config.weights:
+        files["config.weights"] = TOY_WEIGHTS
+    modules = scorers.sources(f"{config.reward.scorer},{config.eval.scorer}")
+    return files | {f"scorer {name}": path for name, path in modules.items()}

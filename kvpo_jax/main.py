@@ -50,7 +50,8 @@ def main(arguments: list[str]) -> None:
             run.eligible_pivots(fitted, equipment.backbone.to_pixel)
             with workdir.locked(directory):
                 if sharding.is_main():
-                    workdir.start_run(config, directory, prompts_at_once(fitted))
+                    at_once = prompts_at_once(fitted)
+                    workdir.start_run(config, directory, equipment.files, at_once)
                     print(f"run directory: {directory}", flush=True)
                 if train.train(equipment, directory, given.profile) is None:
                     sys.exit(STOPPED)

@@ -20,7 +20,7 @@ from kvpo_jax.errors import UsageError
 from kvpo_jax.programs import Programs
 from kvpo_jax.rewards import composite
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import sharding, sums
 from kvpo_jax.types import PyTree
 
 
@@ -43,6 +43,13 @@ class Run:
     params: PyTree
     programs: Programs
     decoder: VideoDecoder
+
+    @functools.cached_property
+    def files(self) -> dict[str, str]:
+        """What names it -> the checksum of every file that the run's numbers depend on."""
+        return {
+            name: sums.of_path(path) for name, path in backbone_lib.files_read(self.config).items()
+        }
 
     def variables(self, lora: PyTree) -> PyTree:
         """What the programs take as the policy with this LoRA tree."""

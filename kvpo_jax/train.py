@@ -319,7 +319,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             return evaluate(run, lora)
 
     def save(state: TrainState) -> None:
-        extra = {"seconds": clock.seconds, "config": config.to_dict()}
+        extra = {"seconds": clock.seconds, "config": config.to_dict(), "files": run.files}
         checkpoint.save(checkpoints, int(state.iteration), state, extra)
 
     def save_good() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -394,6 +395,58 @@ def test_a_run_is_looked_at_with_the_configuration_of_its_checkpoint(tmp_path, c
     (tmp_path / "config.json").write_text('{"seed": 6')
     assert workdir_lib.trained_config(tmp_path) == trained
     assert "config.json is not a saved configuration: " in capsys.readouterr().out
+
+
+def test_a_file_that_has_changed_since_the_checkpoint_is_said(tmp_path, capsys):
+    config = overridden("--config.weights=/new/w", "--config.paths.vae=/v")
+    files = {"config.weights": "aa", "config.paths.vae": "bb", "scorer mine:score": "cc"}
+    workdir_lib.start_run(config, tmp_path, {"config.weights": "00"})
+    write_checkpoint(tmp_path, 7, sums.sealed({"config": config.to_dict(), "files": files}))
+    capsys.readouterr()
+    workdir_lib.start_run(config, tmp_path, files)
+    assert capsys.readouterr().out == ""
+    assert json.loads((tmp_path / "files.json").read_text()) == files
+    changed = {"config.weights": "a1", "scorer mine:score": "c1", "config.paths.lora": "dd"}
+    for _ in range(2):  # until a checkpoint is made with them
+        workdir_lib.start_run(config, tmp_path, changed)
+        since = f"has changed since {tmp_path / 'checkpoints' / '7'}: its checksum was"
+        assert capsys.readouterr().out.splitlines() == [
+            f"config.weights=/new/w {since} aa and is a1",
+            f"scorer mine:score {since} cc and is c1",
+        ]
+
+
+def test_which_files_a_run_depends_on(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine_for_files.py").write_text("def score(pixels, prompts): ...")
+    config = overridden(
+        "--config.reward.scorer=motion,mine_for_files:score", "--config.paths.vae=v"
+    )
+    assert backbone_lib.files_read(config) == {
+        "config.weights": backbone_lib.TOY_WEIGHTS,
+        "config.paths.vae": Path("v"),
+        "scorer mine_for_files:score": tmp_path / "mine_for_files.py",
+    }
+
+
+def test_a_run_is_finished_if_its_summary_is_of_its_last_checkpoint(tmp_path):
+    config = overridden("--config.train.iterations=7")
+    summary = {"iterations": 7, "eval": config.eval.to_dict()}
+    assert workdir_lib.finished(config, tmp_path) is None
+    atomic.write_json(summary, tmp_path / "summary.json")
+    assert workdir_lib.finished(config, tmp_path) is None  # there is no checkpoint
+    write_checkpoint(tmp_path, 7, {})
+    assert workdir_lib.finished(config, tmp_path) == summary
+    longer = overridden("--config.train.iterations=8")
+    wider = overridden("--config.train.iterations=7", "--config.eval.prompts=16")
+    assert workdir_lib.finished(longer, tmp_path) is None
+    assert workdir_lib.finished(wider, tmp_path) is None
+    write_checkpoint(tmp_path, 8, {})  # continued, and killed before its evaluation
+    assert workdir_lib.finished(config, tmp_path) is None
+    assert workdir_lib.finished(longer, tmp_path) is None
+    for damaged in ("{", "[]", '{"iterations": "8", "eval": {}}', "{}"):
+        (tmp_path / "summary.json").write_text(damaged)
+        assert workdir_lib.finished(longer, tmp_path) is None
 
 
 def test_a_checkpoint_without_any_configuration_is_not_continued_with_another(tmp_path):

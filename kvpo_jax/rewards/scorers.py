@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -135,6 +136,13 @@ def _checked(name: str, scores: Any, clips: int) -> dict[str, Array]:
             raise UsageError(f"reward {name}: {component} is of type {array.dtype}, {expected}")
         checked[component] = array
     return checked
+
+
+def sources(names: str) -> dict[str, Path]:
+    """ "module:function" -> the file of its module, for those in a list that have one."""
+    own = [name for name in names_of(names) if name not in SCORERS]
+    files = {name: importlib.import_module(name.partition(":")[0]).__file__ for name in own}
+    return {name: Path(file) for name, file in files.items() if file is not None}
 
 
 def _loader(name: str) -> Callable[[Paths], Scorer]:

@@ -10,9 +10,10 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -197,15 +198,32 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def start_run(config: ConfigDict, workdir: Path, at_once: int | None = None) -> None:
-    """Writes config.json and versions.json, and prints how a continued run differs from them.
+def start_run(
+    config: ConfigDict,
+    workdir: Path,
+    files: Mapping[str, str] = MappingProxyType({}),
+    at_once: int | None = None,
+) -> None:
+    """Writes config.json, versions.json and files.json, and prints how a continued run differs.
 
     Args:
       config: as it was asked for.
-      workdir: the run directory.
+      workdir: the run directory; it is made if it does not exist.
+      files: what names it -> checksum of every file that is read. A run that is continued compares
+        them with those of its newest checkpoint.
       at_once: prompts at a time, if the devices have chosen; None: as the config says.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint, saved = _record(workdir) or (None, {})
+    for name, before in saved.get("files", {}).items():
+        if files.get(name, before) != before:
+            field = flat(config).get(name.removeprefix("config."))
+            print(
+                f"{name}{f'={field}' if field else ''} has changed since {checkpoint}: its checksum"
+                f" was {before} and is {files[name]}",
+                flush=True,
+            )
+    write_json(dict(files), workdir / "files.json")
     now_versions = {**versions(), "prompts_at_once": at_once or prompts_at_once(config)}
     for record, now, what in (
         (workdir / "config.json", config.to_dict(), "continued with another configuration"),
