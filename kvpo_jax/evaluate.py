@@ -11,7 +11,8 @@ as training does: a clip in the middle of every segment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.rewards import composite, scorers, video_files
 from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import command, progress, sharding, statistics
+from kvpo_jax.runtime import command, progress, sharding, statistics, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
-from kvpo_jax.runtime.atomic import write_json
-from kvpo_jax.runtime.pictures import PICTURED, before_after
+from kvpo_jax.runtime.atomic import replacing, write_json
+from kvpo_jax.runtime.pictures import PICTURED, before_after, frames_of
 from kvpo_jax.state import newest_state, policy_of
 from kvpo_jax.types import Array, PromptBatch, PyTree
 
@@ -115,6 +116,66 @@ class _Scores:
         return rewards | watched
 
 
+def kept_reference(run: Run, workdir: Path, make: Callable[[], Heldout]) -> Heldout:
+    """The evaluation of the reference policy, which a run keeps in WORKDIR/reference.npz.
+
+    It is made anew where what it depends on is not the same: configuration, files, versions,
+    devices. Of pixels the file has the frames that a picture shows; the others are zero then.
+
+    Args:
+      run: of the evaluation.
+      workdir: the run directory.
+      make: evaluates the reference policy.
+    """
+    seen = {
+        name: value
+        for name, value in config_lib.flat(run.config).items()
+        if name.startswith("eval.") or not name.startswith(config_lib.RESUMABLE)
+    }
+    made_of = sums.of_json([seen, run.files, dict(run.mesh.shape), workdir_lib.versions()])
+    path = workdir / "reference.npz"
+    kept = _load_heldout(path, made_of)
+    if not sharding.any_process(kept is None):
+        assert kept is not None
+        return kept
+    made = make()
+    if sharding.is_main():
+        _save_heldout(path, made_of, made, _switches(run))
+    return made
+
+
+def _save_heldout(path: Path, made_of: str, made: Heldout, switches: Sequence[int]) -> None:
+    frames = frames_of(made.pixels[0], switches)
+    arrays: dict[str, Any] = {
+        "made_of": np.asarray(made_of),
+        "reward": made.reward,
+        "shape": np.asarray(made.pixels.shape),
+        "frames": frames,
+        "pixels": made.pixels[:, frames],
+        **{f"component {name}": x for name, x in made.components.items()},
+    }
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _load_heldout(path: Path, made_of: str) -> Heldout | None:
+    """What `_save_heldout` wrote; None if it is of something else, or damaged."""
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        if str(arrays["made_of"]) != made_of:
+            return None
+        pixels = np.zeros(arrays["shape"], arrays["pixels"].dtype)
+        pixels[:, arrays["frames"]] = arrays["pixels"]
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+        return None
+    start = "component "
+    components = {
+        name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)
+    }
+    return Heldout(pixels, arrays["reward"], components)
+
+
 def heldout_metrics(reference: Heldout, online: Heldout, ema: Heldout) -> dict[str, float]:
     """The mean held-out rewards of the three policies, as metrics.jsonl has them."""
     return {
@@ -124,8 +185,17 @@ def heldout_metrics(reference: Heldout, online: Heldout, ema: Heldout) -> dict[s
     }
 
 
+def _switches(run: Run) -> list[int]:
+    """The pixel frames at which prompts switch."""
+    return [run.backbone.to_pixel(frame) for frame in run.config.video.switch_frames]
+
+
 def finish(
-    run: Run, workdir: Path, results: Mapping[str, Heldout], seconds: Mapping[str, float]
+    run: Run,
+    workdir: Path,
+    results: Mapping[str, Heldout],
+    seconds: Mapping[str, float],
+    iterations: int,
 ) -> dict[str, Any]:
     """Leaves summary.json and report/before_after.png in `workdir`, and prints the final table.
 
@@ -134,6 +204,7 @@ def finish(
       workdir: the run directory.
       results: of the policies "reference", "online" and "ema".
       seconds: what they were spent on, with "total".
+      iterations: how many have been made.
 
     Returns:
       The summary.
@@ -149,12 +220,14 @@ def finish(
             reference.reward, online.reward, results["ema"].reward
         ),
         "components": components,
+        "iterations": iterations,
+        "eval": run.config.eval.to_dict(),
         "seconds": dict(seconds),
     }
     picture = workdir / "report" / "before_after.png"
     before_after(
         [run.backbone.prompts("heldout", i) for i in shown],
-        [run.backbone.to_pixel(frame) for frame in run.config.video.switch_frames],
+        _switches(run),
         {"before": reference.pixels[: len(shown)], "after": online.pixels[: len(shown)]},
         {"before": reference.reward, "after": online.reward},
         picture,
@@ -173,8 +246,19 @@ def print_table(results: Mapping[str, Heldout]) -> None:
         policy: {"reward": result.reward, **result.components} for policy, result in results.items()
     }
     count = len(next(iter(results.values())).reward)
-    title = f"held-out prompt sequences: {count}, with the same noise for every policy"
-    progress.table(title, *statistics.heldout_table(rewards))
+    progress.table(_title(count), *statistics.heldout_table(rewards))
+
+
+def print_finished(workdir: Path, summary: Mapping[str, Any]) -> None:
+    """Says that a run has nothing left to do, and prints the table that it ended with."""
+    done = summary["iterations"]
+    print(f"{workdir}: finished; iteration {done} of {done} is done", flush=True)
+    progress.table(_title(summary["heldout"]["num_prompts"]), *statistics.summary_table(summary))
+    print("\nto go on, raise --config.train.iterations", flush=True)
+
+
+def _title(count: int) -> str:
+    return f"held-out prompt sequences: {count}, with the same noise for every policy"
 
 
 # ---------------------------------------------------------------- the command

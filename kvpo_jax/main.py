@@ -37,12 +37,16 @@ def main(arguments: list[str]) -> None:
         config = workdir.resolve(given.config, directory, arguments[1:])
 
         # These take seconds that a mistyped flag should not.
-        from kvpo_jax import backbone, fitting, run, train
+        from kvpo_jax import backbone, evaluate, fitting, run, train
 
         backbone.check_files(config)
         if distributed is not None:
             join(distributed)
         with ending_together():
+            if (summary := workdir.finished(config, directory)) is not None:
+                if sharding.is_main():
+                    evaluate.print_finished(directory, summary)
+                return
             command.use_compilation_cache()
             fitted = fitting.fitted(config)
             # What cannot work is an error before the run directory is made.

@@ -10,6 +10,7 @@ improve   steps 1 to 5    one iteration
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from kvpo_jax import fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys, objective
 from kvpo_jax.errors import DivergedError
-from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics
+from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics, kept_reference
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, sharding
@@ -330,7 +331,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
     online = ema = None  # evaluations of the state's policies, if there are any
     good = state  # the last state whose update was finite and that has not failed to make videos
     with stop_signal() as stop, saved_on_error(checkpoints, save_good):
-        before = evaluation(state.reference)
+        before = kept_reference(run, workdir, partial(evaluation, state.reference))
         trace = workdir / "profile" if profile else None
         for iteration in until_stopped(first, iterations, stop, trace):
             before_good, good = good, state
@@ -364,4 +365,6 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
 
     online, ema = online or evaluation(state.lora), ema or evaluation(state.ema)
     results = {"reference": before, "online": online, "ema": ema}
-    return finish(run, workdir, results, clock.seconds) if recorder else {}
+    if not recorder:
+        return {}
+    return finish(run, workdir, results, clock.seconds, int(state.iteration))

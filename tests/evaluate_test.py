@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equipment import configure
 
 from kvpo_jax import evaluate, generate
 from kvpo_jax import run as run_lib
@@ -16,7 +17,7 @@ from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.rewards import motion, scorers, toy, video_files
-from kvpo_jax.runtime import checkpoint
+from kvpo_jax.runtime import checkpoint, pictures
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.config import wan_config
@@ -174,6 +175,52 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
         ValueError, match="paths.lora=/elsewhere/lora.safetensors: there is no such file"
     ):
         evaluate.evaluate_run(tmp_path, here[:2])
+
+
+def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_path):
+    """Bit for bit, and made again if anything that it depends on is another."""
+    file = tmp_path / "vae"  # one that the toy does not read
+    file.write_text("a")
+    rng, made = np.random.default_rng(0), []
+
+    def make():
+        pixels = rng.normal(size=(2, 36, 8, 8, 3)).astype(np.float32)
+        components = {"VQ": rng.normal(size=4).astype(np.float32), "a/b": rng.normal(size=4)}
+        made.append(evaluate.Heldout(pixels, rng.normal(size=4), components))
+        return made[-1]
+
+    def kept(**fields):
+        named = {name.replace("__", "."): value for name, value in fields.items()}
+        run = run_lib.load(configure("configs/tiny.py", {"paths.vae": file, **named}))
+        return evaluate.kept_reference(run, tmp_path / "run", make)
+
+    (tmp_path / "run").mkdir()
+    first = kept()
+    again = kept(train__iterations=99, train__keep=1)
+    assert len(made) == 1
+    assert again.reward.tobytes() == first.reward.tobytes()
+    assert again.components.keys() == first.components.keys()
+    for name, value in first.components.items():
+        assert again.components[name].tobytes() == value.tobytes()
+    run = run_lib.load(configure("configs/tiny.py", {}))
+    shown = pictures.frames_of(first.pixels[0], run.config.video.switch_frames)
+    assert again.pixels.shape == first.pixels.shape
+    assert again.pixels[:, shown].tobytes() == first.pixels[:, shown].tobytes()
+
+    content = bytearray((tmp_path / "run" / "reference.npz").read_bytes())
+    content[len(content) // 2] ^= 1  # inside the pixels
+    for number, change in enumerate(
+        (
+            lambda: kept(seed=1),
+            lambda: kept(eval__prompts=16),
+            lambda: kept(mesh__data=1),
+            lambda: (tmp_path / "run" / "reference.npz").write_bytes(content) and kept(),
+            lambda: file.write_text("b") and kept(),
+        ),
+        start=2,
+    ):
+        change()
+        assert len(made) == number
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 traceback.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import kvpo_jax
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
+from kvpo_jax.runtime.statistics import heldout_summary
 
 ROOT = Path(kvpo_jax.__file__).resolve().parents[1]
 
@@ -107,6 +110,33 @@ def test_what_a_run_stumbles_over_is_one_line_and_may_be_corrected(tmp_path):
     assert done.stderr.count("\n") == 1
     corrected = workdir_lib.resolve("configs/tiny.py", tmp_path / "w", ["--config.seed=4"])
     assert (corrected.seed, corrected.weights) == (4, "")
+
+
+def test_a_finished_run_says_so_and_shows_its_table(tmp_path):
+    """In the time that it takes to start, and with nothing in the directory changed."""
+    config = config_lib.load("configs/tiny.py")
+    record = tmp_path / "w" / "checkpoints" / f"{config.train.iterations}" / "extra" / "metadata"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"config": config.to_dict()}))
+    heldout = heldout_summary(*(np.arange(4) * x for x in (1.0, 2.0, 3.0)))
+    components = {policy: {"VQ": 0.25} for policy in ("reference", "online", "ema")}
+    summary = {"heldout": heldout, "components": components}
+    summary |= {"iterations": config.train.iterations, "eval": config.eval.to_dict()}
+    (tmp_path / "w" / "summary.json").write_text(json.dumps(summary))
+    done = run("--workdir=w", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "w: finished; iteration 40 of 40 is done"
+    assert lines[1].startswith("held-out prompt sequences: 4, with")
+    online = next(line for line in lines if line.startswith("online"))
+    assert online.split()[:4] == ["online", "3.0000", "0.2500", "+1.5000"]
+    assert lines[-1] == "to go on, raise --config.train.iterations"
+    assert sorted(path.name for path in (tmp_path / "w").iterdir()) == [
+        "checkpoints",
+        "summary.json",
+    ]
+    longer = run("--workdir=w", "--config.train.iterations=41", cwd=tmp_path)
+    assert "checkpoints/40 cannot be read" in longer.stderr  # which this one has to do
 
 
 @pytest.mark.parametrize(

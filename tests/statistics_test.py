@@ -25,16 +25,19 @@ def test_heldout_summary_by_hand():
     reference = np.asarray([0.0, 0.0, 0.0])
     online = np.asarray([1.0, 2.0, 3.0])  # gain 2, half-width 4.303 * 1 / sqrt(3) = 2.484
     summary = statistics.heldout_summary(reference, online, online / 2)
-    interval = summary.pop("gain_ci95")
+    interval, ema_interval = summary.pop("gain_ci95"), summary.pop("ema_gain_ci95")
     assert summary == {
         "reference": 0.0,
         "online": 2.0,
         "ema": 1.0,
         "gain": 2.0,
         "win_rate": 1.0,
+        "ema_gain": 1.0,
+        "ema_win_rate": 1.0,
         "num_prompts": 3,
     }
     np.testing.assert_allclose(interval, [2 - 2.484, 2 + 2.484], atol=1e-3)
+    np.testing.assert_allclose(ema_interval, [1 - 1.242, 1 + 1.242], atol=1e-3)
     assert statistics.show_interval(interval) == "[-0.4841, +4.4841]"
     assert all(type(x) is float for x in interval)
 
@@ -69,6 +72,15 @@ def test_heldout_table():
             ["EMA", "-0.5000", "-1.0000", "-1.0000", "[-1.0000, -1.0000]", "0%"],
         ],
     )
+    rng = np.random.default_rng(0)
+    random = {
+        policy: {"reward": rng.normal(size=5), "VQ": rng.normal(size=5)}
+        for policy in ("reference", "online", "ema")
+    }
+    of_reward = statistics.heldout_summary(*(values["reward"] for values in random.values()))
+    components = {policy: {"VQ": float(np.mean(values["VQ"]))} for policy, values in random.items()}
+    summary = json.loads(json.dumps({"heldout": of_reward, "components": components}))
+    assert statistics.summary_table(summary) == statistics.heldout_table(random)
     one = {name: {"reward": np.asarray([x])} for name, x in (("reference", 1.0), ("online", 2.0))}
     assert statistics.heldout_table(one)[1][1] == ["online", "2.0000", "+1.0000", "-", "100%"]
 

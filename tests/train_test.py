@@ -114,6 +114,9 @@ def test_run_leaves_what_other_tools_read(uninterrupted):
         "gain",
         "gain_ci95",
         "win_rate",
+        "ema_gain",
+        "ema_gain_ci95",
+        "ema_win_rate",
         "num_prompts",
     }
     assert summary["heldout"]["num_prompts"] == config.eval.prompts

@@ -32,7 +32,7 @@ def before_after(
       path: the PNG; its folder is made.
     """
     begins = np.asarray([0, *switch_frames])
-    frames = np.union1d(_shown(clips["before"][0]), begins)
+    frames = frames_of(clips["before"][0], switch_frames)
     tile = _tile(clips["before"][0, 0])
     # A wider gap where the prompt switches.
     x = (
@@ -107,6 +107,11 @@ def sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
             (margin, 26 + row * (tile.height + 4) + tile.height // 2), label, INK, font, anchor="lm"
         )
     return sheet
+
+
+def frames_of(clip: np.ndarray, switch_frames: Sequence[int]) -> np.ndarray:
+    """Indices of the frames of a clip that `before_after` shows."""
+    return np.union1d(_shown(clip), [0, *switch_frames])
 
 
 def _shown(clip: np.ndarray) -> np.ndarray:

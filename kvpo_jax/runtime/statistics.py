@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +18,11 @@ def heldout_summary(
 
     Returns:
       Their mean rewards; `gain` of online over reference with its interval `gain_ci95`, see
-      `paired_gain`; `win_rate` of online; `num_prompts`.
+      `paired_gain`; `win_rate` of online; the same of the average, `ema_gain` and so on;
+      `num_prompts`.
     """
     gain, interval = paired_gain(reference, online)
+    ema_gain, ema_interval = paired_gain(reference, ema)
     return {
         "reference": float(np.mean(reference)),
         "online": float(np.mean(online)),
@@ -27,6 +30,9 @@ def heldout_summary(
         "gain": gain,
         "gain_ci95": interval,
         "win_rate": win_rate(reference, online),
+        "ema_gain": ema_gain,
+        "ema_gain_ci95": ema_interval,
+        "ema_win_rate": win_rate(reference, ema),
         "num_prompts": len(reference),
     }
 
@@ -75,16 +81,51 @@ def heldout_table(
       rewards: policy -> column -> float[n], for the same n prompts and noise. The first policy is
         the one that the others are compared with, the first column the reward that the gain is of.
     """
-    first, *_ = rewards
+    first, *others = rewards
     columns = list(rewards[first])
+    means = {
+        policy: {column: float(np.mean(values[column])) for column in columns}
+        for policy, values in rewards.items()
+    }
+    before, gains = rewards[first][columns[0]], {}
+    for policy in others:
+        after = rewards[policy][columns[0]]
+        gains[policy] = (*paired_gain(before, after), win_rate(before, after))
+    return _table(means, gains)
+
+
+def summary_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Makes the table that a run ended with from what its summary.json holds."""
+    heldout, components = summary["heldout"], summary["components"]
+    means = {
+        policy: {"reward": heldout[policy], **components[policy]}
+        for policy in ("reference", "online", "ema")
+    }
+    gains = {
+        policy: tuple(heldout[f"{of}{what}"] for what in ("gain", "gain_ci95", "win_rate"))
+        for policy, of in (("online", ""), ("ema", "ema_"))
+    }
+    return _table(means, gains)
+
+
+def _table(
+    means: Mapping[str, Mapping[str, float]], gains: Mapping[str, tuple[Any, ...]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of policies, the first of which has no gain.
+
+    Args:
+      means: policy -> column -> mean.
+      gains: policy -> gain over the first, its interval, win rate.
+    """
+    first, *_ = means
     rows = []
-    for policy, values in rewards.items():
-        row = [policy, *(f"{np.mean(values[column]):.4f}" for column in columns)]
-        before, after = rewards[first][columns[0]], values[columns[0]]
-        gain, interval = paired_gain(before, after)
-        compared = [f"{gain:+.4f}", show_interval(interval), f"{win_rate(before, after):.0%}"]
-        rows.append([*row, *(["", "", ""] if policy == first else compared)])
-    return ["policy", *columns, f"gain over {first}", "95 % interval", "win rate"], rows
+    for policy, values in means.items():
+        compared = ["", "", ""]
+        if policy in gains:
+            gain, interval, wins = gains[policy]
+            compared = [f"{gain:+.4f}", show_interval(interval), f"{wins:.0%}"]
+        rows.append([policy, *(f"{value:.4f}" for value in values.values()), *compared])
+    return ["policy", *means[first], f"gain over {first}", "95 % interval", "win rate"], rows
 
 
 def _differences(reference: np.ndarray, policy: np.ndarray) -> np.ndarray:

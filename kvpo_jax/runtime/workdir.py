@@ -237,6 +237,21 @@ def start_run(
         write_json(now, record)
 
 
+def finished(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
+    """What summary.json holds, if the run has nothing left to do.
+
+    That is so if it is of the newest checkpoint, which has config.train.iterations, and of the same
+    held-out evaluation.
+    """
+    try:
+        summary = json.loads((workdir / "summary.json").read_text())
+        done, evaluated = summary["iterations"], with_tuples(summary["eval"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or not a whole one
+        return None
+    whole = done == max(_steps(workdir), default=0) and done >= config.train.iterations
+    return summary if whole and evaluated == config.eval.to_dict() else None
+
+
 def versions() -> dict[str, Any]:
     """What this run's numbers depend on besides its configuration."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
