@@ -320,6 +320,10 @@ def test_run_directories(tmp_path, monkeypatch):
     workdir_lib.start_run(TINY, newer)
     os.utime(newer / "config.json", (2e9, 2e9))
     assert workdir_lib.run_directory(None, None, resume=True) == newer
+    (first / "config.json").unlink()
+    assert workdir_lib.run_directory(None, str(first), resume=True) == first
+    with pytest.raises(UsageError, match="has checkpoints and no config.json; --resume continues"):
+        workdir_lib.run_directory(None, str(first), resume=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--workdir=file is a file; name a directory"):
         workdir_lib.run_directory(None, "file", resume=False)

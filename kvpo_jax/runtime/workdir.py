@@ -124,6 +124,11 @@ def run_directory(spec: str | None, workdir: str | None, resume: bool) -> Path:
             raise UsageError(f"--workdir={workdir} is a file; name a directory")
         if resume and not _is_run(Path(workdir)):
             raise UsageError(f"--resume: there is no run in {workdir}")
+        if not resume and has_checkpoint(where) and not (where / "config.json").exists():
+            raise UsageError(
+                f"{workdir} has checkpoints and no config.json; --resume continues the run that the"
+                " newest of them was made with"
+            )
         return Path(workdir)
     if resume:
         runs = [path for path in Path("runs").glob("*") if _is_run(path)]
