@@ -281,10 +281,23 @@ def test_a_reader_goes_on_to_the_newer_checkpoint_if_a_run_deletes_its_own(tmp_p
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ocp.CheckpointManager, "restore", overtaken)
             step, tree, _ = checkpoint.read_latest(tmp_path, like)
+        opened, times = checkpoint.reader, []
+
+        def vanished(directory):  # as it is opened
+            times.append(1)
+            if len(times) == 1:
+                checkpoint.save(checkpoints, 3, train_state(2), {})
+                checkpoints.wait_until_finished()
+                raise FileNotFoundError(f"{directory}/2")
+            return opened(directory)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "reader", vanished)
+            assert checkpoint.read_latest(tmp_path, like)[0] == 3
     assert step == 2
     assert_bitwise_equal(tree, train_state(2))
-    flip(tmp_path / "2" / "state" / "_METADATA", 0)
-    with pytest.raises(UsageError, match="2 cannot be read"):  # and not for ever
+    flip(tmp_path / "3" / "state" / "_METADATA", 0)
+    with pytest.raises(UsageError, match="3 cannot be read"):  # and not for ever
         checkpoint.read_latest(tmp_path, like)
 
 

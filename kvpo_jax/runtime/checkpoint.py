@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -133,17 +134,16 @@ def restore_latest(
 def read_latest(directory: Path | str, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
     """`restore_latest` of a run that may be under way.
 
-    If the run deletes the checkpoint that is being read, the newer one is read instead.
+    If the run deletes or saves a checkpoint meanwhile and the reading fails, it is tried again.
     """
-    with reader(directory) as checkpoints:
-        while True:
-            step = checkpoints.latest_step()
-            try:
+    while True:
+        files = list(os.walk(directory))
+        try:
+            with reader(directory) as checkpoints:
                 return restore_latest(checkpoints, like)
-            except UsageError:
-                checkpoints.reload()
-                if checkpoints.latest_step() == step:
-                    raise
+        except (UsageError, OSError):
+            if list(os.walk(directory)) == files:
+                raise
 
 
 def _without_sums(record: Mapping[str, Any], tree: PyTree, where: str) -> dict[str, Any]:
