@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import sharding, weight_file
 from kvpo_jax.types import Array
 
 WHOLE = 2**26  # bytes; of a larger file only the ends are read
@@ -71,13 +71,15 @@ def opened(record: Mapping[str, Any]) -> dict[str, Any]:
 def of_path(path: Path | str) -> str:
     """The sum of a file, or of the names and files in a folder.
 
-    Of a file above 64 MiB it is that of its size, its first and its last MiB: the beginning of a
-    safetensors file has the names and shapes of its tensors, and what the converter notes of them.
+    Of weights it is that of their tensors (`weight_file.sums_of`). Of another file above 64 MiB it
+    is that of its size, its first and its last MiB.
     """
     path = Path(path)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return of_json([[str(file.relative_to(path)), of_path(file)] for file in files])
+    if path.suffix == ".safetensors":
+        return weight_file.sums_of(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= WHOLE:
