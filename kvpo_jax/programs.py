@@ -365,10 +365,8 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
         means = {name: share * mean for name, mean in diagnostics.means().items()}
         counted = jnp.sum(diagnostics.gate > 0)
         of_energies = jax.grad(lambda e: jnp.sum(group_losses(e, experience)[0]))(current)
-        pull_of_prompt = objective.gradient_scale(of_energies, current)
-        return Gradient(of_lora, counted, {"loss": value, **means}), Replayed(
-            current, pull_of_prompt
-        )
+        weight = objective.prompt_weight(of_energies)
+        return Gradient(of_lora, counted, {"loss": value, **means}), Replayed(current, weight)
 
     return run
 

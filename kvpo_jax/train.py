@@ -207,7 +207,7 @@ def explore_and_learn(
         del rolled  # the latents; the experience keeps what the replay needs
         total, replayed = learn(run, state.lora, experience, batch.sentences, total)
         old = replayed.energies if on_policy else experience.energies_old
-        group = Group(judged, old, replayed.gradient_scale, batch.sentences)
+        group = Group(judged, old, replayed.weight, batch.sentences)
         if config.train.epochs == 1:
             return total, group, None
         return total, group, experience.replace(energies_old=old, on_policy=np.asarray(False))

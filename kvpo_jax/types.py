@@ -237,12 +237,11 @@ class Replayed(struct.PyTreeNode):
 
     Attributes:
       energies: float[P, G] of Eq. 5.
-      gradient_scale: float[P], about how large the gradient of each prompt is, see
-        `objective.gradient_scale`.
+      weight: float[P], how much say each prompt has in the update, see `objective.prompt_weight`.
     """
 
     energies: Array
-    gradient_scale: Array
+    weight: Array
 
 
 class Gradient(struct.PyTreeNode):

@@ -12,8 +12,8 @@ from kvpo_jax.runtime.metrics import Group, group_metrics
 from kvpo_jax.types import Judged, Scores
 
 HEALTHY = {
-    "gradient_prompts": 4,
-    "gradient_share_max": 0.4,
+    "prompts_with_weight": 4,
+    "prompt_weight_max": 0.4,
     "pixel_std_in_group": 0.01,
     "reward_std_in_group": 0.01,
     "gate_open": 0.5,
@@ -46,7 +46,7 @@ def test_a_healthy_run_has_no_trouble(config):
 @pytest.mark.parametrize(
     "name, fields, count, advice",
     [
-        ("one prompt", {"gradient_share_max": 0.6}, 1, "train.prompts_per_iteration"),
+        ("one prompt", {"prompt_weight_max": 0.6}, 1, "train.prompts_per_iteration"),
         (
             "identical branches",
             {"pixel_std_in_group": 0.0, "reward_std_in_group": 0.0},
@@ -70,14 +70,14 @@ def test_each_trouble_has_a_name_and_advice(config, name, fields, count, advice)
 
 @pytest.mark.parametrize("prompts, share, named", [(2, 0.99, 0), (3, 0.6, 0), (3, 0.7, 1)])
 def test_of_few_prompts_one_may_have_most_of_the_gradient(config, prompts, share, named):
-    row = rows(1, gradient_prompts=prompts, gradient_share_max=share)
+    row = rows(1, prompts_with_weight=prompts, prompt_weight_max=share)
     assert len(diagnose(config, row)) == named
 
 
 def test_the_unit_of_a_group_is_named_as_the_cause(config):
     config = config_lib.override(config, ["--config.objective.tau_unit=group_std"])
-    found = diagnose(config, rows(1, gradient_share_max=0.78))
-    assert "78% of the gradient" in found["one prompt"] and "running_std" in found["one prompt"]
+    found = diagnose(config, rows(1, prompt_weight_max=0.78))
+    assert "78% of the weight" in found["one prompt"] and "running_std" in found["one prompt"]
 
 
 def test_a_closed_gate_of_the_release_still_lets_half_through(config):

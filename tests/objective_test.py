@@ -149,11 +149,26 @@ def test_a_spread_below_the_rounding_is_none():
         assert bool(anchored[1] > 1) == (advantage > 0)
 
 
-def test_the_scale_of_a_gradient_by_hand():
-    """dL/dE = (3, 4) at E = (1, 4): sqrt(9 + 64). It says which prompt owns the update."""
-    assert objective.gradient_scale(jnp.array([[3.0, 4.0]]), jnp.array([[1.0, 4.0]])) == (
-        pytest.approx([73**0.5])
-    )
+def test_the_weight_of_a_prompt_goes_as_the_inverse_of_the_unit(section):
+    """|dL/dE| of two groups with spreads 1 and 4 and the same advantages: alone they weigh 4 to 1,
+    in the common unit 1 to 1.
+    """
+    energies = jnp.array([[0.0, 2.0], [0.0, 8.0]])
+    advantages = jnp.array([1.0, -1.0])
+
+    def weights(unit):
+        section.tau_unit = unit
+
+        def loss(e):
+            return objective.loss(section, e, e, e, advantages, True, 2.5, True)[0]
+
+        return objective.prompt_weight(jax.vmap(jax.grad(loss))(energies))
+
+    one, other = weights("group_std")
+    assert one / other == pytest.approx(4, rel=1e-5)
+    one, other = weights("running_std")
+    assert one == pytest.approx(2**0.5 / (2 * section.tau * 2.5), rel=1e-5)
+    assert one / other == pytest.approx(1, rel=1e-5)
 
 
 def test_temperature():

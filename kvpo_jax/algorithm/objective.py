@@ -333,13 +333,12 @@ def effective_kl_strength(energies_old: Array, tau: Array, beta: float) -> Array
     return beta * group_std(energies_old) / tau
 
 
-def gradient_scale(of_energies: Array, energies: Array) -> Array:
-    """About how large a prompt's gradient is, against that of other prompts, float[P].
+def prompt_weight(of_energies: Array) -> Array:
+    """How much say each prompt has in the update, float[P]: |dL/dE| of dL/dE float[P, G].
 
-    dE_g/dtheta is a sum over residuals v - u, whose size goes as sqrt(E_g), times Jacobians that
-    are taken to be alike. `of_energies` is dL/dE float[P, G].
+    With the unit of a group alone it goes as the inverse of the group's spread.
     """
-    return jnp.sqrt(jnp.sum(jnp.square(of_energies) * energies, axis=-1))
+    return jnp.linalg.norm(of_energies, axis=-1)
 
 
 # ---------------------------------------------------------------- what the trainer calls

@@ -40,10 +40,10 @@ def diagnose(
             "the branches differ but their rewards do not, or by their rounding alone: nothing to"
             " learn from. Is the reward saturated?"
         )
-    prompts, share = row["gradient_prompts"], row["gradient_share_max"]
+    prompts, share = row["prompts_with_weight"], row["prompt_weight_max"]
     if prompts > 2 and share > max(0.5, 2 / prompts):
         found["one prompt"] = (
-            f"one of {prompts:.0f} prompts has about {share:.0%} of the gradient. "
+            f"one of {prompts:.0f} prompts has {share:.0%} of the weight in the gradient. "
             + (
                 "Its energies are the least distinguishable: try objective.tau_unit=running_std"
                 if config.objective.tau_unit == "group_std"

@@ -38,13 +38,13 @@ class Group(struct.PyTreeNode):
     Attributes:
       judged: rewards, gates and pictures of its P groups.
       energies: float[P, G], of the old policy.
-      gradient_scale: float[P], about how large the gradient of each prompt is.
+      weight: float[P], how much say each prompt has in the update.
       sentences: P sequences (static).
     """
 
     judged: Judged
     energies: Array
-    gradient_scale: Array
+    weight: Array
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
 
 
@@ -70,9 +70,9 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     batches = [of_batch(group) for group in groups]
     metrics = {name: float(np.mean([batch[name] for batch in batches])) for name in batches[0]}
-    scale = np.concatenate([np.asarray(group.gradient_scale) for group in groups])
-    metrics["gradient_prompts"] = int(np.sum(scale > 0))
-    metrics["gradient_share_max"] = float(scale.max() / (scale.sum() or 1.0))
+    weight = np.concatenate([np.asarray(group.weight) for group in groups])
+    metrics["prompts_with_weight"] = int(np.sum(weight > 0))
+    metrics["prompt_weight_max"] = float(weight.max() / (weight.sum() or 1.0))
     return metrics
 
 
