@@ -25,6 +25,10 @@ class SharedError(UsageError):
     """An error that one of several processes has met, raised on all; the message names both."""
 
 
+class SaveError(UsageError):
+    """A checkpoint that cannot be saved; the message names it, the reason and the last good one."""
+
+
 class MissingPackageError(UsageError, ImportError):
     """A package that an extra installs; the message names the extra."""
 

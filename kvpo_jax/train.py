@@ -350,6 +350,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             record |= {f"seconds_{name}": value for name, value in clock.lap().items()}
             if recorder:
                 recorder.record(iteration, record, groups)
+            checkpoint.look_after(checkpoints)
             if last or done % config.train.checkpoint_every == 0:
                 save(state)
         if int(state.iteration) < iterations:

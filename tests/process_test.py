@@ -5,6 +5,7 @@ import signal
 
 import pytest
 
+from kvpo_jax.errors import SaveError
 from kvpo_jax.runtime.process import STOP_SIGNALS, saved_on_error, stop_signal
 
 
@@ -81,3 +82,11 @@ def test_an_error_in_the_save_does_not_hide_the_first_one():
         with saved_on_error(Checkpoints(), full):
             raise RuntimeError("scorer")
     assert "could not be saved either (no space left)" in raised.value.__notes__[0]
+
+
+def test_a_save_that_has_failed_is_not_made_again():
+    saved, checkpoints = [], Checkpoints()
+    with pytest.raises(SaveError, match="no room"):
+        with saved_on_error(checkpoints, lambda: saved.append(1)):
+            raise SaveError("no room")
+    assert not saved and checkpoints.waited == 1

@@ -8,6 +8,7 @@ missing, left over or of another shape is an error.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from kvpo_jax.errors import UsageError, shortened
+from kvpo_jax.errors import SaveError, UsageError, shortened
 from kvpo_jax.runtime import sharding, sums, weight_file
 from kvpo_jax.types import PyTree
 
@@ -68,6 +69,7 @@ def save(
     read back: where nothing can be read, that is an error now, and not when the run is continued.
 
     Raises:
+      SaveError: this save, or the one before, has failed.
       UsageError: what was saved first cannot be read (see `restore_latest`).
     """
     if step in checkpoints.all_steps():
@@ -75,17 +77,38 @@ def save(
     first = checkpoints.latest_step() is None
     record = sums.sealed({**extra, LEAVES: sums.of_arrays(_named(tree))})
     state, extra_item = ocp.args.StandardSave(tree), ocp.args.JsonSave(record)
-    checkpoints.save(step, args=ocp.args.Composite(state=state, extra=extra_item))
+    with _writable(checkpoints):
+        checkpoints.save(step, args=ocp.args.Composite(state=state, extra=extra_item))
     if first:
         restore_latest(checkpoints, tree)
 
 
 def forget_after(checkpoints: ocp.CheckpointManager, step: int) -> None:
     """Deletes the checkpoints of later steps than `step`."""
-    checkpoints.wait_until_finished()
+    wait(checkpoints)
     for later in checkpoints.all_steps():
         if later > step:
             checkpoints.delete(later)
+
+
+def look_after(checkpoints: ocp.CheckpointManager) -> None:
+    """Looks whether the newest save has ended, without waiting for it.
+
+    Raises:
+      SaveError: it has failed.
+    """
+    if not checkpoints.is_saving_in_progress():
+        wait(checkpoints)
+
+
+def wait(checkpoints: ocp.CheckpointManager) -> None:
+    """Waits for the save under way.
+
+    Raises:
+      SaveError: it has failed.
+    """
+    with _writable(checkpoints):
+        checkpoints.wait_until_finished()
 
 
 def restore_latest(
@@ -102,7 +125,7 @@ def restore_latest(
       UsageError: the saved state has other leaves, shapes or dtypes, cannot be read, or is not what
         was saved; the message names the checkpoint, and the leaves or the checkpoint before it.
     """
-    checkpoints.wait_until_finished()
+    wait(checkpoints)
     step = checkpoints.latest_step()
     if step is None:
         return None
@@ -157,6 +180,38 @@ def _without_sums(record: Mapping[str, Any], tree: PyTree, where: str) -> dict[s
     if changed := [name for name in found if saved.get(name) != found[name]]:
         raise ValueError(f"not what was saved: {shortened(changed)}")
     return extra
+
+
+@contextlib.contextmanager
+def _writable(checkpoints: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns an error of a save, of which orbax makes hundreds of lines, into one line that names
+    the reason, the checkpoint and the last good one.
+    """
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # of the machine, not of the disk
+    except Exception as error:
+        names = [path.name for path in Path(checkpoints.directory).glob("[0-9]*")]
+        whole = [int(name) for name in names if name.isdigit()]
+        begun = {int(name.partition(".")[0]) for name in names} - set(whole)
+        failed = f"checkpoint {max(begun)}" if begun else "a checkpoint"
+        last = f"the last good one is {max(whole)}" if whole else "there is none before it"
+        raise SaveError(
+            f"{failed} cannot be saved in {checkpoints.directory}: {_reason(error)}; {last};"
+            f" mend that, and continue with --workdir={Path(checkpoints.directory).parent}"
+        ) from error
+
+
+# What keeps a file from being written.
+_REASONS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+def _reason(error: Exception) -> str:
+    """Why nothing could be written; tensorstore only quotes the system's words."""
+    known = (reason for reason in map(os.strerror, _REASONS) if reason in str(error))
+    cause = f"{type(error).__name__}: {error}"
+    return next(known, textwrap.shorten(cause, 300, placeholder=" ..."))
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from kvpo_jax.errors import SharedError, UsageError
-from kvpo_jax.runtime import command, sharding
+from kvpo_jax.errors import SaveError, SharedError, UsageError
+from kvpo_jax.runtime import checkpoint, command, sharding
 
 STOPPED = 75  # exit status of a run that was stopped and can be continued: "try again" in sysexits
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -54,6 +54,8 @@ def saved_on_error(checkpoints: ocp.CheckpointManager, save: Callable[[], None])
     """
     try:
         yield
+    except SaveError:
+        raise  # another save would fail as this one has
     except Exception as error:
         if jax.process_count() == 1 or isinstance(error, FloatingPointError | SharedError):
             try:
@@ -62,7 +64,7 @@ def saved_on_error(checkpoints: ocp.CheckpointManager, save: Callable[[], None])
                 error.add_note(f"the last good state could not be saved either ({failure})")
         raise
     finally:
-        checkpoints.wait_until_finished()
+        checkpoint.wait(checkpoints)
 
 
 @contextmanager
