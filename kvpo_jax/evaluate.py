@@ -315,22 +315,18 @@ OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "output
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    try:
-        if bool(given.workdir) == bool(given.videos):
-            raise UsageError("give either --workdir or --videos")
-        if given.workdir:
-            if useless := [f"--{name}" for name in OF_VIDEOS if given[name].present]:
-                raise UsageError(
-                    f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE "
-                    "says"
-                )
-            evaluate_run(Path(given.workdir), arguments[1:])
-        elif arguments[1:]:
-            raise UsageError(f"unexpected argument {arguments[1]!r}")
-        else:
-            evaluate_videos(given)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    if bool(given.workdir) == bool(given.videos):
+        raise UsageError("give either --workdir or --videos")
+    if given.workdir:
+        if useless := [f"--{name}" for name in OF_VIDEOS if given[name].present]:
+            raise UsageError(
+                f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE says"
+            )
+        evaluate_run(Path(given.workdir), arguments[1:])
+    elif arguments[1:]:
+        raise UsageError(f"unexpected argument {arguments[1]!r}")
+    else:
+        evaluate_videos(given)
 
 
 def define_flags() -> None:

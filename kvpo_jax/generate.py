@@ -304,29 +304,26 @@ def frames_of(given: flags.FlagValues, config: ml_collections.ConfigDict) -> int
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    try:
-        config = find_config(given, arguments[1:])
-        videos = find_videos(given, config)
-        command.use_compilation_cache()
-        checkpoint = Path(given.checkpoint) if given.checkpoint else None
-        checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
-        run, variables = load_run(config, checkpoint, given.lora, given.ema)
-        blocks = frames_of(given, config) // config.video.block_frames
-        for index, (sentences, switch_frames) in enumerate(videos):
-            if sentences:
-                sentence_at = sentence_schedule(sentences, switch_frames)
-            else:
-                sentence_at = typed(iter(sys.stdin))
-            speaker = Speaker(run, variables, sentence_at)
-            number = np.zeros(1, np.int32)
-            noise = keys.NoiseKey(keys.draw_key(given.seed, "heldout", index), number)
-            latents = (x for x, _ in stream(run, variables, speaker, noise, blocks))
-            name = name_of(index, len(videos), sentences[0] if sentences else "interactive")
-            file = Path(given.output) / name
-            write_video(run, file, latents, blocks, speaker)
-            print(f"wrote {file}", flush=True)
-    except (UsageError, OSError) as error:  # a sentence that cannot be encoded, a full disk, ...
-        command.fail(error)
+    config = find_config(given, arguments[1:])
+    videos = find_videos(given, config)
+    command.use_compilation_cache()
+    checkpoint = Path(given.checkpoint) if given.checkpoint else None
+    checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
+    run, variables = load_run(config, checkpoint, given.lora, given.ema)
+    blocks = frames_of(given, config) // config.video.block_frames
+    for index, (sentences, switch_frames) in enumerate(videos):
+        if sentences:
+            sentence_at = sentence_schedule(sentences, switch_frames)
+        else:
+            sentence_at = typed(iter(sys.stdin))
+        speaker = Speaker(run, variables, sentence_at)
+        number = np.zeros(1, np.int32)
+        noise = keys.NoiseKey(keys.draw_key(given.seed, "heldout", index), number)
+        latents = (x for x, _ in stream(run, variables, speaker, noise, blocks))
+        name = name_of(index, len(videos), sentences[0] if sentences else "interactive")
+        file = Path(given.output) / name
+        write_video(run, file, latents, blocks, speaker)
+        print(f"wrote {file}", flush=True)
 
 
 def define_flags() -> None:

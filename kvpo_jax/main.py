@@ -25,42 +25,37 @@ __doc__ = f"{__doc__}\nThe words in the line of an iteration:\n\n{legend()}\n"
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    try:
-        distributed = sharding.distributed_arguments(
-            os.environ, given.coordinator, given.num_processes, given.process_id
-        )
-        if distributed is not None and not given.workdir:
-            raise UsageError(
-                "several processes need --workdir=DIR, a directory that all of them see"
-            )
-        directory = workdir.run_directory(given.config, given.workdir, given.resume)
-        config = workdir.resolve(given.config, directory, arguments[1:])
+    distributed = sharding.distributed_arguments(
+        os.environ, given.coordinator, given.num_processes, given.process_id
+    )
+    if distributed is not None and not given.workdir:
+        raise UsageError("several processes need --workdir=DIR, a directory that all of them see")
+    directory = workdir.run_directory(given.config, given.workdir, given.resume)
+    config = workdir.resolve(given.config, directory, arguments[1:])
 
-        # These take seconds that a mistyped flag should not.
-        from kvpo_jax import backbone, evaluate, fitting, run, train
+    # These take seconds that a mistyped flag should not.
+    from kvpo_jax import backbone, evaluate, fitting, run, train
 
-        backbone.check_files(config)
-        if distributed is not None:
-            join(distributed)
-        with ending_together():
-            if (summary := workdir.finished(config, directory)) is not None:
-                if sharding.is_main():
-                    evaluate.print_finished(directory, summary)
-                return
-            command.use_compilation_cache()
-            fitted = fitting.fitted(config)
-            # What cannot work is an error before the run directory is made.
-            equipment = run.load(fitted)
-            run.eligible_pivots(fitted, equipment.backbone.to_pixel)
-            with workdir.locked(directory):
-                if sharding.is_main():
-                    at_once = prompts_at_once(fitted)
-                    workdir.start_run(config, directory, equipment.files, at_once)
-                    print(f"run directory: {directory}", flush=True)
-                if train.train(equipment, directory, given.profile) is None:
-                    sys.exit(STOPPED)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    backbone.check_files(config)
+    if distributed is not None:
+        join(distributed)
+    with ending_together():
+        if (summary := workdir.finished(config, directory)) is not None:
+            if sharding.is_main():
+                evaluate.print_finished(directory, summary)
+            return
+        command.use_compilation_cache()
+        fitted = fitting.fitted(config)
+        # What cannot work is an error before the run directory is made.
+        equipment = run.load(fitted)
+        run.eligible_pivots(fitted, equipment.backbone.to_pixel)
+        with workdir.locked(directory):
+            if sharding.is_main():
+                at_once = prompts_at_once(fitted)
+                workdir.start_run(config, directory, equipment.files, at_once)
+                print(f"run directory: {directory}", flush=True)
+            if train.train(equipment, directory, given.profile) is None:
+                sys.exit(STOPPED)
 
 
 def join(distributed: dict[str, Any]) -> None:

@@ -183,10 +183,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", given.devices)
     # What was compiled for devices that are not there cannot be read again.
     jax.config.update("jax_enable_compilation_cache", given.target == "cpu")
-    try:
-        report(workdir.resolve(given.config, None, arguments[1:]), given)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    report(workdir.resolve(given.config, None, arguments[1:]), given)
 
 
 def define_flags() -> None:

@@ -541,22 +541,19 @@ def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
     preset = PRESETS[given.preset]
-    try:
-        for name in given.rows:
-            if name not in ROWS:
-                known = ", ".join(ROWS)
-                raise UsageError(f"--rows has {name!r}; the rows are {known}{nearest(name, ROWS)}")
-        limit_threads(given.threads)
-        fields = {**ONE_PROMPT, **preset.fields}
-        own = [f"--config.{name}={value}" for name, value in fields.items()]
-        config = workdir.resolve(preset.config, None, [*own, *arguments[1:]])
-        command.use_compilation_cache()
-        machine, rows = benchmark(config, preset.pivot, given.rows, given.repeats)
-        if given.json:
-            out = {"preset": given.preset, "config": config.to_dict()}
-            write_json({**out, "hardware": machine, "rows": rows}, Path(given.json))
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    for name in given.rows:
+        if name not in ROWS:
+            known = ", ".join(ROWS)
+            raise UsageError(f"--rows has {name!r}; the rows are {known}{nearest(name, ROWS)}")
+    limit_threads(given.threads)
+    fields = {**ONE_PROMPT, **preset.fields}
+    own = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = workdir.resolve(preset.config, None, [*own, *arguments[1:]])
+    command.use_compilation_cache()
+    machine, rows = benchmark(config, preset.pivot, given.rows, given.repeats)
+    if given.json:
+        out = {"preset": given.preset, "config": config.to_dict()}
+        write_json({**out, "hardware": machine, "rows": rows}, Path(given.json))
 
 
 def define_flags() -> None:

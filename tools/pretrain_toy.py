@@ -239,12 +239,9 @@ def pretrain(given: flags.FlagValues) -> None:
 
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
-    try:
-        if arguments[1:]:
-            raise UsageError(f"unexpected argument {arguments[1]!r}")
-        pretrain(flags.FLAGS)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    if arguments[1:]:
+        raise UsageError(f"unexpected argument {arguments[1]!r}")
+    pretrain(flags.FLAGS)
 
 
 def define_flags() -> None:

@@ -138,25 +138,22 @@ def main(arguments: list[str]) -> None:
     seeds = range(given.seeds)
     study = [(kind, seed) for kind in ("KVPO", "shuffled advantages") for seed in seeds]
     study.append(("negated advantages", 0))
-    try:
-        command.use_compilation_cache()
-        configured = [
-            (kind, seed, *configure(kind, seed, Path(given.runs), arguments[1:]))
-            for kind, seed in study
-        ]
-        summaries = [run(*each) for each in configured]
-        called = " ".join(["python tools/toy_study.py", *arguments[1:]])
-        text = (
-            "# The toy study\n\n"
-            f"Written by `{called}` with jax {jax.__version__} on {os.cpu_count()} CPU cores"
-            f" ({platform.machine()}). All runs start from the shipped generator and are judged on"
-            f" the same {summaries[0]['num_prompts']} held-out prompt sequences, from the same"
-            f" noise.\n\n{conclusion(summaries)}\n\n{table(summaries)}\n"
-        )
-        Path(given.output).write_text(text)
-        print(f"\n{text}\nwrote {given.output}", flush=True)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    command.use_compilation_cache()
+    configured = [
+        (kind, seed, *configure(kind, seed, Path(given.runs), arguments[1:]))
+        for kind, seed in study
+    ]
+    summaries = [run(*each) for each in configured]
+    called = " ".join(["python tools/toy_study.py", *arguments[1:]])
+    text = (
+        "# The toy study\n\n"
+        f"Written by `{called}` with jax {jax.__version__} on {os.cpu_count()} CPU cores"
+        f" ({platform.machine()}). All runs start from the shipped generator and are judged on"
+        f" the same {summaries[0]['num_prompts']} held-out prompt sequences, from the same"
+        f" noise.\n\n{conclusion(summaries)}\n\n{table(summaries)}\n"
+    )
+    Path(given.output).write_text(text)
+    print(f"\n{text}\nwrote {given.output}", flush=True)
 
 
 def define_flags() -> None:

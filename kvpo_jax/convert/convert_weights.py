@@ -151,29 +151,26 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # JAX only works out shapes here
     sources = arguments[1:]
-    try:
-        for source in sources:
-            if source.startswith("--"):
-                name = source[2:].partition("=")[0]
-                raise UsageError(f"there is no flag --{name}{nearest(name, given)}")
-        if not sources or given["dry-run"].value == bool(given.output):
-            raise UsageError(
-                "expected one or more sources, and either --output=FILE or --dry-run; see --help"
-            )
-        options = Options(
-            kind=given.kind,
-            dtype=given.dtype,
-            policy="ema" if given.ema else given.policy,
-            num_heads=given.num_heads,
-            text_len=given.text_len,
-            alpha=given.alpha,
-            base=Path(given.base) if given.base else None,
-            templates=Path(given.templates) if given.templates else None,
+    for source in sources:
+        if source.startswith("--"):
+            name = source[2:].partition("=")[0]
+            raise UsageError(f"there is no flag --{name}{nearest(name, given)}")
+    if not sources or given["dry-run"].value == bool(given.output):
+        raise UsageError(
+            "expected one or more sources, and either --output=FILE or --dry-run; see --help"
         )
-        output = Path(given.output) if given.output else None
-        convert([Path(source) for source in sources], output, options)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    options = Options(
+        kind=given.kind,
+        dtype=given.dtype,
+        policy="ema" if given.ema else given.policy,
+        num_heads=given.num_heads,
+        text_len=given.text_len,
+        alpha=given.alpha,
+        base=Path(given.base) if given.base else None,
+        templates=Path(given.templates) if given.templates else None,
+    )
+    output = Path(given.output) if given.output else None
+    convert([Path(source) for source in sources], output, options)
 
 
 def define_flags() -> None:

@@ -91,20 +91,17 @@ def encode_prompts(
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    try:
-        if arguments[1:]:
-            raise UsageError(f"unexpected argument {arguments[1]!r}")
-        encode_prompts(
-            [Path(path) for path in given.prompts],
-            Path(given.output),
-            Path(given.weights),
-            Path(given.tokenizer),
-            given.batch,
-            given.max_length,
-            given.dtype,
-        )
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    if arguments[1:]:
+        raise UsageError(f"unexpected argument {arguments[1]!r}")
+    encode_prompts(
+        [Path(path) for path in given.prompts],
+        Path(given.output),
+        Path(given.weights),
+        Path(given.tokenizer),
+        given.batch,
+        given.max_length,
+        given.dtype,
+    )
 
 
 def define_flags() -> None:

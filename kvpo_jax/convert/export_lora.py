@@ -280,16 +280,12 @@ def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
-    try:
-        if arguments[1:]:
-            raise UsageError(f"unexpected argument {arguments[1]!r}")
-        workdir, lora, base = (
-            Path(path) if path is not None else None
-            for path in (given.workdir, given.lora, given.base)
-        )
-        export(Path(given.output), given.format, workdir, lora, given.policy, base)
-    except (UsageError, OSError) as error:
-        command.fail(error)
+    if arguments[1:]:
+        raise UsageError(f"unexpected argument {arguments[1]!r}")
+    workdir, lora, base = (
+        Path(path) if path is not None else None for path in (given.workdir, given.lora, given.base)
+    )
+    export(Path(given.output), given.format, workdir, lora, given.policy, base)
 
 
 def define_flags() -> None:

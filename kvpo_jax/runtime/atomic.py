@@ -11,18 +11,47 @@ from typing import Any
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names `path` in a system error that names no file, as the error of a write does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, beside `path`; it takes the place of `path` once it is whole.
 
-    The folder is made. After an error nothing is left behind.
+    The folder is made. After an error nothing is left behind, and a system error names `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def keeping_part(path: Path) -> Iterator[Path]:
+    """A path to write to, `path`.part; it takes the place of `path` once it is whole.
+
+    The folder is made. After an error the part stays, for what is in it is of use.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with naming(part):
+        yield part
+        os.replace(part, path)
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging as python_logging
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import jax
 from absl import app, flags, logging
 
 from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import progress
 from kvpo_jax.runtime.config import local_path
 
 flags.disclaim_key_flags()  # what define_path defines is a flag of the module that calls it
@@ -18,6 +21,9 @@ flags.disclaim_key_flags()  # what define_path defines is a flag of the module t
 
 def run(module: str, define_flags: Callable[[], None], main: Callable[[list[str]], None]) -> None:
     """Runs a command, whichever way it was started: -m, a console script, or a file of tools/.
+
+    A UsageError or a system error is one line, see `fail`. A reader of the output that goes away
+    ends the command quietly, with the status of a program that SIGPIPE ends.
 
     Args:
       module: `__name__` of the command's module; its docstring is the usage text.
@@ -30,16 +36,47 @@ def run(module: str, define_flags: Callable[[], None], main: Callable[[list[str]
         sys.modules["__main__"].__doc__ = sys.modules[module].__doc__
         for flag in flags.FLAGS.get_flags_for_module(module):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    # Python has none where the shell has closed them.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        progress.escape_unencodable(stream)
+    quieten_libraries()
 
     def quiet_main(arguments: list[str]) -> None:
-        # Orbax logs thirty lines for a checkpoint, and a warning for one that is only read.
-        logging.set_verbosity(logging.ERROR)
-        try:
-            main(arguments)
-        except KeyboardInterrupt:
-            sys.exit("interrupted")
+        # Orbax logs thirty lines for a checkpoint, a warning for one that is only read, and a
+        # hundred lines for a disk that is full; each of its errors is raised, too.
+        logging.set_verbosity(logging.FATAL)
+        main(arguments)
 
-    app.run(quiet_main, flags_parser=parse_flags)
+    try:
+        try:
+            app.run(quiet_main, flags_parser=parse_flags)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        sys.exit(128 + signal.SIGPIPE)
+    except (UsageError, OSError) as error:
+        fail(error)
+
+
+def quieten_libraries() -> None:
+    """Keeps from the user what libraries say about themselves."""
+    # TensorFlow, where it is installed: tensorflow_datasets and tensorboardX import it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # JAX names every backend that a machine does not have.
+    python_logging.getLogger("jax._src.xla_bridge").setLevel(python_logging.WARNING)
+    show = sys.unraisablehook
+
+    def show_unless_closed(unraisable: sys.UnraisableHookArgs) -> None:
+        # When one array of a checkpoint cannot be written, tensorstore says this for every other.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = show_unless_closed
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -53,6 +90,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv, known_only=True)
     except flags.Error as error:
         sys.exit(f"error: {'; '.join(str(error).splitlines())}")
+    except SystemExit:  # absl ends --help with status 1
+        sys.exit()
 
 
 class _PathParser(flags.ArgumentParser):
@@ -79,22 +118,49 @@ def define_path(
 def fail(error: UsageError | OSError) -> NoReturn:
     """Ends the program with one line that says what is wrong.
 
-    Any other exception is a fault of a program, of this one or of somebody's scorer, and keeps its
-    traceback.
+    Any other exception is a fault of a program and keeps its traceback.
     """
-    sys.exit(f"error: {in_a_line(error)}")
+    print("error:", in_a_line(error), file=sys.stderr)
+    _discard(sys.stderr)  # threads of libraries may still report the same
+    sys.exit(1)
 
 
 def in_a_line(error: UsageError | OSError) -> str:
     """What is wrong, and where it happened."""
-    notes = getattr(error, "__notes__", ())
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        message = f"{error.filename}: {error.strerror}"
-    elif error.args and isinstance(error, UsageError):
-        message = str(error.args[0])
-    else:
-        message = str(error)
-    return ": ".join([*notes, message])
+    text = ": ".join([*getattr(error, "__notes__", ()), _message(error)])
+    return "; ".join(filter(None, map(str.strip, text.splitlines())))
+
+
+def _message(error: UsageError | OSError) -> str:
+    """What is wrong: the text of a UsageError; the files and the reason of a system error."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error.args[0] if error.args and isinstance(error, UsageError) else error)
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    if not names and not _writes(sys.stdout):
+        names = ["standard output"]
+    files = " to ".join(os.fsdecode(x) if isinstance(x, bytes) else str(x) for x in names)
+    return f"{files}: {error.strerror}" if files else error.strerror
+
+
+def _writes(stream: TextIO) -> bool:
+    """Whether a stream takes an empty line; what it does not take is dropped."""
+    try:
+        print(file=stream, flush=True)
+    except OSError:
+        _discard(stream)
+        return False
+    return True
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends what is written to a stream from now on nowhere, also as the interpreter ends."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # a stream that a notebook or a test has put there
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def use_compilation_cache() -> None:

@@ -23,7 +23,7 @@ from flax import struct
 
 from kvpo_jax.algorithm import objective
 from kvpo_jax.errors import DivergedError, NotFiniteError, shortened
-from kvpo_jax.runtime.atomic import replacing
+from kvpo_jax.runtime.atomic import naming, replacing
 from kvpo_jax.runtime.doctor import Doctor
 from kvpo_jax.runtime.pictures import sheet
 from kvpo_jax.runtime.progress import Progress
@@ -123,14 +123,15 @@ class JsonlWriter:
 
     def __init__(self, path: Path, first_step: int = 0):
         _cut(path, first_step)
-        self._file = path.open("a")
+        self._path, self._file = path, path.open("a")
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes {"iteration": step, ...}, with null for what is not finite, as JSON has no NaN."""
         values = {name: float(value) for name, value in scalars.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"iteration": step, **finite}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"iteration": step, **finite}) + "\n")
+            self._file.flush()
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes nothing: the file is for numbers."""
@@ -196,7 +197,9 @@ class TensorboardXWriter:
         logdir.mkdir(parents=True, exist_ok=True)
         self._summary, self._event = summary, Event
         # Names begin with the second, which two processes of a run may share.
-        self._file = EventsWriter(str(logdir / "events"), f".{os.getpid()}.{first_step}")
+        with naming(logdir):
+            self._file = EventsWriter(str(logdir / "events"), f".{os.getpid()}.{first_step}")
+        self._logdir = logdir
         if first_step:
             start = SessionLog(status=SessionLog.START)
             self._file.write_event(Event(step=first_step, session_log=start))
@@ -218,10 +221,12 @@ class TensorboardXWriter:
     def _write(self, step: int, summaries: list[Any]) -> None:
         for part in summaries:
             event = self._event(step=step, wall_time=time.time(), summary=part)
-            self._file.write_event(event)
+            with naming(self._logdir):
+                self._file.write_event(event)
 
     def flush(self) -> None:
-        self._file.flush()
+        with naming(self._logdir):
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from kvpo_jax.runtime.atomic import replacing
+
 PICTURED = 6  # held-out prompts in before_after.png: the first ones, not the best
 WIDTH = 1200  # pixels of a strip, about; it shows as many frames as fit, 8 to 24
 INK, FAINT, GOOD, BAD = "#202020", "#8a8a8a", "#1a7f37", "#b42318"
@@ -82,8 +84,8 @@ def before_after(
             small,
             anchor="lm",
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with replacing(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:

@@ -28,8 +28,7 @@ Rows = Sequence[Sequence[object]]
 def console(stream: TextIO | None = None) -> Console:
     """Makes the console of a stream, by default stdout. What its encoding lacks is escaped."""
     stream = stream or sys.stdout
-    if reconfigure := getattr(stream, "reconfigure", None):
-        reconfigure(errors="backslashreplace")
+    escape_unencodable(stream)
     return Console(
         file=stream,
         force_terminal=stream.isatty(),
@@ -38,6 +37,12 @@ def console(stream: TextIO | None = None) -> Console:
         emoji=False,
         highlight=False,
     )
+
+
+def escape_unencodable(stream: TextIO) -> None:
+    """Lets a stream write escapes for what its encoding lacks, where it can."""
+    if reconfigure := getattr(stream, "reconfigure", None):
+        reconfigure(errors="backslashreplace")
 
 
 def table(title: str, columns: Sequence[str], rows: Rows, stream: TextIO | None = None) -> None:

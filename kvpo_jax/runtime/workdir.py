@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 import kvpo_jax
 from kvpo_jax.errors import UsageError, shortened
 from kvpo_jax.runtime import sharding, sums
-from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.atomic import naming, write_json
 from kvpo_jax.runtime.config import (
     PACKAGE,
     TINY,
@@ -196,10 +196,11 @@ def locked(workdir: Path) -> Iterator[None]:
             raise UsageError(f"{workdir}: a run is under way here, {file.read()}") from error
         except OSError as error:  # a file system without locks
             print(f"{workdir} cannot be locked ({error}): start no second run in it", flush=True)
-        file.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {platform.node()} since {now}")
-        file.flush()
+        with naming(Path(file.name)):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()} since {now}")
+            file.flush()
         yield
 
 
