@@ -57,8 +57,8 @@ def test_names_the_lines_of_which_the_released_loader_loses_text(golden_dir, tmp
         path = write(tmp_path, name, data[name])
         with pytest.raises(ValueError) as error:
             prompts.load(path)
-        assert [row.split(": ")[0] for row in str(error.value).split("\n")] == [
-            f"{path}:{line}" for line in lines
+        assert [f"{path}:{line}: " in str(error.value) for line in range(1, 12)] == [
+            line in lines for line in range(1, 12)
         ]
 
 
@@ -146,13 +146,32 @@ def test_a_malformed_line_is_an_error_that_names_file_and_line(tmp_path, name, t
         prompts.load(write(tmp_path, name, text))
 
 
-def test_every_malformed_line_is_named_up_to_ten(tmp_path):
-    path = write(tmp_path, "a.txt", "1,[a]\n" + "stray\n" * 12)
+def test_of_many_malformed_lines_three_are_named_and_the_others_counted(tmp_path):
+    path = write(tmp_path, "a.txt", "1,[a]\n" + "stray\n" * 10_000)
     with pytest.raises(ValueError) as error:
         prompts.load(path)
-    rows = str(error.value).split("\n")
-    assert [row.split(": ")[0] for row in rows[:-1]] == [f"{path}:{line}" for line in range(2, 12)]
-    assert rows[-1] == "and 2 lines more"
+    message = str(error.value)
+    assert [f"{path}:{line}: " in message for line in (2, 3, 4, 5)] == [True, True, True, False]
+    assert message.endswith("; and 9,997 lines more") and len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:78967f\nsize 145875068\n",
+            r"a.txt is not a file of prompts but a Git LFS pointer .* `git lfs pull`",
+        ),
+        (b"<!DOCTYPE html>\n<html></html>\n", r"a.txt is not a file of prompts but a web page"),
+        (b"PK\x03\x04rest", r"a.txt is not a file of prompts but a zip archive"),
+        (b"A cat runs.\nA d\0g.\n", r"a.txt:2: it has a zero byte, so it is no text"),
+        ("A cat".encode("utf-16"), r"a.txt:1: not UTF-8 text; save the file as UTF-8"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_named_by_its_kind(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        prompts.load(tmp_path / "a.txt")
 
 
 def test_text_in_another_encoding_is_an_error_that_names_the_line(tmp_path):

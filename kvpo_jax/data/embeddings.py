@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from kvpo_jax.data import text
-from kvpo_jax.errors import MissingKeyError, UsageError
+from kvpo_jax.errors import MissingKeyError, UsageError, listed
 from kvpo_jax.runtime import progress
 from kvpo_jax.runtime.atomic import replacing, write_json
 
@@ -29,6 +29,11 @@ INDEX = "sentences.json"
 SPLIT = "prompts"
 SHARD = 64  # sentences in a file; a kill loses at most these
 COMMAND = "kvpo-encode --prompts=FILE --output=FOLDER --weights=FILE --tokenizer=FOLDER"
+# What helps where a sentence has no embedding.
+ADVICE = (
+    f"a new folder is made by {COMMAND}, and without one sentences are encoded on the fly:"
+    " --config.paths.embeddings= --config.paths.umt5=FILE --config.paths.tokenizer=FOLDER"
+)
 
 
 # ---------------------------------------------------------------- reading
@@ -59,10 +64,7 @@ class Embeddings(Mapping[str, np.ndarray]):
     def __getitem__(self, sentence: str) -> np.ndarray:
         record = self.index.get(text.clean(sentence))
         if record is None:
-            raise MissingKeyError(
-                f"{self.folder} has no embedding of {sentence!r}; a new folder with it is made by"
-                f" {COMMAND}"
-            )
+            raise MissingKeyError(f"{self.folder} has no embedding of {sentence!r}; {ADVICE}")
         try:
             return self.source[record]["embedding"]
         except (RuntimeError, TypeError, ValueError) as error:
@@ -80,10 +82,7 @@ class Embeddings(Mapping[str, np.ndarray]):
         cleaned = dict.fromkeys(map(text.clean, sentences))
         missing = [sentence for sentence in cleaned if sentence not in self.index]
         if missing:
-            raise UsageError(
-                f"{self.folder} has no embedding of {missing[0]!r}, {len(missing)} sentences"
-                f" missing in all; a new folder with them is made by {COMMAND}"
-            )
+            raise UsageError(f"{self.folder} has no embedding of {listed(missing)}; {ADVICE}")
 
     def lookup(self, sentences: Sequence[str]) -> np.ndarray:
         """bfloat16[n, K, dim], zero past a sentence's end.

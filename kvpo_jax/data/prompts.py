@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 
 from kvpo_jax.data import text
 from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import file_kind
 
 T = TypeVar("T")
 
@@ -21,7 +23,7 @@ SUFFIXES = (".txt", ".jsonl")
 _FORMATTED = re.compile(r"(\d+\s*,)?\s*\[")  # how a formatted line begins
 _NUMBER = re.compile(r"^\d+\s*(,|$)")  # what may stand before its fields
 _PLACEHOLDER = re.compile(r"0+\s*,?")  # how the release's formatter writes an empty prompt
-_SHOWN = 10  # how many malformed lines an error lists
+_SHOWN = 3  # how many malformed lines an error lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +55,20 @@ def load(
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: the name of a prompt file ends in {' or '.join(SUFFIXES)}")
+    file_kind.check(path, "a file of prompts", "text", "json", "utf-16")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UsageError(f"{path}:{line}: it has a zero byte, so it is no text; name another file")
     sequences, problems = parse(text, suffix)
     if problems:
-        listed = [f"{path}:{line}: {problem}" for line, problem in problems[:_SHOWN]]
-        more = [f"and {len(problems) - _SHOWN} lines more"] if len(problems) > _SHOWN else []
-        raise UsageError("\n".join([*listed, *more]))
+        shown = [f"{path}:{line}: {problem}" for line, problem in problems[:_SHOWN]]
+        more = [f"and {len(problems) - _SHOWN:,} lines more"] if len(problems) > _SHOWN else []
+        raise UsageError("; ".join([*shown, *more]))
     selected = select(sequences, min_segments, max_segments)
     if not selected:
         raise UsageError(
@@ -169,6 +175,11 @@ def select(
         for sequence in sequences
         if len(sequence.sentences) >= min_segments
     ]
+
+
+def slug(sentence: str) -> str:
+    """The words of a sentence as a file name has them: "A café!" is "a_café"."""
+    return re.sub(r"\W+", "_", unicodedata.normalize("NFKC", sentence).casefold()).strip("_")
 
 
 # ---------------------------------------------------------------- split
