@@ -46,6 +46,8 @@ class Backbone:
       load_lora: (sharding) -> the collection `lora` that training starts from, or None for a fresh
         one.
       prompts: (split, index) -> a prompt sequence of M sentences; split is "train" or "heldout".
+      check_sentences: (sentences) raises a UsageError if one of them cannot be embedded; it costs
+        little.
       embed: sentences -> token embeddings float[n, K, text_dim], zero past the prompt's end.
       load_decoder: (sharding) -> the decoder's weights.
       decode: (decoder weights, latents float[n, F, Y, X, C], state) -> (pixels [n, frames', h, w,
@@ -61,6 +63,7 @@ class Backbone:
     load_params: Callable[[Placement], PyTree]
     load_lora: Callable[[Placement], PyTree | None]
     prompts: Callable[[str, int], list[str]]
+    check_sentences: Callable[[Sequence[str]], None]
     embed: Callable[[Sequence[str]], np.ndarray]
     load_decoder: Callable[[Placement], PyTree]
     decode: Callable[[PyTree, Array, Any], tuple[Array, Any]]
@@ -214,6 +217,7 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
             load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
         ),
         prompts=sequence,
+        check_sentences=toy_world.check,
         embed=toy_world.embed,
         load_decoder=lambda sharding: {},
         decode=lambda decoder, latents, state: (toy_world.decode(latents), ()),
@@ -345,6 +349,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
             load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
         ),
         prompts=sequence,
+        check_sentences=(lambda sentences: None) if stored is None else stored.check,
         embed=text_encoder(config) if stored is None else stored.lookup,
         load_decoder=lambda sharding: checkpoint.load_weights(
             config.paths.vae, _placed(like, sharding), wan_vae.ENCODER

@@ -7,14 +7,17 @@
         --config.paths.tokenizer=... --interactive
 
 --checkpoint is a run directory (its online policy, or with --ema its average) or a converted base
-model. A prompt sequence switches at --switch_frames, or evenly; with --interactive, whenever a line
-is typed.
+model. A prompt sequence switches at --switch_frames, or evenly.
+
+With --interactive every line that is typed, or comes from a pipe, is a prompt. Each takes over at
+the next block, one per block in their order, and the last one stays. The video is made no faster
+than it plays, so that there is time to type.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
-import re
 import sys
 import threading
 import time
@@ -22,7 +25,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import imageio_ffmpeg
 import ml_collections
 import numpy as np
 from absl import flags
@@ -31,11 +33,11 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.data import prompts
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import UsageError, listed
 from kvpo_jax.models.layers import MAX_FRAMES
 from kvpo_jax.rollout import Spoken, stream
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import command, sharding, workdir
+from kvpo_jax.runtime import command, progress, sharding, video, workdir
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.state import newest_state, policy_of
@@ -95,12 +97,23 @@ def sentence_schedule(
     return lambda frame: sentences[config_lib.segment_of(frame, switch_frames)]
 
 
-def typed(lines: Iterator[str]) -> Callable[[int], str]:
-    """`sentence_at` of what is typed: the newest line that is not empty; the first is waited for.
+def typed(
+    lines: Iterator[str], check: Callable[[Sequence[str]], None], seconds: float
+) -> Callable[[int], str]:
+    """`sentence_at` of what is typed: the next line that is a prompt, or else the one before it.
 
-    ValueError if there is none before the lines end; later the last one stays.
+    Args:
+      lines: what is typed; empty lines mean nothing. The first prompt is waited for.
+      check: raises a UsageError for sentences that cannot be encoded. It is printed, and the next
+        line is taken instead.
+      seconds: how long a block plays; the next one is not asked for its prompt earlier.
+
+    Returns:
+      A function that raises a UsageError if there is no prompt before the lines end.
     """
     waiting: queue.Queue[str | None] = queue.Queue()
+    current: str | None = None
+    due = 0.0
 
     def listen():
         try:
@@ -110,41 +123,37 @@ def typed(lines: Iterator[str]) -> Callable[[int], str]:
         finally:
             waiting.put(None)
 
-    threading.Thread(target=listen, daemon=True).start()
-    current = None
+    def next_line() -> str | None:
+        """A line that is a prompt; None if there is none now, or if the lines have ended."""
+        while current is None or not waiting.empty():
+            line = waiting.get()
+            if line is None:
+                waiting.put(None)  # the end stays the end
+                return None
+            try:
+                check([line])
+                return line
+            except UsageError as error:
+                print(f"\n{error}; type another prompt", file=sys.stderr, flush=True)
+        return None
 
     def sentence_at(frame: int) -> str:
-        nonlocal current
+        nonlocal current, due
+        time.sleep(max(0.0, due - time.monotonic()))
         if current is None:
-            print("type a prompt, and while the video streams the next ones:", flush=True)
-            current = waiting.get()
-            if current is None:
-                raise UsageError("--interactive: the input ended before a prompt was typed")
-        while not waiting.empty():
-            current = waiting.get() or current
+            print("type a prompt, and while the video streams the next ones;", flush=True)
+            print("each takes over at the next block, one per block:", flush=True)
+        current = next_line() or current
+        if current is None:
+            raise UsageError("--interactive: the input ended before a prompt was typed")
+        due = time.monotonic() + seconds
         return current
 
+    threading.Thread(target=listen, daemon=True).start()
     return sentence_at
 
 
 # ---------------------------------------------------------------- files
-
-
-def writer(path: Path, height: int, width: int, fps: int):
-    """A started mp4 writer (`send` uint8[height, width, 3] frames, `close`); what is sent before a
-    kill plays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    out = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=fps,
-        quality=8,
-        macro_block_size=2,
-        output_params=["-movflags", "frag_keyframe+empty_moov"],
-    )
-    out.send(None)
-    return out
 
 
 def enlarge(pixels: np.ndarray) -> np.ndarray:
@@ -161,8 +170,7 @@ def name_of(index: int, videos: int, sentence: str) -> str:
     """A file name that tells the videos apart; in the order of the names they are in that of their
     index.
     """
-    words = re.sub(r"[^a-z0-9]+", "_", sentence.lower()).strip("_")
-    return f"{index:0{max(3, len(str(videos - 1)))}d}_{words[:48]}.mp4"
+    return f"{index:0{max(3, len(str(videos - 1)))}d}_{prompts.slug(sentence)[:48]}.mp4"
 
 
 def write_video(
@@ -172,33 +180,31 @@ def write_video(
 
     Returns:
       The number of pixel frames.
+
+    Raises:
+      UsageError, OSError: see `video.writing`.
     """
-    state, out, frames, begin = None, None, 0, time.monotonic()
-    try:
+    state, frames, begin = None, 0, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(progress.line())
         for block, x in enumerate(latents):
             pixels, state = run.decoder.block(x, state)
             images = enlarge(np.asarray(pixels[0]))
-            if out is None:
+            if block == 0:
                 height, width = images.shape[1:3]
-                out = writer(path, height, width, run.backbone.fps)
+                write = stack.enter_context(video.writing(path, height, width, run.backbone.fps))
             for image in images:
-                out.send(np.ascontiguousarray(image))
+                write(image)
             frames += len(images)
             seconds = time.monotonic() - begin
             if block == 0:
                 first = seconds  # compiles
             rate = (seconds - first) / block if block else seconds
-            print(
-                f"\r{path.name}  block {block + 1}/{blocks}  {frames} frames  {rate:.2f} s/block "
+            show(
+                f"block {block + 1}/{blocks}  {frames} frames  {rate:.2f} s/block "
                 f" {frames / seconds:.1f} frames/s  {rate * (blocks - block - 1):.0f} s left "
-                f" {(speaker.sentence or '')[:60]!r}",
-                end="",
-                flush=True,
+                f" {speaker.sentence!r}"
             )
-    finally:
-        print(flush=True)
-        if out is not None:
-            out.close()
     return frames
 
 
@@ -218,15 +224,19 @@ class Video(NamedTuple):
 
 
 def load_run(
-    config: ml_collections.ConfigDict, checkpoint: Path | None, lora: str, ema: bool
+    config: ml_collections.ConfigDict,
+    checkpoint: Path | None,
+    lora: str,
+    ema: bool,
+    sentences: Sequence[str],
 ) -> tuple[Run, PyTree]:
-    """The equipment on one device, and the variables of the policy.
+    """The equipment on one device, and the variables of the policy, to generate these sentences.
 
     The policy is the base with the LoRA of a run directory, of a converted file, of
     config.paths.lora, or none, the last of these that is given.
     """
     mesh = sharding.make_mesh(1, 1, 1, 1)
-    run = run_lib.load(config, mesh, scored=False)
+    run = run_lib.load(config, mesh, sentences)
     if lora:
         policy = backbone_lib.load_lora(lora, wan_config(config))
     elif checkpoint is not None:
@@ -306,24 +316,31 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     config = find_config(given, arguments[1:])
     videos = find_videos(given, config)
+    video.ffmpeg()  # without it nothing can be written
+    blocks = frames_of(given, config) // config.video.block_frames
+    firsts = [v.sentences[0] if v.sentences else "interactive" for v in videos]
+    names = [name_of(index, len(videos), first) for index, first in enumerate(firsts)]
+    output = Path(given.output)
+    if replaced := [name for name in names if (output / name).exists()]:
+        print(f"to be replaced in {output}: {listed(replaced)}", flush=True)
     command.use_compilation_cache()
     checkpoint = Path(given.checkpoint) if given.checkpoint else None
     checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
-    run, variables = load_run(config, checkpoint, given.lora, given.ema)
-    blocks = frames_of(given, config) // config.video.block_frames
+    spoken = [sentence for v in videos for sentence in v.sentences]
+    run, variables = load_run(config, checkpoint, given.lora, given.ema, spoken)
     for index, (sentences, switch_frames) in enumerate(videos):
         if sentences:
             sentence_at = sentence_schedule(sentences, switch_frames)
         else:
-            sentence_at = typed(iter(sys.stdin))
+            first, second = (run.backbone.to_pixel(n * config.video.block_frames) for n in (1, 2))
+            seconds = (second - first) / run.backbone.fps
+            sentence_at = typed(iter(sys.stdin), run.backbone.check_sentences, seconds)
         speaker = Speaker(run, variables, sentence_at)
         number = np.zeros(1, np.int32)
         noise = keys.NoiseKey(keys.draw_key(given.seed, "heldout", index), number)
         latents = (x for x, _ in stream(run, variables, speaker, noise, blocks))
-        name = name_of(index, len(videos), sentences[0] if sentences else "interactive")
-        file = Path(given.output) / name
-        write_video(run, file, latents, blocks, speaker)
-        print(f"wrote {file}", flush=True)
+        write_video(run, output / names[index], latents, blocks, speaker)
+        print(f"wrote {output / names[index]}", flush=True)
 
 
 def define_flags() -> None:

@@ -144,7 +144,11 @@ def eligible_pivots(
     return pivots
 
 
-def load(config: ml_collections.ConfigDict, mesh: Mesh | None = None, scored: bool = True) -> Run:
+def load(
+    config: ml_collections.ConfigDict,
+    mesh: Mesh | None = None,
+    sentences: Sequence[str] | None = None,
+) -> Run:
     """The equipment of a run with this config.
 
     Whatever cannot work is an error before weights are loaded: sizes for the devices, scorers,
@@ -153,8 +157,8 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh | None = None, scored: bo
     Args:
       config: a checked one.
       mesh: None is the one that the config asks for.
-      scored: whether prompts are read and videos scored, as in training. If not, no module of a
-        scorer is imported.
+      sentences: the only ones that will be encoded, for a run that scores nothing: no module of a
+        scorer is imported. None are the backbone's prompts, which may be in a file.
 
     Raises:
       UsageError: it names the field or file.
@@ -162,10 +166,12 @@ def load(config: ml_collections.ConfigDict, mesh: Mesh | None = None, scored: bo
     mesh = make_mesh(config) if mesh is None else mesh
     config_lib.heldout_at_once(config, mesh.shape["data"])
     backbone = backbone_lib.load(config)
-    if scored:
+    if sentences is None:
         backbone.rewards.check()
         backbone.watch.check()
         backbone.prompts("heldout", 0)
+    else:
+        backbone.check_sentences(sentences)
     programs = programs_lib.build(config, mesh)
     params = backbone.load_params(NamedSharding(mesh, sharding.REPLICATED))
     decoder = VideoDecoder(backbone, mesh, config.video.block_frames)

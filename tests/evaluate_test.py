@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.rewards import motion, scorers, toy, video_files
-from kvpo_jax.runtime import checkpoint, pictures
+from kvpo_jax.runtime import checkpoint, pictures, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.config import wan_config
@@ -82,10 +83,9 @@ def write_toy_video(path, prompt, seed):
     velocity = np.array(list(toy_world.DIRECTIONS.values()))[direction]
     centre = (np.array([2.0, 3.0]) + frames[:, None] * velocity) % toy_world.SIZE
     images = generate.enlarge(np.asarray(toy_world.render(jnp.asarray(centre), colour, shape)))
-    out = generate.writer(path, *images.shape[1:3], 8)
-    for image in images:
-        out.send(np.ascontiguousarray(image))
-    out.close()
+    with video.writing(path, *images.shape[1:3], 8) as write:
+        for image in images:
+            write(image)
     return images
 
 
@@ -138,12 +138,74 @@ def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what
     with pytest.raises(ValueError, match="too dark") as raised:
         video_files.score(score, tmp_path, sequences, 0, output)
     assert raised.value.__notes__ == [str(tmp_path / "100.mp4")]
-    rows = ["video,length", "2.mp4,3.0", "9.mp4,4.0", "10.mp4,6.0"]
-    assert part.read_text().split() == rows and not output.exists()
+    rows = ["video,prompt,length", "2.mp4,two,3.0", "9.mp4,nine,4.0", "10.mp4,of ten,6.0"]
+    assert part.read_text().splitlines() == rows and not output.exists()
     video_files.score(
         lambda _, prompts: {"length": jnp.array([len(prompts[0])])}, tmp_path, sequences, 0, output
     )
-    assert output.read_text().split() == [*rows, "100.mp4,4.0"] and not part.exists()
+    assert output.read_text().splitlines() == [*rows, "100.mp4,last,4.0"] and not part.exists()
+
+
+def sequences_of(*first):
+    return [prompts_lib.PromptSequence((sentence, "b"), i) for i, sentence in enumerate(first, 1)]
+
+
+@pytest.mark.parametrize(
+    "names, sentences, lines",
+    [
+        # In the order of the names where no name is a prompt.
+        (["0", "1"], ["a cat", "a dog"], [1, 2]),
+        # As benchmarks name them, several of a prompt and in another order than the file.
+        (["a cat-0", "a cat-1", "zebra-0"], ["zebra", "a cat"], [2, 2, 1]),
+        # As kvpo-generate names them, also after their order has changed.
+        (["000_a_cat", "001_ein_café"], ["Ein Café!", "A cat."], [2, 1]),
+        (["000_a", "001_a"], ["a", "a"], [1, 2]),
+        # Names that are cut off.
+        (["001_" + 6 * "word_" + "a" * 18], [" ".join(6 * ["word"]) + " " + "a" * 40], [1]),
+    ],
+)
+def test_videos_are_paired_with_prompts_by_their_names(names, sentences, lines):
+    files = [Path(f"{name}.mp4") for name in names]
+    assert [s.line for s in video_files.pair(files, sequences_of(*sentences))] == lines
+
+
+@pytest.mark.parametrize(
+    "names, sentences, message",
+    [
+        (["0", "1"], ["a cat"], "has 2 videos, but there are 1 prompt sequences"),
+        (["a cat", "a cow"], ["a cat", "a dog"], "'a cow.mp4' is named by none of the 2 prompt"),
+        (["a cat"], ["a cat", *"defg"], "has no video of 'd', 'e', 'f' and 1 more"),
+        (["0_a", "1_a", "2_a"], ["a", "a"], "fits the prompts of the lines '1' and '2'; there are"),
+    ],
+)
+def test_videos_that_belong_to_no_prompts_are_an_error(names, sentences, message):
+    files = [Path(f"{name}.mp4") for name in names]
+    with pytest.raises(ValueError, match=message):
+        video_files.pair(files, sequences_of(*sentences))
+
+
+def test_a_file_that_is_no_whole_video_is_named_and_others_are_passed_over(tmp_path):
+    write_toy_video(tmp_path / "a.mp4", "a red disk moves left", 0)
+    whole = (tmp_path / "a.mp4").read_bytes()
+    for other in ("._a.mp4", ".DS_Store", "notes.txt"):
+        (tmp_path / other).write_text("of a system")
+    (tmp_path / "folder.mp4").mkdir()
+    sequences = sequences_of("a red disk moves left")
+
+    def length(pixels, prompts):
+        return {"length": jnp.full(len(prompts), pixels.shape[1])}
+
+    rows = video_files.score(length, tmp_path, sequences, 0, tmp_path / "scores.csv")
+    assert list(rows) == ["a.mp4", "mean"]
+    for content, message in (
+        (b"", r"a.mp4 is not a video but an empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer .* `git lfs pull`"),
+        (whole[: len(whole) * 2 // 3], r"a.mp4 is not a whole video: .*; make or copy it again$"),
+    ):
+        (tmp_path / "a.mp4").write_bytes(content)
+        with pytest.raises(ValueError, match=message) as error:
+            video_files.score(length, tmp_path, sequences, 0, tmp_path / "scores.csv")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):

@@ -2,9 +2,12 @@
 typed.
 """
 
+import os
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import imageio.v3 as iio
@@ -17,6 +20,7 @@ from equipment import batch_of, configure
 from kvpo_jax import generate, rollout
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
+from kvpo_jax.data import toy_world
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import atomic, sharding
@@ -68,23 +72,33 @@ def test_prompts_may_switch_before_a_window_of_frames_is_there(world):
     assert not np.array_equal(ours[1], video(world, SENTENCES[:1], (), 3, noise)[1])
 
 
-def test_typed_lines_take_over_at_the_next_block():
+def test_typed_lines_take_over_at_the_next_block(capsys):
     begun, heard = threading.Event(), threading.Event()
 
     def lines():
+        yield "a pink disk moves left\n"  # which is no prompt of the toy
         yield f" {SENTENCES[0]} \n"
         begun.wait()
         yield "\n"
         yield f"{SENTENCES[1]}\n"
+        yield "again\n"
+        yield f"{SENTENCES[0]}\n"
         heard.set()
 
-    sentence_at = generate.typed(lines())
+    sentence_at = generate.typed(lines(), toy_world.check, 0.0)
     assert [sentence_at(0), sentence_at(3)] == [SENTENCES[0]] * 2
+    assert "'pink' is not one of red, green, blue, yellow; type another" in capsys.readouterr().err
     begun.set()
     heard.wait()
-    assert [sentence_at(6), sentence_at(9)] == [
-        SENTENCES[1]
-    ] * 2  # and stays when the lines have ended
+    # Every prompt has a block, and the last one stays when the lines have ended.
+    assert [sentence_at(6), sentence_at(9), sentence_at(12)] == [SENTENCES[1], *[SENTENCES[0]] * 2]
+    assert "expected 5 words" in capsys.readouterr().err
+
+
+def test_typed_lines_are_asked_for_no_faster_than_a_block_plays():
+    sentence_at, begin = generate.typed(iter(SENTENCES), toy_world.check, 0.2), time.monotonic()
+    assert [sentence_at(0), sentence_at(3), sentence_at(6)] == [*SENTENCES, SENTENCES[1]]
+    assert time.monotonic() - begin >= 0.4
 
 
 def test_segments_are_spread_evenly_over_the_blocks():
@@ -109,16 +123,18 @@ def test_switch_frames_are_those_of_blocks():
 
 def test_names_are_in_the_order_of_the_prompts():
     names = [generate.name_of(index, 1001, "a b") for index in (0, 99, 100, 999, 1000)]
+    assert generate.name_of(0, 1, "Ein Café, 東京!") == "000_ein_café_東京.mp4"
     assert names == sorted(names)
     assert generate.name_of(999, 1000, "A b!") == "999_a_b.mp4"
 
 
-def run_command(*arguments, stdin=""):
+def run_command(*arguments, stdin="", **environment):
     return subprocess.run(
         [sys.executable, "-m", "kvpo_jax.generate", *arguments],
         capture_output=True,
         text=True,
         input=stdin,
+        env=os.environ | environment,
         timeout=300,
     )
 
@@ -145,11 +161,33 @@ def test_command_writes_videos_that_play(tmp_path, world):
 
 
 def test_command_reads_prompts_from_the_terminal(tmp_path):
-    done = run_command(
-        "--interactive", "--num_frames=6", f"--output={tmp_path}", stdin=f"{SENTENCES[0]}\n"
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = ("--interactive", "--num_frames=6", f"--output={tmp_path}")
+    (tmp_path / "000_interactive.mp4").write_text("an older one")
+    done = run_command(*arguments, stdin="".join(f"{line}\n" for line in (*SENTENCES, "last")))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"to be replaced in {tmp_path}: '000_interactive.mp4'\n" in done.stdout
+    assert "one per block" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if "block 2/2" in line)
+    assert "'a blue cross" in line and len(line) < 80
     assert iio.imread(tmp_path / "000_interactive.mp4").shape[0] == 6
+
+
+def test_a_video_that_cannot_be_written_whole_is_an_error_and_does_not_take_its_name(tmp_path):
+    for body, message in (
+        (None, "ffmpeg at /nowhere: No such file or directory; pip install imageio-ffmpeg brings"),
+        ("cat > /dev/null; echo 'No room' >&2; exit 3", "left.mp4 cannot be written: No room"),
+        ("exit 3", "left.mp4 cannot be written: ffmpeg ended with status 3"),
+    ):
+        program = Path("/nowhere")
+        if body is not None:
+            program = tmp_path / "ffmpeg"
+            program.write_text(f'#!/bin/sh\n[ "$1" = -version ] && exit\n{body}\n')
+            program.chmod(0o755)
+        arguments = (f"--prompt={SENTENCES[0]}", "--num_frames=3", f"--output={tmp_path}")
+        done = run_command(*arguments, IMAGEIO_FFMPEG_EXE=str(program))
+        assert done.returncode == 1 and message in done.stderr and "wrote" not in done.stdout
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert not list(tmp_path.glob("*.mp4"))
 
 
 @pytest.mark.parametrize(

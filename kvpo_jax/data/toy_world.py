@@ -112,6 +112,12 @@ def parse(prompt: str) -> tuple[int, int, int]:
     return form[1].index(words[1]), form[2].index(words[2]), form[4].index(words[4])
 
 
+def check(prompts: Sequence[str]) -> None:
+    """UsageError for the first sentence that says nothing of the toy world."""
+    for prompt in prompts:
+        parse(prompt)
+
+
 def embed(prompts: Sequence[str]) -> np.ndarray:
     """Token embeddings float[n, TEXT_LEN, TEXT_DIM]: one-hot words, an end token, then zeros."""
     out = np.zeros((len(prompts), TEXT_LEN, TEXT_DIM), np.float32)

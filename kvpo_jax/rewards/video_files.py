@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import imageio.v3 as iio
 import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.data import prompts
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import UsageError, listed
 from kvpo_jax.rewards import composite
-from kvpo_jax.runtime import progress
+from kvpo_jax.runtime import progress, video
+from kvpo_jax.runtime.atomic import keeping_part
 
-SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
+SHOWN = 24  # characters of a prompt in the table
+CUT = 40  # letters from which on a name may have less than the whole prompt
 
 
 def score(
@@ -33,7 +35,7 @@ def score(
     Args:
       scorer: see `composite.Scorer`.
       folder: its videos are scored in the order of their names, 2.mp4 before 10.mp4.
-      sequences: a prompt sequence for each video, in that order.
+      sequences: the prompt sequences of the videos, see `pair`.
       clip_frames: as in section `reward` of a config.
       output: the CSV file; its folder is made.
 
@@ -41,34 +43,96 @@ def score(
       file name -> component -> score, and their "mean".
 
     Raises:
-      UsageError: there are not as many prompt sequences as videos, or a file is not a video. An
-        error of the scorer gets a note that names the file.
+      UsageError: videos and prompt sequences do not belong together, or a file is not a whole
+        video. An error of the scorer gets a note that names the file.
     """
     files = _videos(folder)
-    if len(files) != len(sequences):
-        raise UsageError(
-            f"{folder} has {len(files)} videos, but there are {len(sequences)} prompt sequences"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    pairs = list(zip(files, pair(files, sequences), strict=True))
     rows: dict[str, dict[str, float]] = {}
-    part = output.with_name(f"{output.name}.part")
-    with part.open("w", newline="") as file, progress.bar("scoring", len(files)) as advance:
-        for path, sequence in zip(files, sequences, strict=True):
+    with (
+        keeping_part(output) as part,
+        part.open("w", newline="", encoding="utf-8") as file,
+        progress.bar("scoring", len(files)) as advance,
+    ):
+        for path, sequence in pairs:
             scores = _score_file(scorer, path, sequence.sentences, clip_frames)
             if not rows:
-                table = csv.DictWriter(file, ["video", *scores])
+                names = list(scores)
+                table = csv.DictWriter(file, ["video", "prompt", *names])
                 table.writeheader()
+            if list(scores) != names:
+                raise UsageError(
+                    f"{path}: the rewards are {', '.join(scores)}, those of the videos before it"
+                    f" {', '.join(names)}"
+                )
             rows[path.name] = scores
-            table.writerow({"video": path.name, **scores})
+            prompt = " | ".join(sequence.sentences)
+            table.writerow({"video": path.name, "prompt": prompt, **scores})
             file.flush()
             advance(description=path.name)
-    part.replace(output)
-    names = list(next(iter(rows.values())))
     rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
-    cells = [[video, *(f"{row[name]:.4f}" for name in names)] for video, row in rows.items()]
-    progress.table("", ["", *names], cells)
+    shown = [*(textwrap.shorten(s.sentences[0], SHOWN, placeholder="...") for _, s in pairs), ""]
+    cells = [
+        [name, prompt, *(f"{row[column]:.4f}" for column in names)]
+        for (name, row), prompt in zip(rows.items(), shown, strict=True)
+    ]
+    progress.table("", ["", "prompt", *names], cells)
     print(f"wrote {output}", flush=True)
     return rows
+
+
+def pair(
+    files: Sequence[Path], sequences: Sequence[prompts.PromptSequence]
+) -> list[prompts.PromptSequence]:
+    """The prompt sequence of every video.
+
+    Where names are first sentences, they say which: `000_a_red_disk.mp4` as kvpo-generate writes
+    it, or `a red disk-0.mp4`, of which there may be several. Where no name is, videos and sequences
+    are paired in their orders.
+
+    Raises:
+      UsageError: videos and sequences do not belong together; the message says which do not.
+    """
+    fitting = [_fitting(path, sequences) for path in files]
+    if not any(fitting):
+        if len(files) != len(sequences):
+            raise UsageError(
+                f"{files[0].parent} has {len(files)} videos, but there are {len(sequences)} prompt"
+                " sequences, and no name of a video is a prompt"
+            )
+        return list(sequences)
+    if strangers := [path.name for path, found in zip(files, fitting, strict=True) if not found]:
+        raise UsageError(
+            f"{files[0].parent}: some videos are named by their prompts, but {listed(strangers)}"
+            f" {'are' if len(strangers) > 1 else 'is'} named by none of the {len(sequences)} prompt"
+            " sequences"
+        )
+    # Several sequences may begin with the same sentence: their videos are in the same order.
+    alike = {found: [i for i, other in enumerate(fitting) if other == found] for found in fitting}
+    chosen: dict[int, int] = {}
+    for found, videos in alike.items():
+        if len(found) not in (1, len(videos)):
+            lines = listed([str(sequences[i].line) for i in found])
+            raise UsageError(
+                f"{files[videos[0]]}: its name fits the prompts of the lines {lines}; there are"
+                f" {len(videos)} such videos for {len(found)} sequences"
+            )
+        chosen |= dict(zip(videos, found * len(videos) if len(found) == 1 else found, strict=True))
+    if without := [s.sentences[0] for i, s in enumerate(sequences) if i not in chosen.values()]:
+        raise UsageError(f"{files[0].parent} has no video of {listed(without)}")
+    return [sequences[chosen[i]] for i in range(len(files))]
+
+
+def _fitting(path: Path, sequences: Sequence[prompts.PromptSequence]) -> tuple[int, ...]:
+    """Which sequences begin with the sentence that a video is named by."""
+    stem = path.stem
+    names = {prompts.slug(name) for name in (stem, re.sub(r"^\d+_|-\d+$", "", stem)) if name} - {""}
+
+    def fits(sequence: prompts.PromptSequence) -> bool:
+        words = prompts.slug(sequence.sentences[0])
+        return any(name == words or (len(name) >= CUT and words.startswith(name)) for name in names)
+
+    return tuple(i for i, sequence in enumerate(sequences) if fits(sequence))
 
 
 def _videos(folder: Path) -> list[Path]:
@@ -78,10 +142,16 @@ def _videos(folder: Path) -> list[Path]:
         pieces = re.split(r"(\d+)", path.name)
         return [(not p.isdecimal(), int(p) if p.isdecimal() else p) for p in pieces]
 
-    found = folder.iterdir() if folder.is_dir() else ()
-    files = [path for path in found if path.suffix.lower() in SUFFIXES]
+    # A system writes files like ._a.mp4 beside a.mp4.
+    files = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in video.SUFFIXES
+        and not path.name.startswith(".")
+        and not path.is_dir()
+    ]
     if not files:
-        raise UsageError(f"{folder} has no videos ({', '.join(SUFFIXES)})")
+        raise UsageError(f"{folder} has no videos ({', '.join(video.SUFFIXES)})")
     return sorted(sorted(files), key=parts)
 
 
@@ -89,13 +159,10 @@ def _score_file(
     scorer: composite.Scorer, path: Path, sentences: Sequence[str], clip_frames: int
 ) -> dict[str, float]:
     """The components of a video file. Its prompt segments have equal lengths."""
-    try:
-        video = iio.imread(path)
-    except Exception as error:  # a decoder's errors have no common type
-        raise UsageError(f"{path} cannot be read as a video: {error}") from error
-    frames, segments = len(video), len(sentences)
-    pixels = jnp.asarray(video[None, None], jnp.float32) / 255
-    switches = [round(m * frames / segments) for m in range(1, segments)]
+    frames = video.read(path)
+    count, segments = len(frames), len(sentences)
+    pixels = jnp.asarray(frames[None, None], jnp.float32) / 255
+    switches = [round(m * count / segments) for m in range(1, segments)]
     clipping = composite.Clipping(switches, clip_frames, to_pixel=int)
     try:
         scores = composite.segment_rewards(scorer, pixels, [sentences], clipping)

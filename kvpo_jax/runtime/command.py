@@ -67,8 +67,9 @@ def quieten_libraries() -> None:
     """Keeps from the user what libraries say about themselves."""
     # TensorFlow, where it is installed: tensorflow_datasets and tensorboardX import it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # JAX names every backend that a machine does not have.
+    # JAX names every backend that a machine does not have, imageio every video that is rotated.
     python_logging.getLogger("jax._src.xla_bridge").setLevel(python_logging.WARNING)
+    python_logging.getLogger("imageio").setLevel(python_logging.ERROR)
     show = sys.unraisablehook
 
     def show_unless_closed(unraisable: sys.UnraisableHookArgs) -> None:

@@ -15,7 +15,7 @@ from typing import TextIO
 
 from rich import progress as live
 from rich.box import Box
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
@@ -89,6 +89,30 @@ def _parts(widths: Sequence[int], width: int) -> list[list[int]]:
 def _encodable(value: object, out: Console) -> str:
     """Makes text of a value, with escapes for what the console's encoding lacks."""
     return str(value).encode(out.encoding, "backslashreplace").decode(out.encoding)
+
+
+@contextmanager
+def line(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
+    """Shows the newest state of a stage, cut to the width of the terminal; a pipe gets the last.
+
+    Args:
+      stream: where to show it, by default stdout.
+
+    Yields:
+      show(text), which replaces the text before.
+    """
+    out, shown = console(stream), ""
+
+    def show(text: str) -> None:
+        nonlocal shown
+        shown = set_cell_size(_encodable(text, out), out.width - 1)
+        if out.is_terminal:
+            print(f"\r{shown}", end="", file=out.file, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("" if out.is_terminal else shown.rstrip(), file=out.file, flush=True)
 
 
 @contextmanager

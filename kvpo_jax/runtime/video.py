@@ -1,0 +1,141 @@
+"""Video files. Pixels are uint8[frames, height, width, 3]."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import file_kind
+from kvpo_jax.runtime.atomic import keeping_part
+
+SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
+# imageio_ffmpeg would start ffmpeg with a fork, of which JAX warns.
+os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
+
+
+@cache
+def ffmpeg() -> str:
+    """The ffmpeg program that imageio finds: its own, or that of IMAGEIO_FFMPEG_EXE.
+
+    Raises:
+      UsageError: there is none, or it does not start.
+    """
+    advice = "pip install imageio-ffmpeg brings one, and IMAGEIO_FFMPEG_EXE=FILE names another"
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        subprocess.run([program, "-version"], check=True, capture_output=True)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        raise UsageError(f"videos need ffmpeg: {error}; {advice}") from error
+    except OSError as error:
+        raise UsageError(f"ffmpeg at {program}: {error.strerror}; {advice}") from error
+    return program
+
+
+@contextmanager
+def writing(
+    path: Path, height: int, width: int, fps: float
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Writes an mp4 frame by frame.
+
+    Its frames go to `path`.part, which plays as far as it goes however the writing ends, and which
+    takes the place of `path` once ffmpeg has ended well.
+
+    Args:
+      path: the file; its folder is made.
+      height: pixels of a frame; an odd number is rounded up, as mp4 players need it.
+      width: likewise.
+      fps: frames per second.
+
+    Yields:
+      A function that writes a frame, uint8[height, width, 3].
+
+    Raises:
+      UsageError: ffmpeg cannot be started or cannot write the file; the message says why.
+    """
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)]
+    even = f"scale={width + width % 2}:{height + height % 2}"
+    made = ["-pix_fmt", "yuv420p", "-crf", "10", "-vf", even]
+    plays = ["-movflags", "frag_keyframe+empty_moov", "-f", "mp4"]
+    command = [ffmpeg(), "-y", "-v", "error", *given, "-i", "-", *made, *plays]
+    with keeping_part(path) as part, tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [*command, f"file:{part}"],
+            stdin=subprocess.PIPE,
+            stderr=said,
+            process_group=0,  # so that Ctrl-C leaves it the time to end the file
+        )
+        pipe = process.stdin
+        assert pipe is not None
+
+        def write(frame: np.ndarray) -> None:
+            try:
+                pipe.write(np.ascontiguousarray(frame).data)
+            except BrokenPipeError as error:
+                raise _unwritten(process, said, path) from error
+
+        try:
+            yield write
+        finally:
+            try:
+                pipe.close()
+            except BrokenPipeError:  # its exit status says it, too
+                pass
+            process.wait()
+        if process.returncode:
+            raise _unwritten(process, said, path)
+
+
+def _unwritten(process: subprocess.Popen, said: IO[bytes], path: Path) -> UsageError:
+    """The error for a file that ffmpeg could not write."""
+    process.wait()
+    said.seek(0)
+    text = said.read().decode(errors="replace")
+    return UsageError(f"{path} cannot be written: {_reason(text, process.returncode)}")
+
+
+def _reason(said: str, status: int) -> str:
+    """Why ffmpeg failed: the first line that it has said, without the names of its parts."""
+    lines = [re.sub(r"^(\[[^]]*\] )+", "", line).strip() for line in said.splitlines()]
+    # What the system said is the reason of everything else.
+    known = ("No space left on device", "Disk quota exceeded", "File too large")
+    named = [reason for reason in known if reason in said]
+    return next(iter([*named, *filter(None, lines)]), f"ffmpeg ended with status {status}")
+
+
+def read(path: Path) -> np.ndarray:
+    """The frames of a video file.
+
+    Raises:
+      UsageError: it is no video, or not a whole one; the message says what it is.
+      OSError: it cannot be read.
+    """
+    file_kind.check(path, "a video", "video", "gif")
+    arguments = ["-nostdin", "-v", "error", "-xerror", "-i", f"file:{path}"]
+    done = subprocess.run(
+        [ffmpeg(), *arguments, "-map", "0:v:0", "-f", "null", "-"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        reason = _reason(done.stderr, done.returncode)
+        if "matches no streams" in reason:
+            raise UsageError(f"{path} has no pictures, only sound")
+        raise UsageError(f"{path} is not a whole video: {reason}; make or copy it again")
+    try:
+        video = iio.imread(path)
+    except Exception as error:  # a decoder's errors have no common type
+        raise UsageError(f"{path} cannot be read as a video: {error}") from error
+    return video if video.ndim == 4 else video[None]
