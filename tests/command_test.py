@@ -116,3 +116,9 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path):
 
 def test_streams_may_be_closed(tmp_path):
     assert run("print('a')", cwd=tmp_path, shell="exec >&- 2>&-").returncode == 0
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
+    done = run("1 / 0", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from kvpo_jax import backbone
 from kvpo_jax.errors import NotFiniteError, UsageError
@@ -200,13 +201,19 @@ def test_video_too_short_to_score_is_an_error():
     [
         (None, "reward mine returned nothing, expected a dict {component: 2 numbers}"),
         ({}, "reward mine returned nothing, "),
-        (np.zeros(2), "reward mine returned a ndarray, "),
-        ({"q": 0.5}, r"reward mine: q has shape \(\), expected one number for each of 2 clips"),
-        ({"q": np.zeros((2, 1))}, r"reward mine: q has shape \(2, 1\), "),
-        ({"q": [0.5]}, r"reward mine: q has shape \(1,\), "),
-        ({"q": [[0.5], [0.5, 1.0]]}, "reward mine: q is ragged, "),
-        ({"q": ["a", "b"]}, "reward mine: q is of type <U1, "),
-        ({"q": None}, r"reward mine: q has shape \(\), "),
+        (np.zeros(2), r"reward mine returned an array of shape \(2,\), "),
+        (
+            {"q": 0.5},
+            r"reward mine: 'q' has the shape \(\), expected one number for each of 2 clips",
+        ),
+        ({"q": np.zeros((2, 1))}, r"reward mine: 'q' has the shape \(2, 1\), "),
+        ({"q": [0.5]}, r"reward mine: 'q' has the shape \(1,\), "),
+        ({"q": [[0.5], [0.5, 1.0]]}, "reward mine: 'q' is no array "),
+        ({"q": ["a", "b"]}, "reward mine: 'q' is of type <U1, "),
+        ({"q": None}, r"reward mine: 'q' has the shape \(\), "),
+        ({"q": [1j, 2j]}, "reward mine: 'q' is of type complex128, "),
+        ({"q": torch.ones(2, requires_grad=True)}, "reward mine: 'q' is no array .*detach"),
+        ({1: [0.0, 1.0]}, "reward mine: the component 1 is no name"),
     ],
 )
 def test_what_a_scorer_returns_wrongly_is_named(monkeypatch, returned, message):
@@ -215,7 +222,9 @@ def test_what_a_scorer_returns_wrongly_is_named(monkeypatch, returned, message):
         scorers.Scorers("mine", {})(jnp.zeros((2, 1, 8, 8, 3)), ["a", "b"])
 
 
-@pytest.mark.parametrize("values", [[0.25, 1], (True, False), jnp.ones(2, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "values", [[0.25, 1], (True, False), jnp.ones(2, jnp.bfloat16), torch.ones(2)]
+)
 def test_a_scorer_may_return_numbers_in_any_form(monkeypatch, values):
     score = {"q": values}
     monkeypatch.setitem(scorers.SCORERS, "mine", lambda paths: lambda pixels, prompts: score)

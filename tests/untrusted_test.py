@@ -143,7 +143,7 @@ def test_a_command_that_does_not_score_imports_no_scorer(module):
         ],
     )
     backbone.load(config)
-    run.load(config, scored=False)
+    run.load(config, sentences=())
     assert module not in sys.modules
     run.load(config)
     assert module in sys.modules

@@ -252,7 +252,13 @@ def define_flags() -> None:
     flags.DEFINE_integer("copies", 2, "noise levels per block", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-2, "peak learning rate (warm-up, cosine decay)")
     flags.DEFINE_float("ema", 0.99, "decay of the weights that are saved")
-    flags.DEFINE_integer("seed", 0, "seed of the weights and of the data")
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "seed of the weights; that of the data is one more",
+        lower_bound=0,
+        upper_bound=config_lib.SEEDS - 2,
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import command
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
+from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.runtime.statistics import mean_interval, show_interval
 
 KINDS = {
@@ -152,14 +153,16 @@ def main(arguments: list[str]) -> None:
         f" the same {summaries[0]['num_prompts']} held-out prompt sequences, from the same"
         f" noise.\n\n{conclusion(summaries)}\n\n{table(summaries)}\n"
     )
-    Path(given.output).write_text(text)
-    print(f"\n{text}\nwrote {given.output}", flush=True)
+    output = Path(given.output or Path(given.runs) / "study.md")
+    with replacing(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"\n{text}\nwrote {output}", flush=True)
 
 
 def define_flags() -> None:
     """The flags of the command."""
-    flags.DEFINE_string("output", "docs/toy_study.md", "markdown file to write")
-    flags.DEFINE_string(
+    command.define_path("output", None, "markdown file to write; default: study.md beside the runs")
+    command.define_path(
         "runs", "runs/toy_study", "directory of the runs; finished ones are not run again"
     )
     flags.DEFINE_integer("seeds", 3, "seeds of the trained and of the shuffled runs", lower_bound=1)

@@ -55,7 +55,7 @@ def load(
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(f"{path}: the name of a prompt file ends in {' or '.join(SUFFIXES)}")
-    file_kind.check(path, "a file of prompts", "text", "json", "utf-16")
+    file_kind.check(path, "a file of prompts", "text", "json", "utf-16", "empty")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

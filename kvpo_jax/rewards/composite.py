@@ -153,7 +153,8 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
     scores = {}
     for name, values in raw.items():
         chex.assert_shape(values, (p * t,))
-        scores[name] = jnp.asarray(values, jnp.float32).reshape(p, t)
+        with np.errstate(over="ignore"):  # a float64 that is too large is infinite here
+            scores[name] = jnp.asarray(values, jnp.float32).reshape(p, t)
         bad = np.argwhere(~np.isfinite(scores[name]))
         if len(bad):
             prompt, trajectory = bad[0]
@@ -203,6 +204,12 @@ def segment_rewards(
         for clip in clips
     ]
     zero = jnp.zeros(())
+    for other in scores[1:]:
+        if other.keys() != scores[0].keys():
+            raise UsageError(
+                f"the rewards of a prompt segment are {', '.join(other)}, those of the first"
+                f" {', '.join(scores[0])}"
+            )
     return {name: sum((s[name] for s in scores), zero) / len(scores) for name in scores[0]}
 
 

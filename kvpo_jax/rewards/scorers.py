@@ -6,6 +6,9 @@ The last is a function of your own, see `composite.Scorer`.
 from __future__ import annotations
 
 import importlib
+import sys
+import textwrap
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -119,23 +122,47 @@ def _checked(name: str, scores: Any, clips: int) -> dict[str, Array]:
     """
     if not isinstance(scores, Mapping) or not scores:
         nothing = scores is None or isinstance(scores, Mapping)  # an empty one
-        returned = "nothing" if nothing else f"a {type(scores).__name__}"
+        shape = getattr(scores, "shape", None)
+        kind = f"a {type(scores).__name__}" if shape is None else f"an array of shape {shape}"
+        returned = "nothing" if nothing else kind
         raise UsageError(
             f"reward {name} returned {returned}, expected a dict {{component: {clips} numbers}}"
         )
-    checked: dict[str, Any] = {}
-    for component, values in scores.items():
-        expected = f"expected one number for each of {clips} clips"
-        try:
-            array = values if isinstance(values, jax.Array) else np.asarray(values)
-        except ValueError as error:  # lists of unlike lengths
-            raise UsageError(f"reward {name}: {component} is ragged, {expected}") from error
-        if array.shape != (clips,):
-            raise UsageError(f"reward {name}: {component} has shape {array.shape}, {expected}")
-        if not jnp.issubdtype(array.dtype, jnp.number) and array.dtype != bool:
-            raise UsageError(f"reward {name}: {component} is of type {array.dtype}, {expected}")
-        checked[component] = array
-    return checked
+    if strange := [component for component in scores if not isinstance(component, str)]:
+        raise UsageError(f"reward {name}: the component {strange[0]!r} is no name, expected a str")
+    return {
+        component: _numbers(f"reward {name}: {component!r}", values, clips)
+        for component, values in scores.items()
+    }
+
+
+def _numbers(what: str, values: Any, clips: int) -> Any:
+    """The `values` of a component as an array of so many numbers; UsageError about `what`."""
+    expected = f"expected one number for each of {clips} clips"
+    try:
+        array = values if isinstance(values, jax.Array) else np.asarray(values)
+    except Exception as error:  # lists of unlike lengths, tensors that need a gradient, ...
+        raise UsageError(f"{what} is no array ({error}), {expected}") from error
+    numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, bool))
+    if array.shape != (clips,):
+        raise UsageError(f"{what} has the shape {array.shape}, {expected}")
+    if not numeric:
+        raise UsageError(f"{what} is of type {array.dtype}, {expected}")
+    return array
+
+
+def _explained(name: str, error: BaseException) -> UsageError:
+    """The error for what somebody's own function raises: in one line, with the place in its file.
+
+    The original is the cause, for who calls it from Python.
+    """
+    own = sys.modules[name.partition(":")[0]].__file__
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{frame.filename}:{frame.lineno}" for frame in frames if frame.filename == own]
+    text = traceback.format_exception_only(error)[-1].strip()
+    message = textwrap.shorten(text, 300, placeholder=" ...")
+    at = f", at {places[-1]}" if places else ""
+    return UsageError(f"reward {name} raised {message}{at}")
 
 
 def sources(names: str) -> dict[str, Path]:
@@ -150,11 +177,23 @@ def _loader(name: str) -> Callable[[Paths], Scorer]:
     if name in SCORERS:
         return SCORERS[name]
     module, _, function = name.partition(":")
+    known = f"expected {', '.join(SCORERS)} or module:function"
     try:
         scorer = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        known = ", ".join(SCORERS)
-        raise UsageError(
-            f"there is no reward {name!r}: expected {known} or module:function ({error})"
-        ) from error
-    return lambda paths: scorer
+        raise UsageError(f"there is no reward {name!r}: {known} ({error})") from error
+    except Exception as error:  # whatever the module does while it is imported
+        text = "; ".join(map(str.strip, traceback.format_exception_only(error)))
+        raise UsageError(f"reward {name} cannot be imported: {text}") from error
+    if not callable(scorer):
+        raise UsageError(f"reward {name} is a {type(scorer).__name__}: {known}")
+
+    def score(pixels: Array, prompts: Sequence[str]) -> Mapping[str, Array]:
+        try:
+            return scorer(pixels, prompts)
+        except (UsageError, jax.errors.JaxRuntimeError):
+            raise
+        except (Exception, SystemExit) as error:
+            raise _explained(name, error) from error
+
+    return lambda paths: score
