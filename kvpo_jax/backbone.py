@@ -228,6 +228,17 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     )
 
 
+def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
+    """`toy_backbone`; UsageError unless the latent frames are of its size."""
+    for name in ("height", "width"):
+        if config.video[name] != toy_world.SIZE // 2:
+            raise UsageError(
+                f"config.video.{name}={config.video[name]}: a latent frame of the toy has"
+                f" {toy_world.SIZE // 2}"
+            )
+    return toy_backbone(config)
+
+
 # ---------------------------------------------------------------- LongLive and MemFlow
 
 
@@ -379,7 +390,7 @@ WAN_FILES = ("weights", "paths.vae", "paths.prompts")
 BACKBONES: Registry[Kind] = Registry(
     "backbone",
     {
-        "toy": Kind(toy_backbone),
+        "toy": Kind(sized_toy),
         "longlive": Kind(wan_backbone, WAN_FILES),
         "memflow": Kind(wan_backbone, WAN_FILES),
     },
@@ -412,6 +423,7 @@ FILES = {
     "paths.embeddings": "kvpo-encode --prompts=FILE --output=FOLDER ...",
     "paths.prompts": "a file of prompt sequences (docs/data.md)",
 }
+FOLDERS = ("paths.tokenizer", "paths.embeddings")
 
 
 def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
@@ -444,6 +456,11 @@ def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
         if fields[name] and not Path(fields[name]).exists():
             raise UsageError(
                 f"config.{name}={fields[name]}: there is no such file; it is made by {made_by}"
+            )
+        if fields[name] and Path(fields[name]).is_dir() != (name in FOLDERS):
+            expected = "folder" if name in FOLDERS else "file"
+            raise UsageError(
+                f"config.{name}={fields[name]} is no {expected}; it is made by {made_by}"
             )
 
 

@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
         # What cannot work is an error before the run directory is made.
         equipment = run.load(fitted)
         run.eligible_pivots(fitted, equipment.backbone.to_pixel)
+        equipment.initial_lora()
         with workdir.locked(directory):
             if sharding.is_main():
                 at_once = prompts_at_once(fitted)

@@ -99,7 +99,7 @@ def test_command_scores_files_as_training_does(tmp_path):
         "--rewards=motion",
         "--clip_frames=8",
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     with (tmp_path / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["video"] for row in rows] == ["0.mp4", "1.mp4"]

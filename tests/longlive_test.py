@@ -7,6 +7,7 @@ a diffusers VAE, a transformers text encoder with a tokenizer.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,8 @@ def run(*command, stdin=None):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    # Libraries do not talk to the user; a long stage says how far it is.
+    assert all(re.fullmatch(r".+: \d+(/\d+)?", line) for line in done.stderr.splitlines())
     return done.stdout
 
 

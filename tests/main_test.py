@@ -67,6 +67,9 @@ def run(*arguments, cwd, path=ROOT):
         (["--config.video.blocks=4", "--config.video.switch_frames=()"], "no block can be a pivot"),
         (["--config.weights=none.safetensors"], "weights=none.safetensors: there is no such file"),
         (["--config.backbone=longliv"], "did you mean 'longlive'?"),
+        (["--config.video.height=8"], "video.height=8: a latent frame of the toy has 4"),
+        (["--config.weights=/usr"], "config.weights=/usr is no file"),
+        (["--config.paths.lora=/etc/passwd"], "/etc/passwd is not a"),
         (["--config.mesh.data=4", "--config.eval.batch=2"], "shards of prompts"),
     ],
 )

@@ -232,3 +232,27 @@ def test_the_legend_explains_every_column():
 )
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text
+
+
+LINE = """
+with progress.line() as show:
+    for text in ("first " * 30, "東京" * 30, "last"):
+        show(text)
+"""
+
+
+def test_a_line_that_changes_stays_in_the_width_of_the_terminal_and_leaves_no_rest():
+    shown = on_terminal(LINE).rstrip("\r\n").split("\r")
+    assert shown[0] == "" and [cell_len(text) for text in shown[1:]] == [79, 79, 79]
+    assert shown[3] == "last" + 75 * " "
+
+
+def test_of_a_line_that_changes_a_pipe_gets_the_last_state():
+    def show(stream):
+        with progress.line(stream) as line:
+            line("first")
+            line("caf\u00e9")
+        with progress.line(stream):
+            pass
+
+    assert printed("ascii", show) == "caf\\xe9\n"

@@ -141,8 +141,9 @@ def _write_torch(parts: Mapping[str, Mapping[str, np.ndarray]], output: Path) ->
     tensors = {
         part: {name: tensor(x) for name, x in state.items()} for part, state in parts.items()
     }
-    with replacing(output) as temporary:
-        torch.save(tensors, temporary)
+    # A file that Python opens names the reason where it cannot be written; torch's own does not.
+    with replacing(output) as temporary, temporary.open("wb") as file:
+        torch.save(tensors, file)
 
 
 def write_diffusers(lora: LoRA, output: Path) -> None:

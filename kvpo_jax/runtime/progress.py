@@ -112,7 +112,8 @@ def line(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
     try:
         yield show
     finally:
-        print("" if out.is_terminal else shown.rstrip(), file=out.file, flush=True)
+        if shown:
+            print("" if out.is_terminal else shown.rstrip(), file=out.file, flush=True)
 
 
 @contextmanager

@@ -197,10 +197,10 @@ def locked(workdir: Path) -> Iterator[None]:
         except OSError as error:  # a file system without locks
             print(f"{workdir} cannot be locked ({error}): start no second run in it", flush=True)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = f"process {os.getpid()} on {platform.node()} since {now}"
         with naming(Path(file.name)):
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()} since {now}")
-            file.flush()
+            os.write(file.fileno(), owner.encode())  # a buffer would be written again at the end
         yield
 
 
