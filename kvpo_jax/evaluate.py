@@ -5,8 +5,9 @@
         [--hpsv3=FILE] [--videoalign=FILE]
 
 The first compares reference, online and EMA policy on the same prompts and noise. The second scores
-the videos of a folder in the order of their names (2.mp4 before 10.mp4), one prompt sequence each,
-as training does: a clip in the middle of every segment.
+the videos of a folder as training does: a clip in the middle of every segment. Videos that are
+named by their prompts belong to those, others to the prompt sequences in the order of their names
+(2.mp4 before 10.mp4).
 """
 
 from __future__ import annotations
