@@ -508,3 +508,22 @@ def test_weights_go_with_the_scorers_that_they_are_of():
     assert weights("--config.reward.scorer", "mine:score") == {}
     beside = {**TINY.reward.weights.to_dict(), "brightness": 1.0}
     assert weights(mine) == weights("--config.reward.scorer=toy, mine:score", mine) == beside
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("\n1 / 0", r"mine.py:2 raised ZeroDivisionError: division by zero$"),
+        (
+            "def get_config():\n    return x",
+            r"mine.py:2 raised NameError: name 'x' is not defined$",
+        ),
+        ("def get_config(:", r"mine.py raised File .*line 1; .*SyntaxError"),
+        ("a\0b", r"mine.py raised .*null bytes"),
+    ],
+)
+def test_a_fault_in_a_configuration_file_is_one_line_with_its_place(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        config_lib.load(str(tmp_path / "mine.py"))
+    assert isinstance(error.value, UsageError)

@@ -14,7 +14,9 @@ import math
 import os
 import re
 import runpy
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,8 @@ def load(spec: str) -> ConfigDict:
     file = find(path)
     if file.suffix != ".py":
         raise UsageError(f"{path}: a configuration is a Python file with a get_config()")
-    defined = runpy.run_path(str(file))
+    with _naming_faults(file):
+        defined = runpy.run_path(str(file))
     if "get_config" not in defined:
         raise UsageError(f"{path} defines no get_config()")
     get_config, presets = defined["get_config"], defined.get("PRESETS", (preset,))
@@ -164,10 +167,25 @@ def load(spec: str) -> ConfigDict:
         raise UsageError(f"{path} has no presets, so not {preset!r} either")
     if preset and preset not in presets:
         raise UsageError(f"{path} has the presets {', '.join(presets)}, not {preset!r}")
-    config = get_config(*([preset] if preset else [])).lock()
+    with _naming_faults(file):
+        config = get_config(*([preset] if preset else [])).lock()
     if file != shipped(TINY):
         check_fields(config, file)
     return config
+
+
+@contextmanager
+def _naming_faults(file: Path) -> Iterator[None]:
+    """Turns what a configuration file raises into one line that names its place in the file."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [f":{frame.lineno}" for frame in frames if frame.filename == str(file)]
+        text = "; ".join(map(str.strip, traceback.format_exception_only(error)))
+        raise UsageError(f"{file}{lines[-1] if lines else ''} raised {text}") from error
 
 
 def load_saved(path: Path) -> ConfigDict:
