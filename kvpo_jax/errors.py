@@ -63,12 +63,9 @@ def shortened(items: Sequence[object], most: int = 5) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
-def listed(names: Sequence[str], shown: int = 3) -> str:
-    """Names for a message: "'a', 'b' and 'c'", or of a long list "'a', 'b', 'c' and 97 more"."""
-    quoted = [repr(name) for name in names]
-    if len(quoted) > shown:
-        return f"{', '.join(quoted[:shown])} and {len(quoted) - shown} more"
-    return " and ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """Quoted names for a message, `shortened`."""
+    return shortened([repr(name) for name in names], most)
 
 
 class Registry(dict[str, T], Generic[T]):
