@@ -60,6 +60,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.objective.update(tau=100.0, tau_unit="running_std", beta=5.0)
 
     c.eval.batch = 0  # as many as in training
+    c.eval.by_block = False  # it would score four times as many frames
 
     c.reward.scorer = "hpsv3,videoalign"  # VQ, and MQ and TA (paper §3.4)
     c.reward.clip_frames = 36  # pixel frames scored per prompt segment

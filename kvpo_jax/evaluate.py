@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 from absl import flags
 from flax import struct
@@ -51,11 +52,13 @@ class Heldout(struct.PyTreeNode):
       reward: float[n], the composite reward.
       components: name -> float[n], of what is optimised and of what is only watched
         (config.eval.scorer).
+      blocks: float[n, B], the composite reward of each block alone; [n, 0] unless eval.by_block.
     """
 
     pixels: np.ndarray
     reward: np.ndarray
     components: dict[str, np.ndarray]
+    blocks: np.ndarray
 
 
 def evaluate(run: Run, lora: PyTree) -> Heldout:
@@ -78,8 +81,15 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     backbone_lib.release_rewards(config, run.backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
+    names = _block_names(config)
+    blocks = np.array([merged.pop(name) for name in names]).reshape(len(names), -1).T
     reward = np.asarray(composite.composite(merged, config.reward.weights))
-    return Heldout(np.array(pixels), reward, merged)
+    return Heldout(np.array(pixels), reward, merged, blocks)
+
+
+def _block_names(config: ml_collections.ConfigDict) -> list[str]:
+    """What the scores of single blocks are called until they are an array; none without them."""
+    return [f"block {b}" for b in range(config.video.blocks * config.eval.by_block)]
 
 
 def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:
@@ -101,7 +111,7 @@ def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:
 
 
 class _Scores:
-    """() -> component -> float[P, 1], of what is optimised and what is watched."""
+    """() -> component -> float[P, 1], of what is optimised and what is watched, and of blocks."""
 
     def __init__(self, run: Run, videos: Array, sentences: Sequence[Sequence[str]]):
         self._run, self._videos, self._sentences = run, videos, sentences
@@ -114,7 +124,18 @@ class _Scores:
             for scorer in (backbone.rewards, backbone.watch)
         )
         composite.check_weights(rewards, watched, self._run.config.reward.weights)
-        return rewards | watched
+        blocks = _block_names(self._run.config)
+        return rewards | watched | {name: self._of_block(b) for b, name in enumerate(blocks)}
+
+    def _of_block(self, block: int) -> Array:
+        """float[P, 1], the composite reward of a block alone, with the sentence of its segment."""
+        config, backbone = self._run.config, self._run.backbone
+        first, count = block * config.video.block_frames, config.video.block_frames
+        segment = config_lib.segment_of(first, config.video.switch_frames)
+        pixels = self._videos[:, :, backbone.to_pixel(first) : backbone.to_pixel(first + count)]
+        sentences = [sequence[segment] for sequence in self._sentences]
+        scores = composite.score_clips(backbone.rewards, pixels, sentences)
+        return composite.composite(scores, config.reward.weights)
 
 
 def kept_reference(run: Run, workdir: Path, make: Callable[[], Heldout]) -> Heldout:
@@ -153,6 +174,7 @@ def _save_heldout(path: Path, made_of: str, made: Heldout, switches: Sequence[in
         "shape": np.asarray(made.pixels.shape),
         "frames": frames,
         "pixels": made.pixels[:, frames],
+        "blocks": made.blocks,
         **{f"component {name}": x for name, x in made.components.items()},
     }
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -174,15 +196,33 @@ def _load_heldout(path: Path, made_of: str) -> Heldout | None:
     components = {
         name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)
     }
-    return Heldout(pixels, arrays["reward"], components)
+    return Heldout(pixels, arrays["reward"], components, arrays["blocks"])
 
 
-def heldout_metrics(reference: Heldout, online: Heldout, ema: Heldout) -> dict[str, float]:
-    """The mean held-out rewards of the three policies, as metrics.jsonl has them."""
-    return {
+def heldout_metrics(
+    reference: Heldout, online: Heldout, ema: Heldout, first_pivot: int
+) -> dict[str, float]:
+    """The mean held-out rewards of the three policies, as metrics.jsonl has them.
+
+    With eval.by_block also what the online policy gains in the blocks before every pivot, which no
+    replay ever reads, and in the others.
+    """
+    means = {
         "heldout_reference": reference.reward.mean(),
         "heldout_online": online.reward.mean(),
         "heldout_ema": ema.reward.mean(),
+    }
+    return means | gains_by_block(reference, online, first_pivot)
+
+
+def gains_by_block(reference: Heldout, policy: Heldout, first_pivot: int) -> dict[str, float]:
+    """What a policy gains in the blocks before every pivot, and in the others; {} without them."""
+    if not reference.blocks.size:
+        return {}
+    gains = (policy.blocks - reference.blocks).mean(axis=0)
+    return {
+        "heldout_gain_before_pivots": gains[:first_pivot].mean(),
+        "heldout_gain_from_pivots": gains[first_pivot:].mean(),
     }
 
 
@@ -221,6 +261,9 @@ def finish(
             reference.reward, online.reward, results["ema"].reward
         ),
         "components": components,
+        "reward_by_block": {
+            policy: result.blocks.mean(axis=0).tolist() for policy, result in results.items()
+        },
         "iterations": iterations,
         "eval": run.config.eval.to_dict(),
         "seconds": dict(seconds),
@@ -236,6 +279,10 @@ def finish(
     write_json(summary, workdir / "summary.json")
     print(flush=True)
     print_table(results)
+    first = run.pivots[0]
+    if gains := tuple(gains_by_block(reference, online, first).values()):
+        early = f"{gains[0]:+.4f} in blocks 0 to {first - 1}, which no replay reads"
+        print(f"\nonline gains {early}, and {gains[1]:+.4f} in the later ones", flush=True)
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     print(f"\nseconds: {seconds['total']:.1f} in all ({parts})\n\n{picture} shows it", flush=True)
     return summary

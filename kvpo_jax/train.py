@@ -346,7 +346,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             done, last = iteration + 1, iteration + 1 == iterations
             if last or (config.eval.every and done % config.eval.every == 0):
                 online, ema = evaluation(state.lora), evaluation(state.ema)
-                record |= heldout_metrics(before, online, ema)
+                record |= heldout_metrics(before, online, ema, run.pivots[0])
             record |= {f"seconds_{name}": value for name, value in clock.lap().items()}
             if recorder:
                 recorder.record(iteration, record, groups)

@@ -239,6 +239,35 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
         evaluate.evaluate_run(tmp_path, here[:2])
 
 
+def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
+    fields = {"eval.prompts": 4, "eval.batch": 2, "model.num_layers": 3}
+    run = run_lib.load(configure("configs/tiny.py", fields))
+    made = evaluate.evaluate(run, run.initial_lora())
+    assert made.blocks.shape == (4, 12)
+    for prompt in range(4):
+        sentences = run.backbone.prompts("heldout", prompt)
+        for block, segment in ((0, 0), (3, 0), (4, 1), (11, 2)):
+            clip = made.pixels[prompt, 3 * block : 3 * block + 3][None]
+            scores = toy.score(jnp.asarray(clip), [sentences[segment]])
+            expected = sum(float(scores[name][0]) for name in ("VQ", "MQ", "TA")) / 3
+            assert made.blocks[prompt, block] == pytest.approx(expected, rel=1e-5)
+    silent = run_lib.load(configure("configs/tiny.py", {**fields, "eval.by_block": False}))
+    assert evaluate.evaluate(silent, run.initial_lora()).blocks.shape == (4, 0)
+
+
+def test_gains_before_and_from_the_first_pivot_by_hand():
+    def heldout(blocks):
+        return evaluate.Heldout(np.zeros(0), np.zeros(2), {}, np.array(blocks))
+
+    before, after = heldout([[0.0, 1, 2], [0, 1, 4]]), heldout([[1.0, 1, 4], [0, 2, 8]])
+    assert evaluate.gains_by_block(before, after, 1) == {
+        "heldout_gain_before_pivots": 0.5,
+        "heldout_gain_from_pivots": 1.75,
+    }
+    nothing = heldout(np.zeros((2, 0)))
+    assert evaluate.gains_by_block(nothing, nothing, 1) == {}
+
+
 def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_path):
     """Bit for bit, and made again if anything that it depends on is another."""
     file = tmp_path / "vae"  # one that the toy does not read
@@ -248,7 +277,9 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     def make():
         pixels = rng.normal(size=(2, 36, 8, 8, 3)).astype(np.float32)
         components = {"VQ": rng.normal(size=4).astype(np.float32), "a/b": rng.normal(size=4)}
-        made.append(evaluate.Heldout(pixels, rng.normal(size=4), components))
+        made.append(
+            evaluate.Heldout(pixels, rng.normal(size=4), components, rng.normal(size=(4, 2)))
+        )
         return made[-1]
 
     def kept(**fields):
@@ -261,6 +292,7 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     again = kept(train__iterations=99, train__keep=1)
     assert len(made) == 1
     assert again.reward.tobytes() == first.reward.tobytes()
+    assert again.blocks.tobytes() == first.blocks.tobytes()
     assert again.components.keys() == first.components.keys()
     for name, value in first.components.items():
         assert again.components[name].tobytes() == value.tobytes()
