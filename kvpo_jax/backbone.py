@@ -204,11 +204,11 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """The toy world, with the generator that ships or the one that config.weights names."""
     path, cfg = config.weights or TOY_WEIGHTS, wan_config(config)
     segments = len(config.video.switch_frames) + 1
-    heldout = toy_world.heldout_prompts(config.eval.prompts, segments)
+    heldout = cache(lambda: toy_world.heldout_prompts(config.eval.prompts, segments))
 
     def sequence(split: str, index: int) -> list[str]:
         if split == "heldout":
-            return heldout[index]
+            return heldout()[index]
         return toy_world.sample_prompts((config.seed, index), split, segments)
 
     return Backbone(
@@ -398,15 +398,17 @@ BACKBONES: Registry[Kind] = Registry(
 
 
 def load(config: ml_collections.ConfigDict) -> Backbone:
-    """The backbone that config.backbone names.
+    """The backbone that config.backbone names."""
+    return BACKBONES[config.backbone].make(config)
 
-    A reward that cannot be weighed is an error before it scores.
-    """
-    backbone = BACKBONES[config.backbone].make(config)
+
+def check_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
+    """UsageError for a reward that is none, cannot be imported, or cannot be weighed."""
+    backbone.rewards.check()
+    backbone.watch.check()
     optimised = scorers.components_of(config.reward.scorer)
     watched = scorers.components_of(config.eval.scorer)
     composite.check_weights(optimised, watched, config.reward.weights)
-    return backbone
 
 
 # ---------------------------------------------------------------- its files

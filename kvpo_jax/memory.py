@@ -436,7 +436,7 @@ def _parts(iteration: Iteration, decoding: Decoding) -> dict[str, PyTree]:
     kept = (batches - 1) * (run.config.train.epochs > 1)
     return {
         "base weights": run.params,
-        "LoRA: policy, old, reference, EMA": state.replace(iteration=None, optimiser=None),
+        "LoRA: policy, old, reference, EMA": [state.lora, state.old, state.reference, state.ema],
         "optimiser": state.optimiser,
         # One is resident while the next is made, if they are summed.
         "gradient of LoRA": [state.lora] * (1 + (batches > 1)),

@@ -167,8 +167,7 @@ def load(
     config_lib.heldout_at_once(config, mesh.shape["data"])
     backbone = backbone_lib.load(config)
     if sentences is None:
-        backbone.rewards.check()
-        backbone.watch.check()
+        backbone_lib.check_rewards(config, backbone)
         backbone.prompts("heldout", 0)
     else:
         backbone.check_sentences(sentences)

@@ -207,7 +207,6 @@ def test_sentences_without_an_embedding_are_found_with_the_first_prompt(config):
         file.write("a  cat &amp; 77 döner\na dog\na hare\na  dog\n")
     made = backbone.load(config)  # a video of another prompt needs none of them
     with pytest.raises(
-        ValueError,
-        match="no embedding of 'a dog' and 'a hare'; .*kvpo-encode .* --config.paths.umt5=",
+        ValueError, match="no embedding of 'a dog', 'a hare'; .*kvpo-encode .* --config.paths.umt5="
     ):
         made.prompts("heldout", 0)

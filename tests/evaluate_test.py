@@ -175,7 +175,7 @@ def test_videos_are_paired_with_prompts_by_their_names(names, sentences, lines):
         (["0", "1"], ["a cat"], "has 2 videos, but there are 1 prompt sequences"),
         (["a cat", "a cow"], ["a cat", "a dog"], "'a cow.mp4' is named by none of the 2 prompt"),
         (["a cat"], ["a cat", *"defg"], "has no video of 'd', 'e', 'f' and 1 more"),
-        (["0_a", "1_a", "2_a"], ["a", "a"], "fits the prompts of the lines '1' and '2'; there are"),
+        (["0_a", "1_a", "2_a"], ["a", "a"], "fits the prompts of the lines '1', '2'; there are"),
     ],
 )
 def test_videos_that_belong_to_no_prompts_are_an_error(names, sentences, message):

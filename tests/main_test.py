@@ -64,7 +64,7 @@ def run(*arguments, cwd, path=ROOT):
         (["--config.seed=99999999999999999999"], "expected 0 to 4294967295"),
         (["--config.video.switch_frames=(5,)"], "switch_frames=(5,): expected ascending multiples"),
         (["--config.window.near=10"], "near=10"),
-        (["--config.video.blocks=4", "--config.video.switch_frames=()"], "no block can be a pivot"),
+        (["--config.video.blocks=6", "--config.video.switch_frames=(12,)"], "no block can be a p"),
         (["--config.weights=none.safetensors"], "weights=none.safetensors: there is no such file"),
         (["--config.backbone=longliv"], "did you mean 'longlive'?"),
         (["--config.video.height=8"], "video.height=8: a latent frame of the toy has 4"),
@@ -115,7 +115,7 @@ def test_what_a_run_stumbles_over_is_one_line_and_may_be_corrected(tmp_path):
         "--workdir=w", "--config.seed=3", "--config.weights=broken.safetensors", cwd=tmp_path
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("error: broken.safetensors is not a whole safetensors file")
+    assert done.stderr.startswith("error: broken.safetensors is not a safetensors file but plain")
     assert done.stderr.count("\n") == 1
     corrected = workdir_lib.resolve("configs/tiny.py", tmp_path / "w", ["--config.seed=4"])
     assert (corrected.seed, corrected.weights) == (4, "")
@@ -132,7 +132,7 @@ def test_a_finished_run_says_so_and_shows_its_table(tmp_path):
     summary = {"heldout": heldout, "components": components}
     summary |= {"iterations": config.train.iterations, "eval": config.eval.to_dict()}
     (tmp_path / "w" / "summary.json").write_text(json.dumps(summary))
-    done = run("--workdir=w", cwd=tmp_path)
+    done = run("--workdir=w", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "w: finished; iteration 40 of 40 is done"
@@ -144,7 +144,7 @@ def test_a_finished_run_says_so_and_shows_its_table(tmp_path):
         "checkpoints",
         "summary.json",
     ]
-    longer = run("--workdir=w", "--config.train.iterations=41", cwd=tmp_path)
+    longer = run("--workdir=w", "--resume", "--config.train.iterations=41", cwd=tmp_path)
     assert "checkpoints/40 cannot be read" in longer.stderr  # which this one has to do
 
 

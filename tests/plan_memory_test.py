@@ -88,8 +88,8 @@ def test_parts_and_programs_of_the_toy(tmp_path):
         "gradient of LoRA",
     ]
     resident = sum(figures["resident_gb"][name] for name in parts)
-    line = next(line for line in said.splitlines() if "replay" in line)
-    assert line.split()[2:5] == [
+    line = next(line for line in said.splitlines() if line.startswith("replay  "))
+    assert line.split()[1:4] == [
         f"{resident:.2f}",
         f"{stages['replay'] - resident:.2f}",
         f"{stages['replay']:.2f}",
@@ -213,7 +213,7 @@ def test_the_plan_has_the_arrays_of_a_run():
     embeddings = np.zeros(planned.explored.batch.embeddings.shape, np.float32)
     embeddings = sharding.place(embeddings, mesh, sharding.PROMPTS)
     batch = batch_of(embeddings, np.ones((2, 1), bool))
-    rolled = train.explore(run, state.old, batch, 0, run.draw_pivot(0))
+    rolled = train.explore(run, state.old, batch, 0, planned.run.draw_pivot(0))
     experience = train.unjudged(run, state, rolled, batch, on_policy=True)
     experience = experience.replace(
         advantages=sharding.place(experience.advantages, mesh),

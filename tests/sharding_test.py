@@ -37,7 +37,6 @@ USED = (
     "fork",
     "branch_block",
     "branch_recache",
-    "energies",
 )
 MESHES = ((2, 4, 0), (4, 2, 4), (1, 8, 0))  # data, branch, branches at a time (0: all)
 

@@ -213,7 +213,7 @@ def make_experience(config, first=0) -> World:
     """An Experience of the config's prompts at once, from number `first` on."""
     run = run_lib.load(config)
     state = state_lib.init_state(config, run.mesh, run.initial_lora())
-    unit = sharding.place(np.float32(5e-3), run.mesh)  # about the spread of these energies
+    unit = sharding.place(np.float32(4e-3), run.mesh)  # about the spread of these energies
     state = state.replace(energy_unit=unit)
     numbers = np.arange(first, first + config_lib.prompts_at_once(config), dtype=np.int32)
     batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "train", 0, numbers)
@@ -304,7 +304,7 @@ def test_a_gated_prompt_has_no_say(experience):
     """With the gate of prompt 0 closed, its advantages change nothing."""
     run, state, batch = experience
     batch = batch.replace(gate_open=jnp.arange(PROMPTS) > 0)
-    other = batch.replace(advantages=batch.advantages.at[0].multiply(-3))
+    other = batch.replace(advantages=batch.advantages * np.array([[-3]] + [[1]] * (PROMPTS - 1)))
     a, b = (update(run, state, x)[0] for x in (batch, other))
     assert_equal(a.lora, b.lora)
 
@@ -386,8 +386,10 @@ def test_micro_batches_are_one_batch(weights, tmp_path, epochs):
     rows = [lines(tmp_path / name)[0] for name in "01"]
     for name, value in rows[0].items():
         assert rows[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    # In the second step Adam divides by gradients, of which some are little more than rounding.
+    atol = 1e-6 if epochs == 1 else 1e-5
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), states[0].lora, states[1].lora
+        lambda a, b: np.testing.assert_allclose(a, b, atol=atol), states[0].lora, states[1].lora
     )
 
 

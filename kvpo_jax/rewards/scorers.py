@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -165,10 +166,15 @@ def _explained(name: str, error: BaseException) -> UsageError:
     return UsageError(f"reward {name} raised {message}{at}")
 
 
+def _module_of(name: str) -> ModuleType:
+    """The module of a scorer "module:function"."""
+    return importlib.import_module(name.partition(":")[0])
+
+
 def sources(names: str) -> dict[str, Path]:
     """ "module:function" -> the file of its module, for those in a list that have one."""
     own = [name for name in names_of(names) if name not in SCORERS]
-    files = {name: importlib.import_module(name.partition(":")[0]).__file__ for name in own}
+    files = {name: _module_of(name).__file__ for name in own}
     return {name: Path(file) for name, file in files.items() if file is not None}
 
 
@@ -176,10 +182,9 @@ def _loader(name: str) -> Callable[[Paths], Scorer]:
     """How a scorer is loaded; "module:function" is imported at once."""
     if name in SCORERS:
         return SCORERS[name]
-    module, _, function = name.partition(":")
     known = f"expected {', '.join(SCORERS)} or module:function"
     try:
-        scorer = getattr(importlib.import_module(module), function)
+        scorer = getattr(_module_of(name), name.partition(":")[2])
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"there is no reward {name!r}: {known} ({error})") from error
     except Exception as error:  # whatever the module does while it is imported
