@@ -240,7 +240,7 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
 
 
 def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
-    fields = {"eval.prompts": 4, "eval.batch": 2, "model.num_layers": 3}
+    fields = {"eval.prompts": 4, "eval.batch": 2, "mesh.data": 1, "mesh.branch": 1}
     run = run_lib.load(configure("configs/tiny.py", fields))
     made = evaluate.evaluate(run, run.initial_lora())
     assert made.blocks.shape == (4, 12)
