@@ -82,7 +82,7 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
     backbone_lib.release_rewards(config, run.backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
     names = _block_names(config)
-    blocks = np.array([merged.pop(name) for name in names]).reshape(len(names), -1).T
+    blocks = np.array([merged.pop(name) for name in names]).reshape(-1, config.eval.prompts).T
     reward = np.asarray(composite.composite(merged, config.reward.weights))
     return Heldout(np.array(pixels), reward, merged, blocks)
 
