@@ -40,6 +40,8 @@ from kvpo_jax.runtime.pictures import PICTURED, before_after, frames_of
 from kvpo_jax.state import newest_state, policy_of
 from kvpo_jax.types import Array, PromptBatch, PyTree
 
+SHORTEST = 3  # pixel frames of a block that is scored alone
+
 # ---------------------------------------------------------------- held-out evaluation
 
 
@@ -128,11 +130,17 @@ class _Scores:
         return rewards | watched | {name: self._of_block(b) for b, name in enumerate(blocks)}
 
     def _of_block(self, block: int) -> Array:
-        """float[P, 1], the composite reward of a block alone, with the sentence of its segment."""
+        """float[P, 1], the composite reward of a block alone, with the sentence of its segment.
+
+        A shorter block is scored with its neighbours, as rewards of motion need SHORTEST frames.
+        """
         config, backbone = self._run.config, self._run.backbone
         first, count = block * config.video.block_frames, config.video.block_frames
         segment = config_lib.segment_of(first, config.video.switch_frames)
-        pixels = self._videos[:, :, backbone.to_pixel(first) : backbone.to_pixel(first + count)]
+        start, end = backbone.to_pixel(first), backbone.to_pixel(first + count)
+        length = max(end - start, SHORTEST)
+        start, end = composite.clip_window((start + end) // 2, self._videos.shape[2], length)
+        pixels = self._videos[:, :, start:end]
         sentences = [sequence[segment] for sequence in self._sentences]
         scores = composite.score_clips(backbone.rewards, pixels, sentences)
         return composite.composite(scores, config.reward.weights)
