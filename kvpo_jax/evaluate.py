@@ -361,11 +361,12 @@ def evaluate_videos(given: flags.FlagValues) -> None:
     scorer.check()
     sequences = prompts.load(Path(given.prompts))
     output = Path(given.output or Path(given.videos) / "scores.csv")
-    video_files.score(scorer, Path(given.videos), sequences, given.clip_frames, output)
+    clips = given.clip_frames, given.clip_spacing
+    video_files.score(scorer, Path(given.videos), sequences, clips, output)
 
 
 # Flags that say nothing of a run.
-OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "output")
+OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "clip_spacing", "output")
 
 
 def main(arguments: list[str]) -> None:
@@ -398,6 +399,7 @@ def define_flags() -> None:
     command.define_path("hpsv3", "", "converted HPSv3")
     command.define_path("videoalign", "", "converted VideoAlign")
     flags.DEFINE_integer("clip_frames", 36, "frames scored of each segment, centred; 0 = all")
+    flags.DEFINE_integer("clip_spacing", 160, "a long segment has a clip every so many; 0 = one")
     command.define_path("output", None, "CSV file; scores.csv beside the videos by default")
 
 

@@ -136,13 +136,15 @@ def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what
 
     output, part = tmp_path / "new" / "scores.csv", tmp_path / "new" / "scores.csv.part"
     with pytest.raises(ValueError, match="too dark") as raised:
-        video_files.score(score, tmp_path, sequences, 0, output)
+        video_files.score(score, tmp_path, sequences, (0, 0), output)
     assert raised.value.__notes__ == [str(tmp_path / "100.mp4")]
     rows = ["video,prompt,length", "2.mp4,two,3.0", "9.mp4,nine,4.0", "10.mp4,of ten,6.0"]
     assert part.read_text().splitlines() == rows and not output.exists()
-    video_files.score(
-        lambda _, prompts: {"length": jnp.array([len(prompts[0])])}, tmp_path, sequences, 0, output
-    )
+
+    def lengths(pixels, prompts):
+        return {"length": jnp.array([len(prompts[0])])}
+
+    video_files.score(lengths, tmp_path, sequences, (0, 0), output)
     assert output.read_text().splitlines() == [*rows, "100.mp4,last,4.0"] and not part.exists()
 
 
@@ -195,7 +197,7 @@ def test_a_file_that_is_no_whole_video_is_named_and_others_are_passed_over(tmp_p
     def length(pixels, prompts):
         return {"length": jnp.full(len(prompts), pixels.shape[1])}
 
-    rows = video_files.score(length, tmp_path, sequences, 0, tmp_path / "scores.csv")
+    rows = video_files.score(length, tmp_path, sequences, (0, 0), tmp_path / "scores.csv")
     assert list(rows) == ["a.mp4", "mean"]
     for content, message in (
         (b"", r"a.mp4 is not a video but an empty file"),
@@ -204,7 +206,7 @@ def test_a_file_that_is_no_whole_video_is_named_and_others_are_passed_over(tmp_p
     ):
         (tmp_path / "a.mp4").write_bytes(content)
         with pytest.raises(ValueError, match=message) as error:
-            video_files.score(length, tmp_path, sequences, 0, tmp_path / "scores.csv")
+            video_files.score(length, tmp_path, sequences, (0, 0), tmp_path / "scores.csv")
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 

@@ -25,7 +25,7 @@ def score(
     scorer: composite.Scorer,
     folder: Path,
     sequences: Sequence[prompts.PromptSequence],
-    clip_frames: int,
+    clips: tuple[int, int],
     output: Path,
 ) -> dict[str, dict[str, float]]:
     """Scores every video of `folder`, writes a CSV file and prints a table.
@@ -36,7 +36,7 @@ def score(
       scorer: see `composite.Scorer`.
       folder: its videos are scored in the order of their names, 2.mp4 before 10.mp4.
       sequences: the prompt sequences of the videos, see `pair`.
-      clip_frames: as in section `reward` of a config.
+      clips: clip_frames and clip_spacing, as in section `reward` of a config.
       output: the CSV file; its folder is made.
 
     Returns:
@@ -55,7 +55,7 @@ def score(
         progress.bar("scoring", len(files)) as advance,
     ):
         for path, sequence in pairs:
-            scores = _score_file(scorer, path, sequence.sentences, clip_frames)
+            scores = _score_file(scorer, path, sequence.sentences, clips)
             if not rows:
                 names = list(scores)
                 table = csv.DictWriter(file, ["video", "prompt", *names])
@@ -156,14 +156,15 @@ def _videos(folder: Path) -> list[Path]:
 
 
 def _score_file(
-    scorer: composite.Scorer, path: Path, sentences: Sequence[str], clip_frames: int
+    scorer: composite.Scorer, path: Path, sentences: Sequence[str], clips: tuple[int, int]
 ) -> dict[str, float]:
     """The components of a video file. Its prompt segments have equal lengths."""
     frames = video.read(path)
     count, segments = len(frames), len(sentences)
     pixels = jnp.asarray(frames[None, None], jnp.float32) / 255
     switches = [round(m * count / segments) for m in range(1, segments)]
-    clipping = composite.Clipping(switches, clip_frames, to_pixel=int)
+    clip_frames, spacing = clips
+    clipping = composite.Clipping(switches, clip_frames, int, spacing)
     try:
         scores = composite.segment_rewards(scorer, pixels, [sentences], clipping)
     except Exception as error:
