@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kvpo_jax import backbone
+from kvpo_jax import run as run_lib
 from kvpo_jax.errors import NotFiniteError, UsageError
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.rewards.composite import Clip, Clipping
@@ -274,7 +274,7 @@ def test_rewards_that_cannot_be_weighed_are_an_error_before_anything_is_generate
     config = config_lib.load("configs/tiny.py")
     config = config_lib.override(config, [f"--config.{x}" for x in arguments])
     with pytest.raises(ValueError, match=message):
-        backbone.load(config)
+        run_lib.load(config)
 
 
 def test_components_are_those_that_the_scorers_give():

@@ -458,7 +458,7 @@ def test_a_fault_of_a_reward_stops_the_run_and_loses_nothing(weights, tmp_path, 
     """NaN or an exception from the second iteration on: an error that names it, after the first
     iteration has been saved.
     """
-    config = make_config(weights, train__checkpoint_every=100)
+    config = make_config(weights, train__checkpoint_every=100, eval__by_block=False)
     segments = len(config.video.switch_frames) + 1
     calls = iter(range(1000))
 
