@@ -460,13 +460,15 @@ def test_an_error_of_a_scorer_on_one_process_ends_both_and_loses_nothing(weights
     )
     workdir = tmp_path / "run"
     fields = {"reward.scorer": "failing_colour:score", "train.checkpoint_every": 100}
+    fields["eval.by_block"] = False
     command = ["-m", "kvpo_jax.main", f"--workdir={workdir}", *arguments(weights, 2, 1)]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     processes = start("flags", tmp_path, 2, 1, command, weights.parent)
     finish(processes, 1)
     for process in processes:
         last = text_of(process).strip().splitlines()[-1]
-        assert last == "error: process 1 of 2: ValueError: the reward server is gone"
+        raised = "reward failing_colour:score raised ValueError: the reward server is gone"
+        assert last.startswith(f"error: process 1 of 2: {raised}, at {reward}:")
     done = len(lines(workdir))
     assert done >= 1
     config = make_config(weights, 1, 1)
