@@ -90,8 +90,13 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
 
 
 def _block_names(config: ml_collections.ConfigDict) -> list[str]:
-    """What the scores of single blocks are called until they are an array; none without them."""
-    return [f"block {b}" for b in range(config.video.blocks * config.eval.by_block)]
+    """What the scores of single blocks are called until they are an array; none without them.
+
+    A function of somebody's own may need longer clips, and is not asked.
+    """
+    names = scorers.names_of(config.reward.scorer)
+    scored = config.eval.by_block and set(names) <= scorers.SCORERS.keys()
+    return [f"block {b}" for b in range(config.video.blocks * scored)]
 
 
 def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:

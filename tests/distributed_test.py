@@ -460,7 +460,6 @@ def test_an_error_of_a_scorer_on_one_process_ends_both_and_loses_nothing(weights
     )
     workdir = tmp_path / "run"
     fields = {"reward.scorer": "failing_colour:score", "train.checkpoint_every": 100}
-    fields["eval.by_block"] = False
     command = ["-m", "kvpo_jax.main", f"--workdir={workdir}", *arguments(weights, 2, 1)]
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     processes = start("flags", tmp_path, 2, 1, command, weights.parent)

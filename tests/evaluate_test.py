@@ -253,8 +253,10 @@ def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
             scores = toy.score(jnp.asarray(clip), [sentences[segment]])
             expected = sum(float(scores[name][0]) for name in ("VQ", "MQ", "TA")) / 3
             assert made.blocks[prompt, block] == pytest.approx(expected, rel=1e-5)
-    silent = run_lib.load(configure("configs/tiny.py", {**fields, "eval.by_block": False}))
-    assert evaluate.evaluate(silent, run.initial_lora()).blocks.shape == (4, 0)
+    own = {"reward.scorer": f"{__name__}:brightness", "reward.weights.brightness": 1}
+    for silent in ({"eval.by_block": False}, own):
+        run = run_lib.load(configure("configs/tiny.py", {**fields, **silent}))
+        assert evaluate.evaluate(run, run.initial_lora()).blocks.shape == (4, 0)
 
 
 def test_gains_before_and_from_the_first_pivot_by_hand():
