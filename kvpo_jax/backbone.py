@@ -413,17 +413,17 @@ def check_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None
 
 # ---------------------------------------------------------------- its files
 
-# What makes each file that a configuration may name.
+# Where each file that a configuration may name comes from.
 FILES = {
-    "weights": "kvpo-convert CHECKPOINT --output=FILE",
-    "paths.lora": "kvpo-convert LORA --output=FILE",
-    "paths.vae": "kvpo-convert Wan2.1_VAE.pth --output=FILE",
-    "paths.hpsv3": "kvpo-convert HPSV3 --output=FILE ... (docs/rewards.md)",
-    "paths.videoalign": "kvpo-convert VIDEOREWARD --output=FILE ... (docs/rewards.md)",
-    "paths.umt5": "kvpo-convert models_t5_umt5-xxl-enc-bf16.pth --output=FILE",
+    "weights": "made by: kvpo-convert CHECKPOINT --output=FILE",
+    "paths.lora": "made by: kvpo-convert LORA --output=FILE",
+    "paths.vae": "made by: kvpo-convert Wan2.1_VAE.pth --output=FILE",
+    "paths.hpsv3": "made by: kvpo-convert HPSV3 --output=FILE ... (docs/rewards.md)",
+    "paths.videoalign": "made by: kvpo-convert VIDEOREWARD --output=FILE ... (docs/rewards.md)",
+    "paths.umt5": "made by: kvpo-convert models_t5_umt5-xxl-enc-bf16.pth --output=FILE",
     "paths.tokenizer": "the folder google/umt5-xxl of a Wan2.1 checkpoint",
-    "paths.embeddings": "kvpo-encode --prompts=FILE --output=FOLDER ...",
-    "paths.prompts": "a file of prompt sequences (docs/data.md)",
+    "paths.embeddings": "made by: kvpo-encode --prompts=FILE --output=FOLDER ...",
+    "paths.prompts": "a file of prompt sequences, see docs/data.md",
 }
 FOLDERS = ("paths.tokenizer", "paths.embeddings")
 
@@ -450,20 +450,16 @@ def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
         needs |= {f"paths.{name}": f"the scorer {name}" for name in learned}
     for name, what in needs.items():
         if not fields[name]:
-            made_by = FILES[name]
+            source = FILES[name]
             if name in ("paths.umt5", "paths.tokenizer"):
-                made_by += " (or name config.paths.embeddings)"
-            raise UsageError(f"{what} needs --config.{name}=..., made by: {made_by}")
-    for name, made_by in FILES.items():
+                source += " (or name config.paths.embeddings)"
+            raise UsageError(f"{what} needs --config.{name}=..., {source}")
+    for name, source in FILES.items():
         if fields[name] and not Path(fields[name]).exists():
-            raise UsageError(
-                f"config.{name}={fields[name]}: there is no such file; it is made by {made_by}"
-            )
+            raise UsageError(f"config.{name}={fields[name]}: there is no such file ({source})")
         if fields[name] and Path(fields[name]).is_dir() != (name in FOLDERS):
             expected = "folder" if name in FOLDERS else "file"
-            raise UsageError(
-                f"config.{name}={fields[name]} is no {expected}; it is made by {made_by}"
-            )
+            raise UsageError(f"config.{name}={fields[name]} is no {expected} ({source})")
 
 
 def files_read(config: ml_collections.ConfigDict) -> dict[str, Path]:

@@ -350,8 +350,8 @@ def evaluate_videos(given: flags.FlagValues) -> None:
         )
     for name in ("hpsv3", "videoalign"):
         if name in names and not given[name].value:
-            made_by = backbone_lib.FILES[f"paths.{name}"]
-            raise UsageError(f"--rewards={name} needs --{name}=FILE, made by {made_by}")
+            source = backbone_lib.FILES[f"paths.{name}"]
+            raise UsageError(f"--rewards={name} needs --{name}=FILE, {source}")
     if not names:
         raise UsageError(
             "--rewards names nothing; there are hpsv3, videoalign, motion, module:function"
