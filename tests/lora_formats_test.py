@@ -234,31 +234,24 @@ def of_peft(config: peft.PeftConfig, linears) -> dict[str, torch.Tensor]:
     return peft.get_peft_model_state_dict(peft.get_peft_model(linears(), config))
 
 
+TINY_DIFFUSERS = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "text_dim": 8,
+    "freq_dim": 8,
+    "ffn_dim": 16,
+    "num_layers": 1,
+}
+
+
 def image_to_video(linears) -> dict[str, torch.Tensor]:
     """diffusers' Wan2.1-I2V, tiny."""
-    return WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=36,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=1,
-        image_dim=8,
-        added_kv_proj_dim=24,
-    ).state_dict()
+    image = {"in_channels": 36, "image_dim": 8, "added_kv_proj_dim": 24}
+    return WanTransformer3DModel(**TINY_DIFFUSERS, **image).state_dict()
 
 
 def vace(linears) -> dict[str, torch.Tensor]:
-    return WanVACETransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=1,
-        vace_layers=[0],
-    ).state_dict()
+    return WanVACETransformer3DModel(**TINY_DIFFUSERS, vace_layers=[0]).state_dict()
 
 
 def vae_of_wan22(linears) -> dict[str, torch.Tensor]:

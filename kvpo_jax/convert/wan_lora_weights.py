@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-
 from kvpo_jax.convert.kind import Checkpoint, Kind
 from kvpo_jax.convert.lora_scales import unify
 from kvpo_jax.convert.table import Shapes, Table, check_ranks
@@ -19,7 +17,7 @@ from kvpo_jax.convert.wan_weights import (
     official_names,
     to_ours,
 )
-from kvpo_jax.models.wan import WanConfig, init_variables
+from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.types import PyTree
 
 _MATRICES = {"lora_A.weight": "a", "lora_B.weight": "b"}
@@ -92,7 +90,7 @@ def abstract_lora(cfg: LoRAConfig) -> PyTree:
         lora_rank=cfg.rank,
         lora_alpha=cfg.alpha,
     )
-    return jax.eval_shape(lambda: init_variables(wan, jax.random.key(0)))["lora"]
+    return abstract_variables(wan)["lora"]
 
 
 def _table(cfg: LoRAConfig) -> Table:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import jax
 import numpy as np
 
 from kvpo_jax.convert.kind import Checkpoint, Kind
 from kvpo_jax.convert.sources import read_configs
 from kvpo_jax.convert.table import Shapes, Table, check_ranks, unchanged
 from kvpo_jax.errors import UsageError
-from kvpo_jax.models.wan import WanConfig, init_variables
+from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.types import PyTree
 
 # A Linear's weight is transposed; a norm's is not.
@@ -269,7 +268,7 @@ def config_from_checkpoint(checkpoint: Checkpoint) -> WanConfig:
 
 def abstract_params(cfg: WanConfig) -> PyTree:
     """Shapes and dtypes of the collection `params`."""
-    return jax.eval_shape(lambda: init_variables(cfg, jax.random.key(0)))["params"]
+    return abstract_variables(cfg)["params"]
 
 
 def _table(cfg: WanConfig) -> Table:
