@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equipment import SMALL
+from equipment import SMALL, configure
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import programs, rollout, train
@@ -261,20 +261,28 @@ def test_ratio_is_one_before_a_step_and_not_after(experience):
 
 
 @pytest.mark.parametrize("chunk", [0, 4])
-def test_rounding_is_no_policy_change_in_bfloat16(weights, tmp_path, chunk):
+def test_rounding_is_no_policy_change_in_bfloat16(tmp_path, chunk):
     """With a learning rate of 0 theta stays the old and the reference policy: off policy too, no
     ratio moves, none is clipped, and the KL is 0, to the last bit.
+
+    The shipped generator, on which a second program would differ with chunks and without.
     """
-    config = make_config(
-        weights,
-        model__dtype="bfloat16",
-        replay__chunk=chunk,
-        train__rollouts_per_sync=2,
-        train__learning_rate=0.0,
-        train__iterations=2,
-        eval__every=0,
-    )
-    train.train_and_evaluate(config, tmp_path)
+    fields = {
+        "model.dtype": "bfloat16",
+        "replay.chunk": chunk,
+        "rollout.branches": 4,
+        "objective.gate": "mechanism_2",
+        "train.prompts_per_iteration": 1,
+        "train.rollouts_per_sync": 2,
+        "train.learning_rate": 0.0,
+        "train.iterations": 2,
+        "eval.prompts": 2,
+        "eval.batch": 2,
+        "eval.every": 0,
+        "mesh.data": 1,
+        "mesh.branch": 1,
+    }
+    train.train_and_evaluate(configure("configs/tiny.py", fields), tmp_path)
     for row in lines(tmp_path):
         assert row["energy_old_std_in_group"] > 0 and row["grad_norm"] > 0
         for name in ("ratio_deviation", "log_ratio_std", "clip_fraction", "kl"):
