@@ -26,7 +26,7 @@ from kvpo_jax.rewards import composite, preprocess, scorers
 from kvpo_jax.runtime import checkpoint, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
-from kvpo_jax.types import Array, PromptBatch, PyTree, Scores
+from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores
 
 if TYPE_CHECKING:
     from kvpo_jax.data.embeddings import Embeddings
@@ -97,22 +97,33 @@ def prompt_batch(
     return PromptBatch(embeddings, changed, numbers, sentences)
 
 
-def clipping(
+def scored_clips(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
-) -> composite.Clipping:
-    """Which frames of a run's videos are scored; `to_pixel` is the backbone's."""
-    reward = config.reward
-    return composite.Clipping(
-        config.video.switch_frames, reward.clip_frames, to_pixel, reward.clip_spacing
+) -> list[composite.Clip]:
+    """The clips of a run's videos that are scored; `to_pixel` is the backbone's."""
+    video, reward = config.video, config.reward
+    clipping = composite.Clipping(
+        video.switch_frames, reward.clip_frames, to_pixel, reward.clip_spacing
     )
+    total = to_pixel(video.blocks * video.block_frames)
+    return composite.segment_clips(total, len(video.switch_frames) + 1, clipping)
+
+
+def local_window(
+    config: ml_collections.ConfigDict, to_pixel: Callable[[int], int], pivot: int
+) -> tuple[int, int] | None:
+    """The pixel frames [start, end) of the replayed blocks, where they are scored besides."""
+    if config.objective.advantage != "anchor":
+        return None
+    frames = config.video.block_frames
+    return to_pixel(pivot * frames), to_pixel((pivot + recorded_blocks(config)) * frames)
 
 
 def score_group(
     config: ml_collections.ConfigDict,
     backbone: Backbone,
     sentences: Sequence[Sequence[str]],
-    branches: Array,
-    anchor: Array,
+    pixels: Pixels,
     pivot: int,
 ) -> tuple[Scores, Scores | None]:
     """Rewards of the whole videos and, for anchor-relative advantages, of the replayed blocks.
@@ -121,23 +132,19 @@ def score_group(
       config: of the run.
       backbone: whose rewards.
       sentences: P sequences.
-      branches: pixels [P, G, frames, h, w, 3].
-      anchor: pixels [P, frames, h, w, 3].
+      pixels: of the branches and the anchor.
       pivot: the first perturbed block.
     """
     weights = config.reward.weights
-    whole = composite.score_rollout(
-        backbone.rewards, branches, anchor, sentences, weights, clipping(config, backbone.to_pixel)
-    )
-    if config.objective.advantage != "anchor":
+    scorer, weights, to_pixel = backbone.rewards, config.reward.weights, backbone.to_pixel
+    clips = scored_clips(config, to_pixel)
+    whole = composite.score_rollout(scorer, pixels, sentences, weights, clips)
+    window = local_window(config, to_pixel, pivot)
+    if window is None:
         return whole, None
-    fork = pivot * config.video.block_frames
-    end = fork + recorded_blocks(config) * config.video.block_frames
-    segment = segment_of(fork, config.video.switch_frames)
-    window = (backbone.to_pixel(fork), backbone.to_pixel(end))
+    segment = segment_of(pivot * config.video.block_frames, config.video.switch_frames)
     at_fork = [sequence[segment] for sequence in sentences]
-    local = composite.score_window(backbone.rewards, branches, anchor, at_fork, weights, window)
-    return whole, local
+    return whole, composite.score_window(scorer, pixels, at_fork, weights, window)
 
 
 def release_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.models import layers
 from kvpo_jax.runtime import sharding
-from kvpo_jax.types import Array, PyTree
+from kvpo_jax.types import Array, Pixels, PyTree
 
 
 def spec_of(mesh: Mesh, trajectories: int) -> Spec:
@@ -73,7 +73,7 @@ class VideoDecoder:
     """
 
     def __init__(self, backbone: Backbone, mesh: Mesh, block_frames: int):
-        self._mesh, self._frames = mesh, block_frames
+        self._mesh, self._frames, self._to_pixel = mesh, block_frames, backbone.to_pixel
         self._weights = backbone.load_decoder(NamedSharding(mesh, sharding.REPLICATED))
         self._step = make_step(backbone.decode, mesh, block_frames)
         self._fork = jax.jit(self._repeated, static_argnums=1)
@@ -82,10 +82,11 @@ class VideoDecoder:
         self._put = jax.jit(self._written, static_argnums=3, donate_argnums=0)
         self._flat = jax.jit(self._flattened, donate_argnums=0)
 
-    def videos(self, latents: Array) -> Array:
-        """Pixels [P, T, ...] of latents float[P, T, frames, Y, X, C]."""
+    def videos(self, latents: Array) -> Pixels:
+        """Pixels of latents float[P, T, frames, Y, X, C]."""
         chex.assert_rank(latents, 6)
-        return self._join(self._blocks(latents, 0, latents.shape[2] // self._frames, None)[0])
+        videos = self._join(self._blocks(latents, 0, latents.shape[2] // self._frames, None)[0])
+        return Pixels(videos, None, ((0, videos.shape[2]),))
 
     def block(self, latents: Array, state: Any) -> tuple[Array, Any]:
         """Pixels [P, frames', h, w, 3] of the next block float[P, F, Y, X, C], and the new state.
@@ -95,8 +96,8 @@ class VideoDecoder:
         pixels, state = self._step(self._weights, latents[:, None], 0, state)
         return pixels[:, 0], state
 
-    def group(self, branches: Array, anchor: Array, pivot: int) -> tuple[Array, Array]:
-        """Pixels [P, G, ...] of branches and [P, 1, ...] of their anchor.
+    def group(self, branches: Array, anchor: Array, pivot: int) -> Pixels:
+        """Pixels of branches and of their anchor.
 
         Args:
           branches: float[P, G, frames, Y, X, C].
@@ -116,7 +117,13 @@ class VideoDecoder:
             own = self._blocks(videos, pivot, blocks, self._fork(state, at_once))[0]
             out = self._put(out, self._join([*prefixes, *own]), turn, g // at_once)
         of_anchor = self._blocks(anchor, pivot, blocks, state)[0]
-        return self._flat(out), self._join([*prefix, *of_anchor])
+        videos = self._flat(out)
+        return Pixels(
+            videos=videos,
+            anchor=self._join([*prefix, *of_anchor]),
+            windows=((0, videos.shape[2]),),
+            fork=self._to_pixel(pivot * self._frames),
+        )
 
     def _blocks(self, latents: Array, first: int, end: int, state: Any) -> tuple[list[Array], Any]:
         """Pixels of the blocks first ... end - 1, and the decoder's state after them."""

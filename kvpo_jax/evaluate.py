@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from absl import flags
@@ -38,7 +39,7 @@ from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.pictures import PICTURED, before_after, frames_of
 from kvpo_jax.state import newest_state, policy_of
-from kvpo_jax.types import Array, PromptBatch, PyTree
+from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
 SHORTEST = 3  # pixel frames of a block that is scored alone
 
@@ -76,10 +77,10 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
     for first in range(0, config.eval.prompts, count):
         numbers = np.arange(first, first + count, dtype=np.int32)
         batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "heldout", 0, numbers)
-        videos, sentences = _videos(run, lora, batch), [batch.sentences[i] for i in own]
-        scores = sharding.gather(_Scores(run, videos, sentences), run.mesh)
+        made, sentences = _pixels(run, lora, batch), [batch.sentences[i] for i in own]
+        scores = sharding.gather(_Scores(run, made, sentences), run.mesh)
         if first + own[0] == len(pixels):
-            pixels.extend(np.asarray(videos[: PICTURED - len(pixels), 0]))
+            pixels.extend(np.asarray(made.videos[: PICTURED - len(pixels), 0]))
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     backbone_lib.release_rewards(config, run.backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
@@ -99,8 +100,8 @@ def _block_names(config: ml_collections.ConfigDict) -> list[str]:
     return [f"block {b}" for b in range(config.video.blocks * scored)]
 
 
-def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:
-    """Pixels [P, 1, frames, h, w, 3] of this process's prompts.
+def _pixels(run: Run, lora: PyTree, batch: PromptBatch) -> Pixels:
+    """Pixels of the videos of this process's prompts.
 
     A function of its own, so that the KV cache is freed before decoding. DivergedError if they are
     not finite.
@@ -114,20 +115,20 @@ def _videos(run: Run, lora: PyTree, batch: PromptBatch) -> Array:
             "the held-out videos of a policy are not finite: its weights are at fault, or its "
             f"updates (config.train.learning_rate={run.config.train.learning_rate})"
         )
-    return sharding.own_part(run.decoder.videos(latents))
+    return jax.tree.map(sharding.own_part, run.decoder.videos(latents))
 
 
 class _Scores:
     """() -> component -> float[P, 1], of what is optimised and what is watched, and of blocks."""
 
-    def __init__(self, run: Run, videos: Array, sentences: Sequence[Sequence[str]]):
-        self._run, self._videos, self._sentences = run, videos, sentences
+    def __init__(self, run: Run, pixels: Pixels, sentences: Sequence[Sequence[str]]):
+        self._run, self._pixels, self._sentences = run, pixels, sentences
 
     def __call__(self) -> dict[str, Array]:
         backbone = self._run.backbone
-        clipping = backbone_lib.clipping(self._run.config, backbone.to_pixel)
+        clips = backbone_lib.scored_clips(self._run.config, backbone.to_pixel)
         rewards, watched = (
-            composite.segment_rewards(scorer, self._videos, self._sentences, clipping)
+            composite.segment_rewards(scorer, self._pixels, self._sentences, clips)
             for scorer in (backbone.rewards, backbone.watch)
         )
         composite.check_weights(rewards, watched, self._run.config.reward.weights)
@@ -143,11 +144,10 @@ class _Scores:
         first, count = block * config.video.block_frames, config.video.block_frames
         segment = config_lib.segment_of(first, config.video.switch_frames)
         start, end = backbone.to_pixel(first), backbone.to_pixel(first + count)
-        length = max(end - start, SHORTEST)
-        start, end = composite.clip_window((start + end) // 2, self._videos.shape[2], length)
-        pixels = self._videos[:, :, start:end]
+        total, length = backbone.to_pixel(config.video.blocks * count), max(end - start, SHORTEST)
+        start, end = composite.clip_window((start + end) // 2, total, length)
         sentences = [sequence[segment] for sequence in self._sentences]
-        scores = composite.score_clips(backbone.rewards, pixels, sentences)
+        scores = composite.score_clip(backbone.rewards, self._pixels, start, end, sentences)
         return composite.composite(scores, config.reward.weights)
 
 

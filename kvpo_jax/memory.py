@@ -32,13 +32,7 @@ from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, scorers, vid
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
-from kvpo_jax.runtime.config import (
-    branches_at_once,
-    heldout_at_once,
-    prompts_at_once,
-    recorded_blocks,
-    wan_config,
-)
+from kvpo_jax.runtime.config import branches_at_once, heldout_at_once, prompts_at_once, wan_config
 from kvpo_jax.state import TrainState, abstract_state
 from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV
 
@@ -362,8 +356,8 @@ def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
     """
     run, config = iteration.run, iteration.run.config
     branches, _ = decoding.pixels
-    prompts, count, total, *picture = branches.shape
-    frames = (prompts, count + 1, longest_clip(run, total), *picture)
+    prompts, count, _, *picture = branches.shape
+    frames = (prompts, count + 1, longest_clip(run), *picture)
     clip = placed(shape(frames, branches.dtype), run.mesh, sharding.PROMPTS)
     names = scorers.names_of(config.reward.scorer)
     if branches.dtype != np.uint8 or set(names) <= set(scorers.TAKES_BYTES):
@@ -371,16 +365,12 @@ def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
     return [clip, clip, placed(shape(frames, jnp.float32), run.mesh, sharding.PROMPTS)]
 
 
-def longest_clip(run: Run, total: int) -> int:
-    """Frames of the longest clip of a video of `total` pixel frames that is scored at once."""
-    config, clipping = run.config, backbone_lib.clipping(run.config, run.backbone.to_pixel)
-    clips = composite.segment_clips(total, len(config.video.switch_frames) + 1, clipping)
-    lengths = [clip.end - clip.start for clip in clips]
-    if config.objective.advantage == "anchor":  # the replayed blocks are scored besides
-        fork = run.draw_pivot(0) * config.video.block_frames
-        end = fork + recorded_blocks(config) * config.video.block_frames
-        lengths.append(clipping.to_pixel(end) - clipping.to_pixel(fork))
-    return max(lengths, default=0)
+def longest_clip(run: Run) -> int:
+    """Frames of the longest clip that is scored at once."""
+    to_pixel = run.backbone.to_pixel
+    clips = [(clip.start, clip.end) for clip in backbone_lib.scored_clips(run.config, to_pixel)]
+    window = backbone_lib.local_window(run.config, to_pixel, run.draw_pivot(0))
+    return max(end - start for start, end in [*clips, window or (0, 0)])
 
 
 # ---------------------------------------------------------------- the plan
@@ -410,8 +400,7 @@ def plan(
     """
     iteration = trace_iteration(config, devices)
     decoding = trace_decoding(iteration)
-    total = decoding.pixels[0].shape[2]
-    rewards = trace_rewards(config, iteration.run.mesh, longest_clip(iteration.run, total), wide)
+    rewards = trace_rewards(config, iteration.run.mesh, longest_clip(iteration.run), wide)
     parts = _parts(iteration, decoding)
     for name, reward in rewards.items():
         parts |= {f"reward {name}": reward.weights, f"a batch of {name}": reward.batch}

@@ -124,11 +124,7 @@ def eligible_pivots(
             " Lengthen video.blocks, shorten rollout.window_blocks or replay.blocks, or move"
             " video.switch_frames"
         )
-    clips = composite.segment_clips(
-        to_pixel(video.blocks * video.block_frames),
-        len(switches) + 1,
-        backbone_lib.clipping(config, to_pixel),
-    )
+    clips = backbone_lib.scored_clips(config, to_pixel)
 
     def behind(pivot: int) -> float:
         return composite.share_behind(clips, to_pixel(pivot * video.block_frames))

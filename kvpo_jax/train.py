@@ -70,14 +70,14 @@ def explore(run: Run, lora: PyTree, batch: PromptBatch, iteration: int, pivot: i
 def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int) -> Judged:
     """Step 3: rewards of the videos, advantages, and the anchor gate."""
     config = run.config
-    branches, anchor = run.decoder.group(rolled.branches, rolled.anchor, pivot)
-    pixel_std = run.programs.pixel_std(branches)
-    branches, anchor = sharding.own_part(branches), sharding.own_part(anchor)[:, 0]
+    pixels = run.decoder.group(rolled.branches, rolled.anchor, pivot)
+    pixel_std = run.programs.pixel_std(pixels.videos)
+    pixels = jax.tree.map(sharding.own_part, pixels)
     own = sharding.own_prompts(run.mesh, len(batch.sentences))
     sentences = [batch.sentences[i] for i in own]
 
     def score():
-        return backbone_lib.score_group(config, run.backbone, sentences, branches, anchor, pivot)
+        return backbone_lib.score_group(config, run.backbone, sentences, pixels, pivot)
 
     scores, local = sharding.gather(score, run.mesh)
     backbone_lib.release_rewards(config, run.backbone)
@@ -98,7 +98,7 @@ def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: 
         advantages=advantages,
         gate_open=objective.open_gates(scores, local),
         pixel_std=pixel_std,
-        clips=np.concatenate([anchor[:1], branches[0]]) if shown else None,
+        clips=np.concatenate([pixels.anchor[0], pixels.videos[0]]) if shown else None,
     )
 
 

@@ -173,6 +173,23 @@ class Rollout(struct.PyTreeNode):
     replay: ReplayTuples
 
 
+class Pixels(struct.PyTreeNode):
+    """Frames of the videos of P prompts, float in [0, 1] or uint8.
+
+    Attributes:
+      videos: [P, T, n, h, w, 3], n frames of the branches of a group, or of single videos (T = 1).
+      anchor: [P, 1, n, h, w, 3], of one more trajectory; None for single videos.
+      windows: the n frames are the frames [start, end) of the whole video, of one window after the
+        other; windows may overlap (static).
+      fork: before this frame of the whole video all trajectories of a prompt are the same (static).
+    """
+
+    videos: Array
+    anchor: Array | None
+    windows: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
+    fork: int = struct.field(pytree_node=False, default=0)
+
+
 class Scores(struct.PyTreeNode):
     """Rewards of a group and of its anchor.
 

@@ -2,12 +2,15 @@
 pivot.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kvpo_jax.decoder import VideoDecoder
+from kvpo_jax.rewards import composite
 from kvpo_jax.runtime import sharding
 
 P, G, BLOCKS, FRAMES = 2, 4, 5, 3
@@ -20,6 +23,8 @@ class Causal:
 
     def __init__(self, dtype):
         self.dtype = dtype
+
+    to_pixel = staticmethod(partial(composite.latent_to_pixel, stride=2))
 
     def load_decoder(self, placed):
         return jax.device_put({"scale": jnp.float32(2.0)}, placed)
@@ -46,12 +51,12 @@ def test_a_group_is_its_videos(shape, dtype):
             [branches[:, 0, : pivot * FRAMES], branches[:, 1, pivot * FRAMES :] + 1], axis=1
         )
         expected = np.repeat(np.cumsum(2 * branches, axis=2)[..., :3], 2, axis=2)[:, :, 1:]
-        of_branches, of_anchor = decoder.group(
+        pixels = decoder.group(
             sharding.place(branches, mesh, sharding.TRAJECTORIES),
             sharding.place(anchor, mesh, sharding.PROMPTS),
             pivot,
         )
-        assert of_branches.dtype == dtype and of_branches.shape == (
+        assert pixels.videos.dtype == dtype and pixels.videos.shape == (
             P,
             G,
             2 * BLOCKS * FRAMES - 1,
@@ -59,9 +64,9 @@ def test_a_group_is_its_videos(shape, dtype):
             2,
             3,
         )
-        np.testing.assert_array_equal(of_branches, expected)
+        np.testing.assert_array_equal(pixels.videos, expected)
         np.testing.assert_array_equal(
-            of_anchor[:, 0], np.repeat(np.cumsum(2 * anchor, 1)[..., :3], 2, axis=1)[:, 1:]
+            pixels.anchor[:, 0], np.repeat(np.cumsum(2 * anchor, 1)[..., :3], 2, axis=1)[:, 1:]
         )
         programs.append(
             {
@@ -73,5 +78,5 @@ def test_a_group_is_its_videos(shape, dtype):
     # Nothing is compiled for another pivot, once there are a first and another block before it.
     assert len(programs[0]) == 6 and programs[2] == programs[3] == programs[4]
     np.testing.assert_array_equal(
-        decoder.videos(sharding.place(branches, mesh, sharding.TRAJECTORIES)), expected
+        decoder.videos(sharding.place(branches, mesh, sharding.TRAJECTORIES)).videos, expected
     )

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from kvpo_jax import programs, run
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.types import PromptBatch, PyTree
+from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
 # A generator that compiles in a moment; its latents are the toy's.
 SMALL = {
@@ -38,6 +38,12 @@ def configure(spec: str, fields: dict) -> ml_collections.ConfigDict:
 def bare_run(config: ml_collections.ConfigDict, mesh: Mesh, params: PyTree = None) -> run.Run:
     """A Run of these base weights, without a backbone: it generates, and cannot decode or score."""
     return run.Run(config, mesh, None, params, programs.build(config, mesh), None)
+
+
+def pixels_of(videos: Array, anchor: Array | None = None, fork: int = 0) -> Pixels:
+    """All frames of videos [P, T, frames, h, w, 3] and of their anchor [P, frames, h, w, 3]."""
+    anchor = None if anchor is None else anchor[:, None]
+    return Pixels(videos, anchor, ((0, videos.shape[2]),), fork)
 
 
 def batch_of(embeddings: np.ndarray, changed: np.ndarray) -> PromptBatch:

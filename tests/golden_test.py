@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from equipment import pixels_of
 from ml_collections import ConfigDict
 
 from kvpo_jax import programs
@@ -698,16 +699,16 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
         for c in facts["chunks"]
         if c["chunk_idx"] == 1
     )
-    group = (pixels[None, 1:], pixels[None, 0])
+    group = pixels_of(pixels[None, 1:], pixels[None, 0])
     clipping = composite.Clipping([switch], 36, composite.latent_to_pixel)
-    scores = composite.score_rollout(stub_scorer, *group, [facts["prompts"]], weights, clipping)
+    clips = composite.segment_clips(pixels.shape[1], len(facts["prompts"]), clipping)
+    scores = composite.score_rollout(stub_scorer, group, [facts["prompts"]], weights, clips)
     # The release decodes the chunk by itself, so that its first latent frame is one pixel frame
     # again.
     alone = stub_decode(video[:, slice(*chunk)])
     local = composite.score_window(
         stub_scorer,
-        alone[None, 1:],
-        alone[None, 0],
+        pixels_of(alone[None, 1:], alone[None, 0]),
         facts["prompts"][:1],
         weights,
         (0, alone.shape[1]),

@@ -1,18 +1,22 @@
 """Clips, segments and the composite reward: the released arithmetic, and numbers by hand."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from equipment import pixels_of
 
 from kvpo_jax import run as run_lib
+from kvpo_jax.data import toy_world
 from kvpo_jax.errors import NotFiniteError, UsageError
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.rewards.composite import Clip, Clipping
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.types import Pixels
 
 
 def clipping(*switch_frames, clip_frames=0):
@@ -147,7 +151,8 @@ def test_missing_switch_frames_are_an_error():
 def test_segment_rewards_are_means_over_the_segments():
     prompts = [["a", "bbb"], ["cc", "dddd"]]
     video = counting_video(2, 3, 6)
-    rewards = composite.segment_rewards(mean_and_length, video, prompts, clipping(2))
+    clips = composite.segment_clips(6, 2, clipping(2))
+    rewards = composite.segment_rewards(mean_and_length, pixels_of(video), prompts, clips)
     # Segments of frames 0-1 (mean 0.5) and 2-5 (mean 3.5): 2 on average, although the second
     # segment has more frames.
     np.testing.assert_allclose(rewards["red"], [[2, 12, 22], [102, 112, 122]], rtol=1e-6)
@@ -163,9 +168,9 @@ def test_each_segment_is_one_call_with_its_own_sentences():
 
     composite.segment_rewards(
         scorer,
-        counting_video(2, 2, 13),
+        pixels_of(counting_video(2, 2, 13)),
         [["a", "b"], ["c", "d"]],
-        Clipping((2,), 4, composite.latent_to_pixel),
+        composite.segment_clips(13, 2, Clipping((2,), 4, composite.latent_to_pixel)),
     )
     # Latent frame 2 is pixel 5; clips of four frames around pixels 2 and 9.
     assert calls == [
@@ -181,19 +186,18 @@ def test_a_score_that_is_not_finite_names_component_prompt_and_trajectory():
 
     video, prompts = counting_video(2, 2, 4) + 1, [["a", "b"], ["c", "d"]]
     with pytest.raises(NotFiniteError, match=r"MQ is nan for prompt 1 \('c'\), trajectory 1 of 2"):
-        composite.segment_rewards(scorer, video, prompts, clipping(2))
+        composite.segment_rewards(scorer, pixels_of(video), prompts, [Clip(0, 0, 2), Clip(1, 2, 4)])
 
 
 def test_prompt_sequences_of_different_lengths_are_an_error():
     video, prompts = counting_video(2, 1, 4), [["a", "b"], ["c"]]
     with pytest.raises(ValueError, match="different lengths"):
-        composite.segment_rewards(mean_and_length, video, prompts, clipping(2))
+        composite.segment_rewards(mean_and_length, pixels_of(video), prompts, [Clip(0, 0, 4)])
 
 
 def test_video_too_short_to_score_is_an_error():
-    video = counting_video(1, 1, 2)
-    with pytest.raises(ValueError, match="no prompt segment"):
-        composite.segment_rewards(mean_and_length, video, [["a", "b"]], clipping(1))
+    with pytest.raises(ValueError, match="no prompt segment of 2 pixel frames has two"):
+        composite.segment_clips(2, 2, clipping(1))
 
 
 @pytest.mark.parametrize(
@@ -290,11 +294,10 @@ def test_score_rollout_separates_branches_and_anchor():
     pixels = counting_video(2, 4, 6)
     scores = composite.score_rollout(
         mean_and_length,
-        pixels[:, :3],
-        pixels[:, 3],
+        pixels_of(pixels[:, :3], pixels[:, 3]),
         [["a", "b"], ["cc", "dd"]],
         {"red": 1.0, "length": 10.0},
-        clipping(2),
+        composite.segment_clips(6, 2, clipping(2)),
     )
     np.testing.assert_allclose(scores.branches, [[12, 22, 32], [122, 132, 142]], rtol=1e-6)
     np.testing.assert_allclose(scores.anchor, [42, 152], rtol=1e-6)
@@ -314,10 +317,10 @@ def test_only_the_frames_of_a_clip_are_copied():
         return mean_and_length(pixels, prompts)
 
     pixels = np.array(counting_video(1, 4, 40))  # a copy: the array on the device is freed
-    branches, anchor = jnp.asarray(pixels[:, :3]), jnp.asarray(pixels[:, 3])
-    clips = clipping(20, clip_frames=3)
-    scores = composite.score_rollout(scorer, branches, anchor, [["a", "b"]], {"red": 1.0}, clips)
-    composite.score_window(scorer, branches, anchor, ["a"], {"red": 1.0}, (9, 12))
+    group = pixels_of(jnp.asarray(pixels[:, :3]), jnp.asarray(pixels[:, 3]))
+    clips = composite.segment_clips(40, 2, clipping(20, clip_frames=3))
+    scores = composite.score_rollout(scorer, group, [["a", "b"]], {"red": 1.0}, clips)
+    composite.score_window(scorer, group, ["a"], {"red": 1.0}, (9, 12))
     assert set(joined) == {3}
     # The middle frames of both halves are 10 and 30.
     np.testing.assert_allclose(scores.branches, [[20, 30, 40]], rtol=1e-6)
@@ -340,8 +343,7 @@ def test_score_window_is_the_local_signal_of_the_fork_segment():
     segment = config_lib.segment_of(5, switches)
     scores = composite.score_window(
         mean_and_length,
-        pixels[:, :2],
-        pixels[:, 2],
+        pixels_of(pixels[:, :2], pixels[:, 2]),
         [p[segment] for p in prompts],
         {"red": 1.0, "length": 1.0},
         (3, 6),
@@ -350,10 +352,50 @@ def test_score_window_is_the_local_signal_of_the_fork_segment():
     np.testing.assert_allclose(scores.anchor, [24 + 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("window", [(3, 3), (-1, 2), (8, 11)])
-def test_local_window_outside_the_video_is_an_error(window):
-    pixels = counting_video(1, 3, 10)
+@pytest.mark.parametrize("window", [(3, 3), (-1, 2)])
+def test_a_local_window_without_frames_is_an_error(window):
+    group = pixels_of(counting_video(1, 2, 10), counting_video(1, 1, 10)[:, 0])
     with pytest.raises(ValueError, match="local window"):
-        composite.score_window(
-            mean_and_length, pixels[:, :2], pixels[:, 2], ["a"], {"red": 1.0}, window
-        )
+        composite.score_window(mean_and_length, group, ["a"], {"red": 1.0}, window)
+
+
+# ---------------------------------------------------------------- what is shared is scored once
+
+
+def forked(branches, frames, fork):
+    """Two groups of red disks that jump about in their own ways from frame `fork` on."""
+    rng = np.random.default_rng(fork)
+    centers = rng.uniform(0, 8, (2, branches + 1, frames, 2)).astype(np.float32)
+    centers[:, :, :fork] = centers[:, :1, :fork]
+    videos = toy_world.render(jnp.asarray(centers), 0, 0)
+    return pixels_of(videos[:, 1:], videos[:, 0], fork)
+
+
+@pytest.mark.parametrize("fork", [3, 4, 6, 9, 12])
+@pytest.mark.parametrize("name", ["toy", "motion"])
+def test_the_rewards_of_a_fork_are_those_of_all_its_videos(name, fork):
+    """Of clips of frames 0-3, 4-7 and 8-11 those that end before the fork are scored once."""
+    sentences = [["a red disk moves left"] * 3, ["a blue square moves up"] * 3]
+    clips = composite.segment_clips(12, 3, clipping(4, 8))
+    weights, scored = {{"toy": "TA", "motion": "motion"}[name]: 1.0}, []
+    load = scorers.Scorers(name, {})
+
+    def scorer(pixels, prompts, shared=None):
+        scored.append(len(pixels))
+        return load(pixels, prompts, shared)
+
+    group = forked(3, 12, fork)
+    ours = composite.score_rollout(scorer, group, sentences, weights, clips)
+    assert scored == [2 if end <= fork else 2 * 4 for end in (4, 8, 12)]
+    theirs = composite.score_rollout(load, group.replace(fork=0), sentences, weights, clips)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=0), ours, theirs)
+    assert np.ptp(ours.branches, axis=1).min() > 1e-3 or fork == 12
+
+
+def test_only_frames_that_were_decoded_are_scored():
+    video = counting_video(1, 1, 10)[:, :, [2, 3, 7, 8, 9]]
+    pixels = Pixels(video, None, ((2, 4), (7, 10)))
+    rewards = composite.segment_rewards(mean_and_length, pixels, [["a"]], [Clip(0, 7, 10)])
+    assert rewards["red"] == 8
+    with pytest.raises(ValueError, match="frames 3 to 7 are read, but were not decoded"):
+        composite.segment_rewards(mean_and_length, pixels, [["a"]], [Clip(0, 3, 8)])

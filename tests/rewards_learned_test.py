@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 from convert_weights_test import convert, tensors_of
+from equipment import pixels_of
 from PIL import Image
 from qwen2_vl_test import hf_config
 from tokenizers.pre_tokenizers import ByteLevel
@@ -373,6 +374,42 @@ def test_stored_pixels_are_scored_as_their_floats_are(hpsv3_weights, videoalign_
         for component, values in scorer(jnp.asarray(stored), PROMPTS).items():
             np.testing.assert_array_equal(values, floats[component], err_msg=component)
     assert set(scorers.TAKES_BYTES) == {"hpsv3", "videoalign"}
+
+
+def test_what_branches_share_is_scored_once(hpsv3_weights, videoalign_weights, monkeypatch):
+    """Rewards of clips that end before a fork or straddle it are those of whole clips. HPSv3 takes
+    each shared frame once, by one program for all forks.
+    """
+    rng, rows, real = np.random.default_rng(0), [], learned.raw_scores
+    one = jax.sharding.Mesh(np.array(jax.devices()[:1]), "data")
+    alone = hpsv3.load(hpsv3_weights, mesh=one, batch=3)
+    step = learned.scoring_step(alone.args[0].cfg, one, preprocess.resize_pil)
+    paths = {"hpsv3": hpsv3_weights, "videoalign": videoalign_weights}
+    monkeypatch.setitem(scorers.SCORERS, "hpsv3", lambda paths: alone)
+    scorer = scorers.Scorers("hpsv3,videoalign", paths)
+
+    def counting(reward, resize, tokens, text_of_row, *rest, **options):
+        rows.append(len(text_of_row))
+        return real(reward, resize, tokens, text_of_row, *rest, **options)
+
+    monkeypatch.setattr(learned, "raw_scores", counting)
+    clips, sentences = [composite.Clip(0, 0, 4), composite.Clip(0, 4, 8)], [[p] for p in PROMPTS]
+    for fork, scored in (
+        (3, [2 * 3 + 6, 6, 6, 24, 6, 6]),  # three frames once for each of two prompts, then 3 x 2
+        (5, [8, 2, 2, 2 * 1 + 6 * 3, 6, 6]),
+    ):
+        videos = rng.integers(0, 256, (2, 3, 8, 56, 84, 3), np.uint8)
+        videos[:, :, :fork] = videos[:, :1, :fork]
+        group = pixels_of(jnp.asarray(videos[:, 1:]), jnp.asarray(videos[:, 0]), fork)
+        rows.clear()
+        ours = composite.segment_rewards(scorer, group, sentences, clips)
+        assert rows == scored  # HPSv3, VideoAlign in colour and in grey, of one clip and the other
+        theirs = composite.segment_rewards(scorer, group.replace(fork=0), sentences, clips)
+        assert ours.keys() == theirs.keys()
+        for name, values in theirs.items():
+            np.testing.assert_allclose(ours[name], values, atol=1e-5, rtol=0, err_msg=name)
+        assert np.ptp(ours["VQ"], axis=1).min() > 1e-3
+    assert step._cache_size() == 1
 
 
 def test_bfloat16(base, hpsv3_files, hpsv3_weights, tmp_path):

@@ -4,6 +4,8 @@ The global signal scores one clip per prompt segment and averages over the segme
 released code's clips are 36 frames in the middle of each segment); a long segment has several. The
 local signal of the released code scores the chunk that contains the fork.
 
+What comes before the fork is the same in all trajectories of a prompt, and is scored once.
+
 Everything above `score_clips` is arithmetic on Python ints. Windows are half open, [start, end).
 """
 
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import NotFiniteError, UsageError
-from kvpo_jax.types import Array, Scores
+from kvpo_jax.types import Array, Pixels, Scores
 
 
 class Scorer(Protocol):
@@ -37,6 +39,14 @@ class Scorer(Protocol):
           component -> float[n].
         """
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Clips that begin alike: of every `clips` in a row, the first `frames` frames are the same."""
+
+    clips: int
+    frames: int
 
 
 # ---------------------------------------------------------------- frames, segments, clips
@@ -100,7 +110,7 @@ def segment_clips(total: int, segments: int, clipping: Clipping) -> list[Clip]:
       Clips in order. A segment that has fewer than two frames in the video has no clip.
 
     Raises:
-      UsageError: there are fewer than M - 1 switches.
+      UsageError: there are fewer than M - 1 switches, or no segment has two frames.
     """
     switches, clip_frames = clipping.switch_frames, clipping.clip_frames
     if len(switches) < segments - 1:
@@ -119,6 +129,8 @@ def segment_clips(total: int, segments: int, clipping: Clipping) -> list[Clip]:
         for part in range(parts):
             center = start + (end - start) * (2 * part + 1) // (2 * parts)
             clips.append(Clip(m, *clip_window(center, total, clip_frames)))
+    if not clips:
+        raise UsageError(f"no prompt segment of {total} pixel frames has two frames to score")
     return clips
 
 
@@ -131,13 +143,16 @@ def share_behind(clips: Sequence[Clip], frame: int) -> float:
 # ---------------------------------------------------------------- scores
 
 
-def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[str, Array]:
+def score_clips(
+    scorer: Scorer, clips: Array, sentences: Sequence[str], shared: int = 0
+) -> dict[str, Array]:
     """Scores one clip per trajectory in a single call of the scorer.
 
     Args:
-      scorer: see Scorer.
+      scorer: see Scorer; it is told `Shared` clips, if there are any, as the argument `shared`.
       clips: [P, T, frames, h, w, 3], of a dtype that the scorer takes.
       sentences: P sentences, one per prompt sequence.
+      shared: so many frames, the first ones, are the same in all T clips of a prompt.
 
     Returns:
       component -> float[P, T].
@@ -149,7 +164,8 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
     chex.assert_shape(clips, (p, t, None, None, None, 3))
     chex.assert_equal(len(sentences), p)
     per_clip = [sentence for sentence in sentences for _ in range(t)]
-    raw = scorer(clips.reshape(p * t, *clips.shape[2:]), per_clip)
+    told = {"shared": Shared(t, shared)} if shared and t > 1 else {}
+    raw = scorer(clips.reshape(p * t, *clips.shape[2:]), per_clip, **told)
     scores = {}
     for name, values in raw.items():
         chex.assert_shape(values, (p * t,))
@@ -158,48 +174,50 @@ def score_clips(scorer: Scorer, clips: Array, sentences: Sequence[str]) -> dict[
         bad = np.argwhere(~np.isfinite(scores[name]))
         if len(bad):
             prompt, trajectory = bad[0]
+            which = f", trajectory {trajectory} of {t} (branches first, then the anchor)"
             raise NotFiniteError(
                 f"reward {name} is {scores[name][prompt, trajectory]} for prompt {prompt}"
-                f" ({sentences[prompt]!r}), trajectory {trajectory} of {t} (branches first, then"
-                " the anchor)"
+                f" ({sentences[prompt]!r}){which if t > 1 else ''}"
             )
     return scores
 
 
+def score_clip(
+    scorer: Scorer, pixels: Pixels, start: int, end: int, sentences: Sequence[str]
+) -> dict[str, Array]:
+    """Scores frames [start, end) of all trajectories, and what they share once.
+
+    Returns:
+      component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
+    """
+    clips, shared = _cut(pixels, start, end), min(max(pixels.fork - start, 0), end - start)
+    whole = (len(sentences), pixels.videos.shape[1] + (pixels.anchor is not None))
+    scores = score_clips(scorer, clips, sentences, shared)
+    return {name: jnp.broadcast_to(x, whole) for name, x in scores.items()}
+
+
 def segment_rewards(
-    scorer: Scorer,
-    pixels: Array,
-    prompts: Sequence[Sequence[str]],
-    clipping: Clipping,
-    anchor: Array | None = None,
+    scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
 ) -> dict[str, Array]:
     """The global signal: scores every clip with its segment's sentence; the mean over the clips.
 
     Args:
-      scorer: see Scorer; called once per clip, with those of all P * T trajectories.
-      pixels: float[P, T, frames, h, w, 3] in [0, 1] or uint8.
+      scorer: see Scorer; called once per clip, with those of all prompts.
+      pixels: at least the frames of the clips.
       prompts: P sequences of M sentences.
-      clipping: see Clipping.
-      anchor: pixels [P, frames, h, w, 3] of one more trajectory, the last of what is returned.
+      clips: see `segment_clips`.
 
     Returns:
-      component -> float[P, T], or float[P, T + 1] with an anchor.
+      component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
     """
     segments = len(prompts[0])
     if any(len(sequence) != segments for sequence in prompts):
         raise UsageError(
             f"prompt sequences of different lengths: {[len(sequence) for sequence in prompts]}"
         )
-    clips = segment_clips(pixels.shape[2], segments, clipping)
-    if not clips:
-        raise UsageError(
-            f"no prompt segment of {pixels.shape[2]} pixel frames has two frames to score"
-        )
     scores = [
-        score_clips(
-            scorer,
-            _cut(pixels, anchor, clip.start, clip.end),
-            [sequence[clip.segment] for sequence in prompts],
+        score_clip(
+            scorer, pixels, clip.start, clip.end, [sequence[clip.segment] for sequence in prompts]
         )
         for clip in clips
     ]
@@ -260,13 +278,33 @@ def composite(components: Mapping[str, Array | np.ndarray], weights: Mapping[str
     return sum(terms, jnp.zeros(()))
 
 
-def _cut(pixels: Array, anchor: Array | None, start: int, end: int) -> Array:
-    """Frames [start, end) of all trajectories, the anchor last: the only frames that are copied."""
-    clips = pixels[:, :, start:end]
-    if anchor is None:
-        return clips
-    chex.assert_equal_shape([pixels[:, 0], anchor])
-    return jnp.concatenate([clips, anchor[:, None, start:end]], axis=1)
+def _cut(pixels: Pixels, start: int, end: int) -> Array:
+    """Frames [start, end) of all trajectories, the anchor last: the only frames that are copied.
+
+    If they are the same in all trajectories, they are those of one.
+    """
+    here = frames_of(pixels.windows, start, end)
+    if pixels.anchor is None:
+        return pixels.videos[:, :, here]
+    chex.assert_equal_shape([pixels.videos[:, :1], pixels.anchor])
+    anchor = pixels.anchor[:, :, here]
+    if end <= pixels.fork:
+        return anchor
+    return jnp.concatenate([pixels.videos[:, :, here], anchor], axis=1)
+
+
+def frames_of(windows: Sequence[tuple[int, int]], start: int, end: int) -> slice:
+    """Where the frames [start, end) are in `Pixels` with these windows.
+
+    Raises:
+      ValueError: no window has them all.
+    """
+    before = 0
+    for first, last in windows:
+        if first <= start and end <= last:
+            return slice(before + start - first, before + end - first)
+        before += last - first
+    raise ValueError(f"frames {start} to {end - 1} are read, but were not decoded")
 
 
 def _as_scores(components: Mapping[str, Array], weights: Mapping[str, float]) -> Scores:
@@ -281,54 +319,43 @@ def _as_scores(components: Mapping[str, Array], weights: Mapping[str, float]) ->
 
 def score_rollout(
     scorer: Scorer,
-    branches: Array,
-    anchor: Array,
+    pixels: Pixels,
     prompts: Sequence[Sequence[str]],
     weights: Mapping[str, float],
-    clipping: Clipping,
+    clips: Sequence[Clip],
 ) -> Scores:
     """`segment_rewards` of a group and its anchor, in one batch.
 
     Args:
       scorer: see Scorer.
-      branches: pixels [P, G, frames, h, w, 3], float in [0, 1] or uint8.
-      anchor: pixels [P, frames, h, w, 3].
+      pixels: of the branches and the anchor.
       prompts: P sequences of M sentences.
       weights: component -> weight, see `composite`.
-      clipping: see Clipping.
+      clips: see `segment_clips`.
     """
-    return _as_scores(segment_rewards(scorer, branches, prompts, clipping, anchor), weights)
+    return _as_scores(segment_rewards(scorer, pixels, prompts, clips), weights)
 
 
 def score_window(
     scorer: Scorer,
-    branches: Array,
-    anchor: Array,
+    pixels: Pixels,
     sentences: Sequence[str],
     weights: Mapping[str, float],
     window: tuple[int, int],
 ) -> Scores:
     """The released code's local signal: a score of the chunk that contains the fork.
 
-    Frames of the window that come before the fork are the same in all trajectories; they are scored
-    with the rest.
-
     Args:
       scorer: see Scorer.
-      branches: pixels [P, G, frames, h, w, 3], float in [0, 1] or uint8.
-      anchor: pixels [P, frames, h, w, 3].
+      pixels: of the branches and the anchor; at least the frames of the window.
       sentences: P sentences, those of the fork's prompt segment (`config.segment_of`).
       weights: component -> weight, see `composite`.
       window: [start, end) in pixel frames.
 
     Raises:
-      UsageError: the window is empty or not within the video.
+      UsageError: the window is empty.
     """
     start, end = window
-    if not 0 <= start < end <= anchor.shape[1]:
-        raise UsageError(
-            f"local window [{start}, {end}) is not within the {anchor.shape[1]} pixel frames of the"
-            " video"
-        )
-    clips = _cut(branches, anchor, start, end)
-    return _as_scores(score_clips(scorer, clips, sentences), weights)
+    if not 0 <= start < end:
+        raise UsageError(f"local window [{start}, {end}) has no pixel frame")
+    return _as_scores(score_clip(scorer, pixels, start, end, sentences), weights)

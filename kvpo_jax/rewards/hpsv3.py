@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from kvpo_jax.models.qwen2_vl import cut_after
 from kvpo_jax.models.reward_model import RewardConfig
 from kvpo_jax.rewards import learned, preprocess
-from kvpo_jax.rewards.composite import Scorer
+from kvpo_jax.rewards.composite import Scorer, Shared
 from kvpo_jax.types import Array
 
 BATCH = 16  # frames that a device takes at once
@@ -49,20 +49,38 @@ def load(
     return partial(score, reward)
 
 
-def score(reward: learned.RewardModel, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
-    """Scores of videos [n, frames, h, w, 3], float in [0, 1] or uint8; see `load`."""
+def score(
+    reward: learned.RewardModel, pixels: Array, prompts: Sequence[str], shared: Shared | None = None
+) -> dict[str, Array]:
+    """Scores of videos [n, frames, h, w, 3], float in [0, 1] or uint8; see `load`.
+
+    A frame of several videos (`shared`) is scored once. The size of a batch does not depend on how
+    many there are, so that every fork is scored by one program.
+    """
     n, frames, height, width, _ = pixels.shape
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
     cfg = reward.cfg
     visual = cfg.vision.tokens(preprocess.grid(cfg, 1, height, width))
     tokens = cut_after(learned.texts(reward, prompts, cfg.image_token, visual), cfg.token_ids)
     video, frame = np.divmod(np.arange(n * frames), frames)
+    if shared:  # as frames of the first of the videos that have them
+        video = np.where(frame < shared.frames, video - video % shared.clips, video)
+    scored, which = np.unique(video * frames + frame, return_inverse=True)
+    video, frame = np.divmod(scored, frames)
+    share = -(-n * frames // reward.mesh.size)  # of a device
 
     def clips(rows: np.ndarray) -> Array:
         """Clips of one frame, uint8[rows, 1, h, w, 3]; a row is a frame of a video."""
         return preprocess.to_uint8(pixels[video[rows], frame[rows]])[:, None]
 
-    raw = learned.raw_scores(reward, preprocess.resize_pil, tokens, video, clips)
-    mu = raw[:, 0, 0].reshape(n, frames)
+    raw = learned.raw_scores(
+        reward,
+        preprocess.resize_pil,
+        tokens,
+        video,
+        clips,
+        at_once=min(learned.equal_parts(frames, reward.batch), share),
+    )
+    mu = raw[which, 0, 0].reshape(n, frames)
     best = jnp.sort(mu, axis=1)[:, frames - max(1, int(frames * BEST)) :]
     return {"VQ": mu.mean(axis=1), "VQ_best": best.mean(axis=1)}

@@ -45,7 +45,7 @@ class RewardModel:
       cfg: its config.
       encode: text -> token ids.
       mesh: the devices that it runs on; rows lie over all of them.
-      batch: texts that a device takes at once.
+      batch: texts that a device takes at once, at most.
     """
 
     params: PyTree
@@ -199,13 +199,22 @@ def scoring_step(
     return jax.jit(layers.exact(sharded))
 
 
+def equal_parts(count: int, most: int) -> int:
+    """The size of the parts of `count` rows: as few as `most` allows, then as small as can be."""
+    return -(-count // -(-count // most))
+
+
 def raw_scores(
-    reward: RewardModel, resize: Resize, tokens: Tokens, text_of_row: np.ndarray, clips: Clips
+    reward: RewardModel,
+    resize: Resize,
+    tokens: Tokens,
+    text_of_row: np.ndarray,
+    clips: Clips,
+    at_once: int,
 ) -> Array:
     """Scores any number of clips with their texts, float32[rows, wanted, outputs].
 
-    All batches have one size; the last one is filled up. Batches are as few as `reward.batch`
-    allows, and as small as their number allows.
+    All batches have one size; the last one is filled up.
 
     Args:
       reward: the model.
@@ -213,11 +222,11 @@ def raw_scores(
       tokens: of some texts.
       text_of_row: int[rows], the text of each row.
       clips: indices of rows -> uint8[n, frames, h, w, 3].
+      at_once: rows that a device takes at once. The program is compiled for each such number.
     """
     step = scoring_step(reward.cfg, reward.mesh, resize)
     place = NamedSharding(reward.mesh, Spec(reward.mesh.axis_names))
-    rows, devices = len(text_of_row), reward.mesh.size
-    batch = -(-rows // (-(-rows // (reward.batch * devices)) * devices)) * devices
+    rows, batch = len(text_of_row), at_once * reward.mesh.size
     scores = []
     for start in range(0, rows, batch):
         row = np.minimum(np.arange(start, start + batch), rows - 1)

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.rewards import hpsv3, motion, preprocess, toy, videoalign
-from kvpo_jax.rewards.composite import Scorer
+from kvpo_jax.rewards.composite import Scorer, Shared
 from kvpo_jax.types import Array
 
 Paths = Mapping[str, str]  # "hpsv3" and "videoalign" -> file of converted weights
@@ -42,6 +42,8 @@ COMPONENTS = {
 }
 # Scorers of uint8 pixels, of which floats would be a copy four times as large.
 TAKES_BYTES = ("hpsv3", "videoalign")
+# Scorers of single frames, which score a frame of `composite.Shared` clips once.
+OF_FRAMES = ("hpsv3",)
 
 
 def names_of(names: str) -> list[str]:
@@ -86,13 +88,16 @@ class Scorers:
         for name in names_of(self._names):
             _loader(name)
 
-    def __call__(self, pixels: Array, prompts: Sequence[str]) -> dict[str, Array]:
+    def __call__(
+        self, pixels: Array, prompts: Sequence[str], shared: Shared | None = None
+    ) -> dict[str, Array]:
         """See `composite.Scorer`.
 
         Args:
           pixels: [n, frames, h, w, 3], float in [0, 1] or uint8. Scorers get floats, except those
             of TAKES_BYTES, which get what is given.
           prompts: n sentences.
+          shared: which frames are the same in several clips, if there are any.
 
         Raises:
           UsageError: two scorers have a component of the same name, or one returns something else
@@ -102,7 +107,8 @@ class Scorers:
         floats = cache(lambda: preprocess.to_float(pixels))
         for name, scorer in self._loaded().items():
             taken = pixels if name in TAKES_BYTES else floats()
-            scores = _checked(name, scorer(taken, prompts), len(prompts))
+            told = {"shared": shared} if shared and name in OF_FRAMES else {}
+            scores = _checked(name, scorer(taken, prompts, **told), len(prompts))
             if twice := components.keys() & scores.keys():
                 raise UsageError(
                     f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is"

@@ -16,6 +16,7 @@ from kvpo_jax.errors import UsageError, listed
 from kvpo_jax.rewards import composite
 from kvpo_jax.runtime import progress, video
 from kvpo_jax.runtime.atomic import keeping_part
+from kvpo_jax.types import Pixels
 
 SHOWN = 24  # characters of a prompt in the table
 CUT = 40  # letters from which on a name may have less than the whole prompt
@@ -166,7 +167,9 @@ def _score_file(
     clip_frames, spacing = clips
     clipping = composite.Clipping(switches, clip_frames, int, spacing)
     try:
-        scores = composite.segment_rewards(scorer, pixels, [sentences], clipping)
+        clips = composite.segment_clips(count, segments, clipping)
+        whole = Pixels(pixels, None, ((0, count),))
+        scores = composite.segment_rewards(scorer, whole, [sentences], clips)
     except Exception as error:
         error.add_note(str(path))
         raise

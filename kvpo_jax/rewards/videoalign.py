@@ -67,9 +67,13 @@ def score(
 
     def raw_scores(clips: Array, wanted: Sequence[int]) -> Array:
         """float32[n, wanted, 3]: the head's outputs at some of the reward tokens."""
-        tokens, text_of_row = cut_after(texts, wanted), np.arange(n)
         return learned.raw_scores(
-            reward, preprocess.resize_torch, tokens, text_of_row, lambda rows: clips[rows]
+            reward,
+            preprocess.resize_torch,
+            tokens=cut_after(texts, wanted),
+            text_of_row=np.arange(n),
+            clips=lambda rows: clips[rows],
+            at_once=learned.equal_parts(-(-n // reward.mesh.size), reward.batch),
         )
 
     colour = jnp.diagonal(raw_scores(sampled, cfg.token_ids), axis1=1, axis2=2)
