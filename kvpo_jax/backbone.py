@@ -6,7 +6,7 @@ Everything else of an iteration is the same for the toy, LongLive and MemFlow.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,9 @@ TEXT_BATCH = 8  # prompts that the text encoder takes at once
 Placement = jax.sharding.Sharding | None
 
 
+SHORTEST = 3  # pixel frames of a block that is scored alone
+
+
 @dataclasses.dataclass(frozen=True)
 class Backbone:
     """A generator with its world.
@@ -57,6 +60,7 @@ class Backbone:
         optimised.
       watch: as `rewards`, of components that are evaluated on held-out prompts and never optimised.
       to_pixel: first pixel frame of a latent frame.
+      side: pixels along a side of a latent pixel.
       fps: pixel frames per second.
     """
 
@@ -70,6 +74,7 @@ class Backbone:
     rewards: scorers.Scorers
     watch: scorers.Scorers
     to_pixel: Callable[[int], int]
+    side: int
     fps: int
 
 
@@ -97,6 +102,13 @@ def prompt_batch(
     return PromptBatch(embeddings, changed, numbers, sentences)
 
 
+def pixel_shape(config: ml_collections.ConfigDict, backbone: Backbone) -> tuple[int, int, int]:
+    """Frames, height and width of a decoded video."""
+    video, side = config.video, backbone.side
+    frames = backbone.to_pixel(video.blocks * video.block_frames)
+    return frames, side * video.height, side * video.width
+
+
 def scored_clips(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
 ) -> list[composite.Clip]:
@@ -109,6 +121,26 @@ def scored_clips(
     return composite.segment_clips(total, len(video.switch_frames) + 1, clipping)
 
 
+def block_clips(
+    config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
+) -> list[composite.Clip]:
+    """The blocks of a held-out video, where each is scored alone (eval.by_block).
+
+    A block of fewer than SHORTEST frames is scored with its neighbours, as rewards of motion need
+    so many. A function of somebody's own may need longer clips, and is not asked.
+    """
+    names = scorers.names_of(config.reward.scorer)
+    if not (config.eval.by_block and set(names) <= scorers.SCORERS.keys()):
+        return []
+    count, frames = config.video.block_frames, config.video.blocks * config.video.block_frames
+    total, clips = to_pixel(frames), []
+    for first in range(0, frames, count):
+        start, end = to_pixel(first), to_pixel(first + count)
+        window = composite.clip_window((start + end) // 2, total, max(end - start, SHORTEST))
+        clips.append(composite.Clip(segment_of(first, config.video.switch_frames), *window))
+    return clips
+
+
 def local_window(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int], pivot: int
 ) -> tuple[int, int] | None:
@@ -117,6 +149,43 @@ def local_window(
         return None
     frames = config.video.block_frames
     return to_pixel(pivot * frames), to_pixel((pivot + recorded_blocks(config)) * frames)
+
+
+def windows_read(
+    config: ml_collections.ConfigDict,
+    to_pixel: Callable[[int], int],
+    pivot: int | None = None,
+    shown: Iterable[int] = (),
+) -> tuple[tuple[int, int], ...]:
+    """The windows [start, end) of pixel frames that are read of a video, in the order of `Pixels`.
+
+    Args:
+      config: of the run.
+      to_pixel: the backbone's.
+      pivot: of a group that is scored; None for held-out videos.
+      shown: the frames of a picture.
+
+    Returns:
+      The clips, what is scored besides (the replayed blocks of a group, the single blocks of
+      held-out videos), and the frames that are shown.
+    """
+    clips = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
+    if pivot is None:
+        besides = [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
+    else:
+        local = local_window(config, to_pixel, pivot)
+        besides = [local] if local else []
+    return (*clips, *besides, *((int(frame), int(frame) + 1) for frame in shown))
+
+
+def blocks_read(
+    config: ml_collections.ConfigDict,
+    to_pixel: Callable[[int], int],
+    windows: Sequence[tuple[int, int]],
+) -> int:
+    """The blocks of a video up to the last that has a frame of these windows."""
+    last, frames = max((end for _, end in windows), default=0), config.video.block_frames
+    return next(n for n in range(config.video.blocks + 1) if to_pixel(n * frames) >= last)
 
 
 def score_group(
@@ -231,6 +300,7 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
         rewards=scorers.Scorers(config.reward.scorer, config.paths),
         watch=scorers.Scorers(config.eval.scorer, config.paths),
         to_pixel=lambda frame: frame,
+        side=toy_world.SIDE,
         fps=8,
     )
 
@@ -238,10 +308,10 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
     """`toy_backbone`; UsageError unless the latent frames are of its size."""
     for name in ("height", "width"):
-        if config.video[name] != toy_world.SIZE // 2:
+        if config.video[name] != toy_world.SIZE // toy_world.SIDE:
             raise UsageError(
                 f"config.video.{name}={config.video[name]}: a latent frame of the toy has"
-                f" {toy_world.SIZE // 2}"
+                f" {toy_world.SIZE // toy_world.SIDE}"
             )
     return toy_backbone(config)
 
@@ -376,6 +446,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         rewards=scorers.Scorers(config.reward.scorer, config.paths),
         watch=scorers.Scorers(config.eval.scorer, config.paths),
         to_pixel=composite.latent_to_pixel,
+        side=vae.spatial_factor,
         fps=16,
     )
 

@@ -37,11 +37,9 @@ from kvpo_jax.runtime import command, progress, sharding, statistics, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
-from kvpo_jax.runtime.pictures import PICTURED, before_after, frames_of
+from kvpo_jax.runtime.pictures import PICTURED, before_after, before_after_frames
 from kvpo_jax.state import newest_state, policy_of
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
-
-SHORTEST = 3  # pixel frames of a block that is scored alone
 
 # ---------------------------------------------------------------- held-out evaluation
 
@@ -50,8 +48,8 @@ class Heldout(struct.PyTreeNode):
     """Videos of one policy on the held-out prompts.
 
     Attributes:
-      pixels: [m, frames, h, w, 3], m <= PICTURED: of the first prompts, as many as follow one
-        another on this process's devices.
+      pixels: [m, shown, h, w, 3], m <= PICTURED: the frames that a picture shows, of the first
+        prompts, as many as follow one another on this process's devices.
       reward: float[n], the composite reward.
       components: name -> float[n], of what is optimised and of what is only watched
         (config.eval.scorer).
@@ -79,25 +77,17 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
         batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "heldout", 0, numbers)
         made, sentences = _pixels(run, lora, batch), [batch.sentences[i] for i in own]
         scores = sharding.gather(_Scores(run, made, sentences), run.mesh)
-        if first + own[0] == len(pixels):
-            pixels.extend(np.asarray(made.videos[: PICTURED - len(pixels), 0]))
+        if first + own[0] == len(pixels) < PICTURED:
+            places = composite.places_of(made.windows, _shown(run))
+            pixels.extend(np.asarray(made.videos[: PICTURED - len(pixels), 0, places]))
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     backbone_lib.release_rewards(config, run.backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
-    names = _block_names(config)
-    blocks = np.array([merged.pop(name) for name in names]).reshape(-1, config.eval.prompts).T
+    alone = range(len(backbone_lib.block_clips(config, run.backbone.to_pixel)))
+    blocks = [merged.pop(_block(b)) for b in alone]
+    blocks = np.array(blocks).reshape(-1, config.eval.prompts).T
     reward = np.asarray(composite.composite(merged, config.reward.weights))
     return Heldout(np.array(pixels), reward, merged, blocks)
-
-
-def _block_names(config: ml_collections.ConfigDict) -> list[str]:
-    """What the scores of single blocks are called until they are an array; none without them.
-
-    A function of somebody's own may need longer clips, and is not asked.
-    """
-    names = scorers.names_of(config.reward.scorer)
-    scored = config.eval.by_block and set(names) <= scorers.SCORERS.keys()
-    return [f"block {b}" for b in range(config.video.blocks * scored)]
 
 
 def _pixels(run: Run, lora: PyTree, batch: PromptBatch) -> Pixels:
@@ -106,14 +96,18 @@ def _pixels(run: Run, lora: PyTree, batch: PromptBatch) -> Pixels:
     A function of its own, so that the KV cache is freed before decoding. DivergedError if they are
     not finite.
     """
+    config, to_pixel = run.config, run.backbone.to_pixel
+    shown = _shown(run) if batch.numbers[0] < PICTURED else ()
+    windows = backbone_lib.windows_read(config, to_pixel, shown=shown)
     noise = keys.NoiseKey(keys.draw_key(0, "heldout", 0), batch.numbers)
-    blocks = generate(run, run.variables(lora), batch, noise)
-    latents = join_blocks(blocks, axis=1)[:, None]
+    read = backbone_lib.blocks_read(config, to_pixel, windows)
+    blocks = generate(run, run.variables(lora), batch, noise, read)
+    latents = join_blocks(blocks, axis=1, count=config.video.blocks)[:, None]
     del blocks
     if not run.programs.all_finite(latents):
         raise DivergedError(
             "the held-out videos of a policy are not finite: its weights are at fault, or its "
-            f"updates (config.train.learning_rate={run.config.train.learning_rate})"
+            f"updates (config.train.learning_rate={config.train.learning_rate})"
         )
     return jax.tree.map(sharding.own_part, run.decoder.videos(latents))
 
@@ -125,37 +119,34 @@ class _Scores:
         self._run, self._pixels, self._sentences = run, pixels, sentences
 
     def __call__(self) -> dict[str, Array]:
-        backbone = self._run.backbone
-        clips = backbone_lib.scored_clips(self._run.config, backbone.to_pixel)
+        config, backbone = self._run.config, self._run.backbone
+        clips = backbone_lib.scored_clips(config, backbone.to_pixel)
         rewards, watched = (
             composite.segment_rewards(scorer, self._pixels, self._sentences, clips)
             for scorer in (backbone.rewards, backbone.watch)
         )
-        composite.check_weights(rewards, watched, self._run.config.reward.weights)
-        blocks = _block_names(self._run.config)
-        return rewards | watched | {name: self._of_block(b) for b, name in enumerate(blocks)}
+        composite.check_weights(rewards, watched, config.reward.weights)
+        alone = enumerate(backbone_lib.block_clips(config, backbone.to_pixel))
+        return rewards | watched | {_block(b): self._composite(clip) for b, clip in alone}
 
-    def _of_block(self, block: int) -> Array:
-        """float[P, 1], the composite reward of a block alone, with the sentence of its segment.
+    def _composite(self, clip: composite.Clip) -> Array:
+        """float[P, 1], the composite reward of a clip with the sentence of its segment."""
+        rewards = composite.segment_rewards(
+            self._run.backbone.rewards, self._pixels, self._sentences, [clip]
+        )
+        return composite.composite(rewards, self._run.config.reward.weights)
 
-        A shorter block is scored with its neighbours, as rewards of motion need SHORTEST frames.
-        """
-        config, backbone = self._run.config, self._run.backbone
-        first, count = block * config.video.block_frames, config.video.block_frames
-        segment = config_lib.segment_of(first, config.video.switch_frames)
-        start, end = backbone.to_pixel(first), backbone.to_pixel(first + count)
-        total, length = backbone.to_pixel(config.video.blocks * count), max(end - start, SHORTEST)
-        start, end = composite.clip_window((start + end) // 2, total, length)
-        sentences = [sequence[segment] for sequence in self._sentences]
-        scores = composite.score_clip(backbone.rewards, self._pixels, start, end, sentences)
-        return composite.composite(scores, config.reward.weights)
+
+def _block(number: int) -> str:
+    """What the score of a block alone is called among the components."""
+    return f"block {number}"
 
 
 def kept_reference(run: Run, workdir: Path, make: Callable[[], Heldout]) -> Heldout:
     """The evaluation of the reference policy, which a run keeps in WORKDIR/reference.npz.
 
     It is made anew where what it depends on is not the same: configuration, files, versions,
-    devices. Of pixels the file has the frames that a picture shows; the others are zero then.
+    devices.
 
     Args:
       run: of the evaluation.
@@ -175,18 +166,15 @@ def kept_reference(run: Run, workdir: Path, make: Callable[[], Heldout]) -> Held
         return kept
     made = make()
     if sharding.is_main():
-        _save_heldout(path, made_of, made, _switches(run))
+        _save_heldout(path, made_of, made)
     return made
 
 
-def _save_heldout(path: Path, made_of: str, made: Heldout, switches: Sequence[int]) -> None:
-    frames = frames_of(made.pixels[0], switches)
+def _save_heldout(path: Path, made_of: str, made: Heldout) -> None:
     arrays: dict[str, Any] = {
         "made_of": np.asarray(made_of),
         "reward": made.reward,
-        "shape": np.asarray(made.pixels.shape),
-        "frames": frames,
-        "pixels": made.pixels[:, frames],
+        "pixels": made.pixels,
         "blocks": made.blocks,
         **{f"component {name}": x for name, x in made.components.items()},
     }
@@ -201,15 +189,14 @@ def _load_heldout(path: Path, made_of: str) -> Heldout | None:
             arrays = dict(file)
         if str(arrays["made_of"]) != made_of:
             return None
-        pixels = np.zeros(arrays["shape"], arrays["pixels"].dtype)
-        pixels[:, arrays["frames"]] = arrays["pixels"]
+        pixels, reward, blocks = (arrays[name] for name in ("pixels", "reward", "blocks"))
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
         return None
     start = "component "
     components = {
         name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)
     }
-    return Heldout(pixels, arrays["reward"], components, arrays["blocks"])
+    return Heldout(pixels, reward, components, blocks)
 
 
 def heldout_metrics(
@@ -242,6 +229,12 @@ def gains_by_block(reference: Heldout, policy: Heldout, first_pivot: int) -> dic
 def _switches(run: Run) -> list[int]:
     """The pixel frames at which prompts switch."""
     return [run.backbone.to_pixel(frame) for frame in run.config.video.switch_frames]
+
+
+def _shown(run: Run) -> np.ndarray:
+    """The pixel frames of a held-out video that a picture shows."""
+    shape = backbone_lib.pixel_shape(run.config, run.backbone)
+    return before_after_frames(*shape, _switches(run))
 
 
 def finish(
@@ -285,6 +278,7 @@ def finish(
     before_after(
         [run.backbone.prompts("heldout", i) for i in shown],
         _switches(run),
+        _shown(run),
         {"before": reference.pixels[: len(shown)], "after": online.pixels[: len(shown)]},
         {"before": reference.reward, "after": online.reward},
         picture,

@@ -150,6 +150,7 @@ def fileless_backbone(config: ml_collections.ConfigDict) -> Backbone:
         load_decoder=lambda place: wan_vae.abstract_decoder_params(vae),
         decode=partial(backbone_lib.decode, vae),
         to_pixel=composite.latent_to_pixel,
+        side=vae.spatial_factor,
     )
 
 

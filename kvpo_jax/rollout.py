@@ -119,12 +119,13 @@ def prefix(
     return latents, _switched(run, variables, prompt_at(frame), history, latents, frame)
 
 
-def generate(run: Run, variables: PyTree, batch: PromptBatch, noise: NoiseKey) -> list[Array]:
-    """Whole videos of P prompts without perturbation: their blocks, float[P, F, Y, X, C] each."""
+def generate(
+    run: Run, variables: PyTree, batch: PromptBatch, noise: NoiseKey, blocks: int
+) -> list[Array]:
+    """The first blocks of videos of P prompts without perturbation, float[P, F, Y, X, C] each."""
     text = run.programs.encode_text(variables, batch.embeddings)
     prompt_at = script(run.config, text, batch.changed)
-    blocks = stream(run, variables, prompt_at, noise, run.config.video.blocks)
-    return [x for x, _ in blocks]
+    return [x for x, _ in stream(run, variables, prompt_at, noise, blocks)]
 
 
 # ---------------------------------------------------------------- a group
@@ -137,8 +138,9 @@ def rollout(
     noise: NoiseKey,
     routed_frames: Array,
     pivot: int,
+    blocks: int | None = None,
 ) -> Rollout:
-    """One group of P prompts: shared prefix, then the anchor and G branches to the end.
+    """One group of P prompts: shared prefix, then the anchor and G branches.
 
     Blocks before the pivot are generated once. Within the window the branches' first solver steps
     are routed; after it the default window returns, and what the branches wrote stays in their
@@ -151,12 +153,14 @@ def rollout(
       noise: key of the noise, which all trajectories of a prompt share.
       routed_frames: int32[P, G, routed], from `Programs.draw`.
       pivot: the first perturbed block.
+      blocks: how many are made of a video, at least those that are replayed; None makes all.
     """
     config = run.config
+    blocks = config.video.blocks if blocks is None else blocks
     text = run.programs.encode_text(variables, batch.embeddings)
     prompt_at = script(config, text, batch.changed)
     latents, history = prefix(run, variables, prompt_at, noise, pivot)
-    fork = _Fork(run, variables, prompt_at, noise, pivot, latents, history)
+    fork = _Fork(run, variables, prompt_at, noise, pivot, blocks, latents, history)
     at_once = branches_at_once(config)
     rolled = _rollout_chunk(fork, routed_frames[:, :at_once])
     for first in range(at_once, config.rollout.branches, at_once):
@@ -174,12 +178,13 @@ class _Fork(NamedTuple):
     prompt_at: Callable[[int], Spoken]
     noise: NoiseKey
     pivot: int
+    blocks: int
     latents: list[Array]
     history: KVCache
 
 
 def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
-    """The anchor and some of the branches, from the fork to the end of the video."""
+    """The anchor and some of the branches, from the fork to the last block that is made."""
     run, config, pivot, history = fork.run, fork.run.config, fork.pivot, fork.history
     page = run.programs.fork(history)
     trajectories = page.frame.shape[1]
@@ -187,7 +192,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
     window_blocks = (pivot, pivot + config.rollout.window_blocks)
     recorded = range(pivot, pivot + recorded_blocks(config))
     records, banks, anchor_page = [], [], page
-    for block in range(pivot, config.video.blocks):
+    for block in range(pivot, fork.blocks):
         frame = block * config.video.block_frames
         text, segment, changed = fork.prompt_at(frame)
         if block > pivot and changed.any():
@@ -226,7 +231,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
 
     starts = [block * config.video.block_frames for block in recorded]
     shape = (len(config.sampler.steps) + 1, *fork.latents[0].shape[1:])
-    video = block_lib.join_blocks(latents, axis=2)
+    video = block_lib.join_blocks(latents, axis=2, count=config.video.blocks)
     return Rollout(
         branches=branches_of(video),
         anchor=video[:, 0],

@@ -24,10 +24,11 @@ from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys, objective
 from kvpo_jax.errors import DivergedError
 from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics, kept_reference
+from kvpo_jax.rewards import composite
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import checkpoint, sharding
-from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches
+from kvpo_jax.runtime import checkpoint, pictures, sharding
+from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches, recorded_blocks
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
 from kvpo_jax.state import TrainState, init_state
@@ -45,17 +46,35 @@ from kvpo_jax.types import (
 # ---------------------------------------------------------------- Algorithm 1
 
 
-def explore(run: Run, lora: PyTree, batch: PromptBatch, iteration: int, pivot: int) -> Rollout:
+def explore(
+    run: Run,
+    lora: PyTree,
+    batch: PromptBatch,
+    iteration: int,
+    pivot: int,
+    windows: Sequence[tuple[int, int]],
+) -> Rollout:
     """Steps 1 and 2: anchor and branches of P prompts, by the policy with this LoRA tree.
 
+    Args:
+      run: of the iteration.
+      lora: of the policy.
+      batch: the prompts.
+      iteration: whose draws and noise.
+      pivot: the first perturbed block.
+      windows: pixel frames [start, end) that are going to be read. Blocks are made up to the last
+        that is read or replayed.
+
     Raises:
-      DivergedError: they are not finite.
+      DivergedError: the videos are not finite.
     """
+    read = backbone_lib.blocks_read(run.config, run.backbone.to_pixel, windows)
+    blocks = max(read, pivot + recorded_blocks(run.config))
     seed, fork_frame = run.config.seed, pivot * run.config.video.block_frames
     routing_key = keys.draw_key(seed, "routing", iteration)
     routed_frames = run.programs.draw(routing_key, batch.numbers, fork_frame)
     noise = keys.NoiseKey(keys.draw_key(seed, "noise", iteration), batch.numbers)
-    rolled = rollout(run, run.variables(lora), batch, noise, routed_frames, pivot)
+    rolled = rollout(run, run.variables(lora), batch, noise, routed_frames, pivot, blocks)
     if not run.programs.all_finite((rolled.branches, rolled.anchor)):
         fault = (
             "the policy has diverged; start again with a lower config.train.learning_rate="
@@ -67,8 +86,25 @@ def explore(run: Run, lora: PyTree, batch: PromptBatch, iteration: int, pivot: i
     return jax.block_until_ready(rolled)
 
 
-def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int) -> Judged:
-    """Step 3: rewards of the videos, advantages, and the anchor gate."""
+def shown(run: Run, batch: PromptBatch, iteration: int) -> np.ndarray:
+    """The pixel frames, if any, of which the branches of the first of these prompts are shown."""
+    if batch.numbers[0] or not is_pictured(run.config, iteration):
+        return np.arange(0)
+    return pictures.strip(*backbone_lib.pixel_shape(run.config, run.backbone))
+
+
+def judge(
+    run: Run,
+    rolled: Rollout,
+    batch: PromptBatch,
+    iteration: int,
+    pivot: int,
+    windows: Sequence[tuple[int, int]],
+) -> Judged:
+    """Step 3: rewards of the videos, advantages, and the anchor gate.
+
+    Arguments as those of `explore`.
+    """
     config = run.config
     pixels = run.decoder.group(rolled.branches, rolled.anchor, pivot)
     pixel_std = run.programs.pixel_std(pixels.videos)
@@ -91,14 +127,18 @@ def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: 
         batch.numbers,
         config.train.prompts_per_iteration,
     )
-    # Pixels are gigabytes at full size, so they leave the devices only to be shown.
-    shown = sharding.is_main() and batch.numbers[0] == 0 and is_pictured(config, iteration)
+    frames = shown(run, batch, iteration)
+    show = sharding.is_main() and len(frames) > 0
+    places = composite.places_of(pixels.windows, frames)
     return Judged(
         scores=scores,
         advantages=advantages,
         gate_open=objective.open_gates(scores, local),
         pixel_std=pixel_std,
-        clips=np.concatenate([pixels.anchor[0], pixels.videos[0]]) if shown else None,
+        clips=np.concatenate([x[0][:, places] for x in (pixels.anchor, pixels.videos)])
+        if show
+        else None,
+        shown=frames if show else None,
     )
 
 
@@ -199,9 +239,12 @@ def explore_and_learn(
     on_policy = is_on_policy(config, iteration)
     with clock.time("rollout"):
         batch = prompts_of(run, iteration, numbers)
-        rolled = explore(run, state.old, batch, iteration, pivot)
+        windows = backbone_lib.windows_read(
+            config, run.backbone.to_pixel, pivot, shown(run, batch, iteration)
+        )
+        rolled = explore(run, state.old, batch, iteration, pivot, windows)
     with clock.time("reward"):
-        judged = judge(run, rolled, batch, iteration, pivot)
+        judged = judge(run, rolled, batch, iteration, pivot, windows)
     with clock.time("update"):
         experience = remember(run, state, rolled, batch, judged, on_policy)
         del rolled  # the latents; the experience keeps what the replay needs
@@ -229,7 +272,7 @@ def calibrate(run: Run, state: TrainState, clock: Clock) -> TrainState:
     for numbers in micro_batches(run.config):
         with clock.time("rollout"):
             batch = prompts_of(run, 0, numbers)
-            rolled = explore(run, state.old, batch, 0, run.draw_pivot(0))
+            rolled = explore(run, state.old, batch, 0, run.draw_pivot(0), windows=())
         with clock.time("update"):
             experience = unjudged(run, state, rolled, batch, on_policy=True)
             old.append(np.asarray(energies(run, state.old, experience)))

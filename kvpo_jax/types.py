@@ -158,7 +158,7 @@ class ReplayTuples(struct.PyTreeNode):
 
 
 class Rollout(struct.PyTreeNode):
-    """The videos of one group (Algorithm 1, steps 1 and 2).
+    """The videos of one group (Algorithm 1, steps 1 and 2); 0 beyond the last block that was made.
 
     Attributes:
       branches: float[P, G, frames, Y, X, C], clean latents.
@@ -212,8 +212,9 @@ class Judged(struct.PyTreeNode):
       advantages: float[P, G].
       gate_open: bool[P], whether a branch beats the anchor.
       pixel_std: float[], of the branches of a group, the mean over pixels.
-      clips: [1 + G, frames, h, w, 3], the anchor and the branches of the first prompt, if they are
-        to be shown; of the branches, those on this process's own devices.
+      clips: [1 + G, n, h, w, 3], the frames of anchor and branches of the first prompt that are to
+        be shown, if any are; of the branches, those on this process's own devices.
+      shown: int[n], the numbers of these frames in the video.
     """
 
     scores: Scores
@@ -221,6 +222,7 @@ class Judged(struct.PyTreeNode):
     gate_open: Array
     pixel_std: Array
     clips: np.ndarray | None = None
+    shown: np.ndarray | None = None
 
 
 class Experience(struct.PyTreeNode):

@@ -5,6 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kvpo_jax import programs, run
+from kvpo_jax.memory import fileless_backbone
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
@@ -36,8 +37,9 @@ def configure(spec: str, fields: dict) -> ml_collections.ConfigDict:
 
 
 def bare_run(config: ml_collections.ConfigDict, mesh: Mesh, params: PyTree = None) -> run.Run:
-    """A Run of these base weights, without a backbone: it generates, and cannot decode or score."""
-    return run.Run(config, mesh, None, params, programs.build(config, mesh), None)
+    """A Run of these base weights that generates, and cannot decode or score."""
+    backbone = fileless_backbone(config)
+    return run.Run(config, mesh, backbone, params, programs.build(config, mesh), None)
 
 
 def pixels_of(videos: Array, anchor: Array | None = None, fork: int = 0) -> Pixels:

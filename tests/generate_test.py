@@ -55,7 +55,7 @@ def test_streams_what_the_rollout_generates(world):
     noise = keys.NoiseKey(jax.random.key(5), jnp.arange(1))
     embeddings = jnp.asarray(run.backbone.embed(SENTENCES))[None]
     batch = batch_of(embeddings, np.ones((1, 2), bool))
-    theirs = rollout.generate(run, variables, batch, noise)
+    theirs = rollout.generate(run, variables, batch, noise, run.config.video.blocks)
     ours = video(world, SENTENCES, (12,), BLOCKS, noise)
     np.testing.assert_array_equal(jnp.concatenate(ours), jnp.concatenate(theirs))
     # A sentence that is repeated is no switch.

@@ -9,7 +9,7 @@ from kvpo_jax.runtime import pictures
 def test_strips_show_pixels_as_squares():
     rng = np.random.default_rng(0)
     clips = rng.random((2, 3, 12, 12, 3)).astype(np.float32)
-    sheet = np.asarray(pictures.sheet([("anchor", clips[0]), ("branch 0", clips[1])]))
+    sheet = np.asarray(pictures.sheet([("anchor", clips[0]), ("branch 0", clips[1])], np.arange(3)))
     right = 12  # the margin; tiles of 48 pixels, 4 to a pixel of the clip, end there
     tile = sheet[26 : 26 + 48, -right - 1 - 48 : -right - 1]
     np.testing.assert_array_equal(tile[::4, ::4], np.round(255 * clips[0, 2]).astype(np.uint8))
@@ -18,11 +18,13 @@ def test_strips_show_pixels_as_squares():
 
 def test_before_after_has_two_strips_per_prompt(tmp_path):
     prompts = [["a red disk moves left", "a blue disk moves left"]] * 3
-    shape = (3, 48, 12, 12, 3)
+    frames = pictures.before_after_frames(48, 12, 12, (24,))
+    shape = (3, len(frames), 12, 12, 3)
     path = tmp_path / "report" / "before_after.png"
     pictures.before_after(
         prompts,
         (24,),
+        frames,
         {"before": np.zeros(shape), "after": np.ones(shape)},
         {"before": np.zeros(3), "after": np.asarray([1, -1, 0])},
         path,
@@ -34,10 +36,12 @@ def test_before_after_has_two_strips_per_prompt(tmp_path):
 
 def test_every_segment_is_shown_however_short(tmp_path):
     path = tmp_path / "p.png"
-    clips = np.zeros((1, 48, 12, 12, 3))
+    frames = pictures.before_after_frames(48, 12, 12, (1, 3))
+    clips = np.zeros((1, len(frames), 12, 12, 3))
     pictures.before_after(
         [["one", "two", "three"]],
         (1, 3),
+        frames,
         {"before": clips, "after": clips},
         {"before": np.zeros(1), "after": np.zeros(1)},
         path,

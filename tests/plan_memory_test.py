@@ -213,7 +213,8 @@ def test_the_plan_has_the_arrays_of_a_run():
     embeddings = np.zeros(planned.explored.batch.embeddings.shape, np.float32)
     embeddings = sharding.place(embeddings, mesh, sharding.PROMPTS)
     batch = batch_of(embeddings, np.ones((2, 1), bool))
-    rolled = train.explore(run, state.old, batch, 0, planned.run.draw_pivot(0))
+    pivot = planned.run.draw_pivot(0)
+    rolled = train.explore(run, state.old, batch, 0, pivot, windows=())
     experience = train.unjudged(run, state, rolled, batch, on_policy=True)
     experience = experience.replace(
         advantages=sharding.place(experience.advantages, mesh),

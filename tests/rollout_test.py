@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import programs, rollout
+from kvpo_jax import backbone, programs, rollout
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import block, flow, keys, kv_cache, routing
 from kvpo_jax.errors import UsageError
@@ -21,7 +21,7 @@ from kvpo_jax.models.wan import Wan, WanConfig, init_variables
 from kvpo_jax.rewards import composite
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import pictures, sharding
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import PromptBatch, PyTree, Rollout, TextKV
 
@@ -464,6 +464,39 @@ def test_a_prompt_that_does_not_change_keeps_its_cache(world):
     for ours, theirs in ((after.k, before.k), (after.v, before.v)):
         np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])
         assert differs(ours[:, 1], theirs[:, 1])
+
+
+# ---------------------------------------------------------------- no block that nobody reads
+
+
+@pytest.mark.parametrize("blocks", [8, 10])
+def test_what_is_made_does_not_depend_on_where_it_ends(world, rolled, blocks):
+    """Pivot 5 replays blocks 5 to 7. The rest is 0, in arrays of one shape for all ends."""
+    short = rollout.rollout(
+        world.run, world.variables, world.batch, world.key, world.draw(5), 5, blocks
+    )
+    made = blocks * FRAMES
+    chex.assert_trees_all_equal(short.replay, rolled.replay)
+    for ours, theirs in ((short.branches, rolled.branches), (short.anchor, rolled.anchor)):
+        assert ours.shape == theirs.shape
+        ours, theirs = np.moveaxis(ours, -4, 0), np.moveaxis(theirs, -4, 0)
+        np.testing.assert_array_equal(ours[:made], theirs[:made])
+        assert np.all(ours[made:] == 0) and np.all(np.any(theirs[made:], axis=(1, 2, 3, 4)))
+
+
+def test_blocks_are_made_up_to_the_last_that_is_read():
+    """LongLive's last clip ends with pixel 530, in latent frame 133 of block 44. Pictures show 8
+    frames of 585, the last of them 511. A window of 5 blocks from block 41 on is later.
+    """
+    config, to_pixel = longlive(), composite.latent_to_pixel
+    windows = backbone.windows_read(config, to_pixel, shown=pictures.strip(585, 480, 832))
+    assert windows[3:6] == ((495, 531), (0, 1), (73, 74)) and windows[-1] == (511, 512)
+    assert backbone.blocks_read(config, to_pixel, windows) == 45
+    assert backbone.blocks_read(config, to_pixel, [(0, 585)]) == 49
+    assert backbone.blocks_read(config, to_pixel, [(0, 1)]) == 1
+    assert backbone.blocks_read(config, to_pixel, ()) == 0
+    anchored = longlive("objective.advantage=anchor")
+    assert backbone.windows_read(anchored, to_pixel, 41)[4:] == ((489, 549),)
 
 
 # ---------------------------------------------------------------- compile once

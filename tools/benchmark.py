@@ -49,6 +49,7 @@ from absl import flags
 from kvpo_jax import programs, rollout, train
 from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import flow, keys, kv_cache, routing
+from kvpo_jax.backbone import pixel_shape
 from kvpo_jax.decoder import VideoDecoder
 from kvpo_jax.errors import UsageError, nearest
 from kvpo_jax.memory import fileless_backbone
@@ -306,11 +307,15 @@ class Bench:
     @cached_property
     def experience(self) -> Experience:
         """What a replay of the window reads."""
-        config = self.run.config.copy_and_resolve_references()
-        config.video.blocks = self.pivot + recorded_blocks(config)  # what is later is not replayed
-        short = dataclasses.replace(self.run, config=config)
+        config = self.run.config
         rolled: Rollout = rollout.rollout(
-            short, self.variables, self.batch, self.noise, self.routed_frames, self.pivot
+            self.run,
+            self.variables,
+            self.batch,
+            self.noise,
+            self.routed_frames,
+            self.pivot,
+            self.pivot + recorded_blocks(config),
         )
         state = init_state(config, self.run.mesh, self.lora)
         return train.remember(self.run, state, rolled, self.batch, self.judged, on_policy=True)
@@ -379,9 +384,11 @@ class Bench:
     def iteration(self) -> Callable[[], Any]:
         """On policy, as `train.improve`."""
         state = init_state(self.run.config, self.run.mesh, self.lora)
+        frames, _, _ = pixel_shape(self.run.config, self.run.backbone)
+        whole = ((0, frames),)  # as the release, which makes every block
 
         def run():
-            rolled = train.explore(self.run, state.old, self.batch, 0, self.pivot)
+            rolled = train.explore(self.run, state.old, self.batch, 0, self.pivot, whole)
             experience = train.remember(
                 self.run, state, rolled, self.batch, self.judged, on_policy=True
             )

@@ -219,9 +219,13 @@ def _where_changed(
 # ---------------------------------------------------------------- videos
 
 
-def join_blocks(blocks: Sequence[Array], axis: int) -> Array:
-    """The frames of blocks, one after another, along `axis`."""
-    return jnp.concatenate(blocks, axis=axis)
+def join_blocks(blocks: Sequence[Array], axis: int, count: int = 0) -> Array:
+    """The frames of blocks, one after another, along `axis`; zeros stand for blocks up to `count`.
+
+    So a video that is not generated to its end has the shape of a whole one.
+    """
+    missing = [jnp.zeros_like(blocks[0])] * max(count - len(blocks), 0)
+    return jnp.concatenate([*blocks, *missing], axis=axis)
 
 
 def repeat_trajectories(x: Array, trajectories: int) -> Array:

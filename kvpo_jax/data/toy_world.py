@@ -30,6 +30,7 @@ from kvpo_jax.errors import UsageError
 from kvpo_jax.types import Array
 
 SIZE = 8  # pixels per side
+SIDE = 2  # pixels along a side of a latent pixel
 SPEED = 1.0  # pixels per frame
 BACKGROUND = 0.5
 LATENT_SCALE = 0.16  # pixels per unit of latent
@@ -283,13 +284,13 @@ def sample_video(
 def encode(pixels: Array) -> Array:
     """float[..., 8, 8, 3] pixels -> float[..., 4, 4, 12] latents."""
     chex.assert_shape(pixels, (..., SIZE, SIZE, 3))
-    folded = einops.rearrange(pixels, "... (y py) (x px) c -> ... y x (py px c)", py=2, px=2)
+    folded = einops.rearrange(pixels, "... (y py) (x px) c -> ... y x (py px c)", py=SIDE, px=SIDE)
     return (folded - BACKGROUND) / LATENT_SCALE
 
 
 def decode(latents: Array) -> Array:
     """float[..., 4, 4, 12] latents -> float[..., 8, 8, 3] pixels in [0, 1]."""
-    chex.assert_shape(latents, (..., SIZE // 2, SIZE // 2, 12))
+    chex.assert_shape(latents, (..., SIZE // SIDE, SIZE // SIDE, 12))
     folded = latents * LATENT_SCALE + BACKGROUND
-    pixels = einops.rearrange(folded, "... y x (py px c) -> ... (y py) (x px) c", py=2, px=2)
+    pixels = einops.rearrange(folded, "... y x (py px c) -> ... (y py) (x px) c", py=SIDE, px=SIDE)
     return jnp.clip(pixels, 0.0, 1.0)

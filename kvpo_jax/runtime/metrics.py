@@ -310,10 +310,10 @@ class Recorder:
         self._progress.show(iteration, metrics)
         for line in self._doctor.visit(metrics):
             print(line, flush=True)
-        clips = groups[0].judged.clips
-        if clips is not None:
+        clips, shown = groups[0].judged.clips, groups[0].judged.shown
+        if clips is not None and shown is not None:
             names = ("anchor", *(f"branch {g}" for g in range(self._branches)))
-            picture = np.asarray(sheet(list(zip(names, clips, strict=False))))
+            picture = np.asarray(sheet(list(zip(names, clips, strict=False)), shown))
             self._writer.write_images(iteration, {"branches": picture})
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ INK, FAINT, GOOD, BAD = "#202020", "#8a8a8a", "#1a7f37", "#b42318"
 def before_after(
     prompts: Sequence[Sequence[str]],
     switch_frames: Sequence[int],
+    frames: np.ndarray,
     clips: Mapping[str, np.ndarray],
     rewards: Mapping[str, np.ndarray],
     path: Path,
@@ -28,13 +29,13 @@ def before_after(
 
     Args:
       prompts: n sequences of M prompts.
-      switch_frames: the M - 1 frames of the clips at which the next prompt begins.
-      clips: "before" and "after" -> float[n, frames, height, width, 3] in [0, 1] or uint8.
+      switch_frames: the M - 1 frames of the videos at which the next prompt begins.
+      frames: int[shown], the numbers of the frames that are shown, from `before_after_frames`.
+      clips: "before" and "after" -> float[n, shown, height, width, 3] in [0, 1] or uint8.
       rewards: "before" and "after" -> float[n].
       path: the PNG; its folder is made.
     """
     begins = np.asarray([0, *switch_frames])
-    frames = frames_of(clips["before"][0], switch_frames)
     tile = _tile(clips["before"][0, 0])
     # A wider gap where the prompt switches.
     x = (
@@ -75,8 +76,8 @@ def before_after(
             middle = y + tile.height // 2
             draw.text((margin, middle), name, colour, font, anchor="lm")
             draw.text((margin + 60, middle), f"{reward:.3f}", colour, font, anchor="lm")
-            for frame, x_frame in zip(frames, x, strict=True):
-                sheet.paste(_tile(clip[frame]), (left + int(x_frame), y))
+            for frame, x_frame in zip(clip, x, strict=True):
+                sheet.paste(_tile(frame), (left + int(x_frame), y))
         draw.text(
             (margin + 60, middle + 17),
             f"{gain:+.3f}",
@@ -88,9 +89,9 @@ def before_after(
         sheet.save(temporary, format="PNG")
 
 
-def sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
-    """One labelled strip per row, with the numbers of the frames above."""
-    frames, tile = _shown(rows[0][1]), _tile(rows[0][1][0])
+def sheet(rows: Sequence[tuple[str, np.ndarray]], frames: np.ndarray) -> Image.Image:
+    """One labelled strip per row, with the numbers of the frames, int[shown], above."""
+    tile = _tile(rows[0][1][0])
     font, small, margin = _font(15), _font(11), 12
     left = 2 * margin + math.ceil(max(font.getlength(label) for label, _ in rows))
     size = (
@@ -103,7 +104,7 @@ def sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
         x = left + column * (tile.width + 1)
         draw.text((x + tile.width // 2, 20), str(frame), FAINT, small, anchor="mb")
         for row, (_, clip) in enumerate(rows):
-            sheet.paste(_tile(clip[frame]), (x, 26 + row * (tile.height + 4)))
+            sheet.paste(_tile(clip[column]), (x, 26 + row * (tile.height + 4)))
     for row, (label, _) in enumerate(rows):
         draw.text(
             (margin, 26 + row * (tile.height + 4) + tile.height // 2), label, INK, font, anchor="lm"
@@ -111,31 +112,34 @@ def sheet(rows: Sequence[tuple[str, np.ndarray]]) -> Image.Image:
     return sheet
 
 
-def frames_of(clip: np.ndarray, switch_frames: Sequence[int]) -> np.ndarray:
-    """Indices of the frames of a clip that `before_after` shows."""
-    return np.union1d(_shown(clip), [0, *switch_frames])
+def strip(frames: int, height: int, width: int) -> np.ndarray:
+    """Numbers of the frames that a strip shows of a video of so many, evenly spread."""
+    wide, _ = _tile_size(height, width)
+    count = min(frames, max(8, min(24, WIDTH // wide)))
+    return np.arange(count) * frames // count
 
 
-def _shown(clip: np.ndarray) -> np.ndarray:
-    """Indices of the frames of a strip, evenly spread."""
-    count = min(len(clip), max(8, min(24, WIDTH // _tile(clip[0]).width)))
-    return np.arange(count) * len(clip) // count
+def before_after_frames(
+    frames: int, height: int, width: int, switch_frames: Sequence[int]
+) -> np.ndarray:
+    """Numbers of the frames that `before_after` shows: a strip, and the first ones of prompts."""
+    return np.union1d(strip(frames, height, width), [0, *switch_frames])
+
+
+def _tile_size(height: int, width: int) -> tuple[int, int]:
+    """Width and height of a frame in a picture: its height is about 48 to 96 pixels."""
+    scale = 48 // height or min(1.0, 96 / height)
+    return round(scale * width), round(scale * height)
 
 
 def _tile(frame: np.ndarray) -> Image.Image:
-    """A frame at about 48 to 96 pixels of height: small ones with their pixels as squares, large
-    ones smoothed.
-    """
+    """A frame as pictures show it: small ones with their pixels as squares, large ones smoothed."""
     if frame.dtype != np.uint8:
         frame = np.round(255 * np.clip(np.asarray(frame, np.float32), 0, 1)).astype(np.uint8)
     image = Image.fromarray(np.asarray(frame))
-    factor = 48 // image.height
-    if factor:
-        return image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
-    scale = min(1.0, 96 / image.height)
-    return image.resize(
-        (round(scale * image.width), round(scale * image.height)), Image.Resampling.LANCZOS
-    )
+    small = image.height <= 48
+    resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    return image.resize(_tile_size(image.height, image.width), resampling)
 
 
 def _font(size: int) -> Any:
