@@ -37,6 +37,10 @@ def get_config(preset: str = "paper") -> ConfigDict:
     m.remat = "none"  # in wan.REMAT: what is saved of a block for the backward pass
     c.weights = ""  # base weights; empty is the toy generator that ships with the package
 
+    c.decoder = ConfigDict()
+    # In wan_vae.DTYPES: weights and activations of the VAE, of LongLive and MemFlow.
+    c.decoder.dtype = "bfloat16"
+
     # What LongLive and MemFlow read (README, "Real checkpoints"); the toy needs none of it.
     c.paths = p = ConfigDict()
     p.lora = ""  # adapter that the policies start from; empty: a fresh one

@@ -23,21 +23,19 @@ from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
-from kvpo_jax.runtime import checkpoint, sharding, weight_file
+from kvpo_jax.runtime import checkpoint, pictures, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
-from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores
+from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, Windows
 
 if TYPE_CHECKING:
     from kvpo_jax.data.embeddings import Embeddings
 
 TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
 TEXT_BATCH = 8  # prompts that the text encoder takes at once
+SHORTEST = 3  # pixel frames of a block that is scored alone
 
 Placement = jax.sharding.Sharding | None
-
-
-SHORTEST = 3  # pixel frames of a block that is scored alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +51,11 @@ class Backbone:
         little.
       embed: sentences -> token embeddings float[n, K, text_dim], zero past the prompt's end.
       load_decoder: (sharding) -> the decoder's weights.
-      decode: (decoder weights, latents float[n, F, Y, X, C], state) -> (pixels [n, frames', h, w,
-        3], state): the next frames of n videos, jit-able; float in [0, 1] or uint8. The state of
-        the first ones is None, the leaves of the others have n first.
+      depths: (windows, latent frames) -> int32[latent frames]: how far the decoder has to go with
+        each latent frame of a video if these pixel frames are read; 0 is not at all.
+      decode: (decoder weights, latents float[n, F, Y, X, C], depth int32[F], state) -> (pixels [n,
+        frames', h, w, 3], state): the next frames of n videos, jit-able; float in [0, 1] or uint8.
+        The state of the first ones is None, the leaves of the others have n first.
       rewards: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n]; what is
         optimised.
       watch: as `rewards`, of components that are evaluated on held-out prompts and never optimised.
@@ -70,7 +70,8 @@ class Backbone:
     check_sentences: Callable[[Sequence[str]], None]
     embed: Callable[[Sequence[str]], np.ndarray]
     load_decoder: Callable[[Placement], PyTree]
-    decode: Callable[[PyTree, Array, Any], tuple[Array, Any]]
+    depths: Callable[[Windows, int], np.ndarray]
+    decode: Callable[[PyTree, Array, Array, Any], tuple[Array, Any]]
     rewards: scorers.Scorers
     watch: scorers.Scorers
     to_pixel: Callable[[int], int]
@@ -107,6 +108,17 @@ def pixel_shape(config: ml_collections.ConfigDict, backbone: Backbone) -> tuple[
     video, side = config.video, backbone.side
     frames = backbone.to_pixel(video.blocks * video.block_frames)
     return frames, side * video.height, side * video.width
+
+
+def switch_pixels(config: ml_collections.ConfigDict, backbone: Backbone) -> list[int]:
+    """The pixel frames at which prompts switch."""
+    return [backbone.to_pixel(frame) for frame in config.video.switch_frames]
+
+
+def heldout_shown(config: ml_collections.ConfigDict, backbone: Backbone) -> np.ndarray:
+    """The pixel frames of a held-out video that a picture shows."""
+    switches = switch_pixels(config, backbone)
+    return pictures.before_after_frames(*pixel_shape(config, backbone), switches)
 
 
 def scored_clips(
@@ -156,7 +168,7 @@ def windows_read(
     to_pixel: Callable[[int], int],
     pivot: int | None = None,
     shown: Iterable[int] = (),
-) -> tuple[tuple[int, int], ...]:
+) -> Windows:
     """The windows [start, end) of pixel frames that are read of a video, in the order of `Pixels`.
 
     Args:
@@ -167,21 +179,23 @@ def windows_read(
 
     Returns:
       The clips, what is scored besides (the replayed blocks of a group, the single blocks of
-      held-out videos), and the frames that are shown.
+      held-out videos), and what is shown besides.
     """
-    clips = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
+    read = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
     if pivot is None:
-        besides = [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
-    else:
-        local = local_window(config, to_pixel, pivot)
-        besides = [local] if local else []
-    return (*clips, *besides, *((int(frame), int(frame) + 1) for frame in shown))
+        read += [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
+    elif (local := local_window(config, to_pixel, pivot)) is not None:
+        read.append(local)
+    besides = [
+        (int(frame), int(frame) + 1)
+        for frame in shown
+        if not any(start <= frame < end for start, end in read)
+    ]
+    return (*read, *besides)
 
 
 def blocks_read(
-    config: ml_collections.ConfigDict,
-    to_pixel: Callable[[int], int],
-    windows: Sequence[tuple[int, int]],
+    config: ml_collections.ConfigDict, to_pixel: Callable[[int], int], windows: Windows
 ) -> int:
     """The blocks of a video up to the last that has a frame of these windows."""
     last, frames = max((end for _, end in windows), default=0), config.video.block_frames
@@ -296,7 +310,8 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
         check_sentences=toy_world.check,
         embed=toy_world.embed,
         load_decoder=lambda sharding: {},
-        decode=lambda decoder, latents, state: (toy_world.decode(latents), ()),
+        depths=toy_world.depths,
+        decode=lambda decoder, latents, depth, state: (toy_world.decode(latents), ()),
         rewards=scorers.Scorers(config.reward.scorer, config.paths),
         watch=scorers.Scorers(config.eval.scorer, config.paths),
         to_pixel=lambda frame: frame,
@@ -356,8 +371,16 @@ def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]],
     return embed
 
 
+def vae_config(config: ml_collections.ConfigDict) -> wan_vae.VAEConfig:
+    """The VAE of config.paths.vae, or Wan2.1's without a file, in config.decoder.dtype."""
+    vae, path = wan_vae.VAEConfig(), config.paths.vae
+    if path:
+        vae = wan_vae.config_from_dict(checkpoint.metadata_config(path, "wan_vae"))
+    return dataclasses.replace(vae, dtype=config.decoder.dtype)
+
+
 def decode(
-    vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, state: Any
+    vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, depth: Array, state: Any
 ) -> tuple[Array, Any]:
     """Latents float[n, F, Y, X, C] to pixels uint8[n, frames, h, w, 3].
 
@@ -368,11 +391,12 @@ def decode(
       vae: its config.
       decoder: its weights.
       latents: the next block of n videos.
+      depth: int32[F], how many stages each latent frame passes.
       state: what the blocks before have left; None for the first.
     """
 
     def of_video(x: Array, before: Any) -> tuple[Array, Any]:
-        pixels, after = wan_vae.decode(vae, decoder, x[None], before)
+        pixels, after = wan_vae.decode(vae, decoder, x[None], before, depth)
         return preprocess.to_uint8((pixels[0] + 1) / 2), after
 
     def next_frames(state: Any, video: tuple[Array, Array]) -> tuple[Any, Array]:
@@ -403,7 +427,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
             f" config.train.held_out={config.train.held_out} sequences of the prompt file are never"
             " trained on; ask for fewer, or hold out more in a new run"
         )
-    vae = wan_vae.config_from_dict(checkpoint.metadata_config(config.paths.vae, "wan_vae"))
+    vae = vae_config(config)
     stored = stored_embeddings(config) if config.paths.embeddings else None
 
     @cache
@@ -442,6 +466,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         load_decoder=lambda sharding: checkpoint.load_weights(
             config.paths.vae, _placed(like, sharding), wan_vae.ENCODER
         ),
+        depths=partial(wan_vae.depths, vae),
         decode=partial(decode, vae),
         rewards=scorers.Scorers(config.reward.scorer, config.paths),
         watch=scorers.Scorers(config.eval.scorer, config.paths),

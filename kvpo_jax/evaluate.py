@@ -13,12 +13,11 @@ named by their prompts belong to those, others to the prompt sequences in the or
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from absl import flags
 from flax import struct
@@ -37,7 +36,7 @@ from kvpo_jax.runtime import command, progress, sharding, statistics, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
-from kvpo_jax.runtime.pictures import PICTURED, before_after, before_after_frames
+from kvpo_jax.runtime.pictures import PICTURED, before_after
 from kvpo_jax.state import newest_state, policy_of
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
@@ -70,34 +69,34 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
     config = run.config
     count = config_lib.heldout_at_once(config, run.mesh.shape["data"])
     own = sharding.own_prompts(run.mesh, count)
+    pictured = backbone_lib.heldout_shown(config, run.backbone)
     pixels: list[np.ndarray] = []
     components = []
     for first in range(0, config.eval.prompts, count):
         numbers = np.arange(first, first + count, dtype=np.int32)
         batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "heldout", 0, numbers)
-        made, sentences = _pixels(run, lora, batch), [batch.sentences[i] for i in own]
+        made = _pixels(run, lora, batch, pictured if first < PICTURED else ())
+        sentences = [batch.sentences[i] for i in own]
         scores = sharding.gather(_Scores(run, made, sentences), run.mesh)
         if first + own[0] == len(pixels) < PICTURED:
-            places = composite.places_of(made.windows, _shown(run))
+            places = composite.places_of(made.windows, pictured)
             pixels.extend(np.asarray(made.videos[: PICTURED - len(pixels), 0, places]))
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     backbone_lib.release_rewards(config, run.backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
     alone = range(len(backbone_lib.block_clips(config, run.backbone.to_pixel)))
-    blocks = [merged.pop(_block(b)) for b in alone]
-    blocks = np.array(blocks).reshape(-1, config.eval.prompts).T
+    blocks = np.array([merged.pop(_block(b)) for b in alone]).reshape(-1, config.eval.prompts).T
     reward = np.asarray(composite.composite(merged, config.reward.weights))
     return Heldout(np.array(pixels), reward, merged, blocks)
 
 
-def _pixels(run: Run, lora: PyTree, batch: PromptBatch) -> Pixels:
-    """Pixels of the videos of this process's prompts.
+def _pixels(run: Run, lora: PyTree, batch: PromptBatch, shown: Iterable[int]) -> Pixels:
+    """What rewards, and a picture of the frames `shown`, read of the videos of own prompts.
 
     A function of its own, so that the KV cache is freed before decoding. DivergedError if they are
     not finite.
     """
     config, to_pixel = run.config, run.backbone.to_pixel
-    shown = _shown(run) if batch.numbers[0] < PICTURED else ()
     windows = backbone_lib.windows_read(config, to_pixel, shown=shown)
     noise = keys.NoiseKey(keys.draw_key(0, "heldout", 0), batch.numbers)
     read = backbone_lib.blocks_read(config, to_pixel, windows)
@@ -109,7 +108,7 @@ def _pixels(run: Run, lora: PyTree, batch: PromptBatch) -> Pixels:
             "the held-out videos of a policy are not finite: its weights are at fault, or its "
             f"updates (config.train.learning_rate={config.train.learning_rate})"
         )
-    return jax.tree.map(sharding.own_part, run.decoder.videos(latents))
+    return jax.tree.map(sharding.own_part, run.decoder.videos(latents, windows))
 
 
 class _Scores:
@@ -226,17 +225,6 @@ def gains_by_block(reference: Heldout, policy: Heldout, first_pivot: int) -> dic
     }
 
 
-def _switches(run: Run) -> list[int]:
-    """The pixel frames at which prompts switch."""
-    return [run.backbone.to_pixel(frame) for frame in run.config.video.switch_frames]
-
-
-def _shown(run: Run) -> np.ndarray:
-    """The pixel frames of a held-out video that a picture shows."""
-    shape = backbone_lib.pixel_shape(run.config, run.backbone)
-    return before_after_frames(*shape, _switches(run))
-
-
 def finish(
     run: Run,
     workdir: Path,
@@ -277,8 +265,8 @@ def finish(
     picture = workdir / "report" / "before_after.png"
     before_after(
         [run.backbone.prompts("heldout", i) for i in shown],
-        _switches(run),
-        _shown(run),
+        backbone_lib.switch_pixels(run.config, run.backbone),
+        backbone_lib.heldout_shown(run.config, run.backbone),
         {"before": reference.pixels[: len(shown)], "after": online.pixels[: len(shown)]},
         {"before": reference.reward, "after": online.reward},
         picture,

@@ -25,7 +25,7 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import programs as programs_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.backbone import Backbone
-from kvpo_jax.decoder import VideoDecoder, make_step, spec_of
+from kvpo_jax.decoder import VideoDecoder, length, make_step, spec_of
 from kvpo_jax.models import qwen2_vl, reward_model, umt5, wan_vae
 from kvpo_jax.models.wan import abstract_variables
 from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, scorers, videoalign
@@ -33,8 +33,9 @@ from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime.config import branches_at_once, heldout_at_once, prompts_at_once, wan_config
+from kvpo_jax.runtime.pictures import strip
 from kvpo_jax.state import TrainState, abstract_state
-from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV
+from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV, Windows
 
 START = 30  # first frame of the block that is planned; a program serves all blocks
 
@@ -142,12 +143,11 @@ def fileless_backbone(config: ml_collections.ConfigDict) -> Backbone:
     toy = backbone_lib.toy_backbone(config)
     if config.backbone == "toy":
         return toy
-    vae = wan_vae.VAEConfig()
-    if path := config.paths.vae:
-        vae = wan_vae.config_from_dict(checkpoint.metadata_config(path, "wan_vae"))
+    vae = backbone_lib.vae_config(config)
     return dataclasses.replace(
         toy,
         load_decoder=lambda place: wan_vae.abstract_decoder_params(vae),
+        depths=partial(wan_vae.depths, vae),
         decode=partial(backbone_lib.decode, vae),
         to_pixel=composite.latent_to_pixel,
         side=vae.spatial_factor,
@@ -246,13 +246,18 @@ def trace_decoding(iteration: Iteration) -> Decoding:
     heldout, shards = len(iteration.heldout.batch.numbers), mesh.shape["branch"]
     at_once = 1 if branches % shards else shards  # as in VideoDecoder.group
     block = shape((1, video.block_frames, *sides), jnp.float32)
-    first, state = jax.eval_shape(decode, weights, block, None)
-    later, _ = jax.eval_shape(decode, weights, block, state)
-    length = first.shape[1] + (video.blocks - 1) * later.shape[1]
+    depth = shape((video.block_frames,), jnp.int32)
+    first, state = jax.eval_shape(decode, weights, block, depth, None)
+    config, to_pixel = run.config, run.backbone.to_pixel
+    # With a picture, which has the most frames.
+    shown = strip(*backbone_lib.pixel_shape(config, run.backbone))
+    of_group = backbone_lib.windows_read(config, to_pixel, run.draw_pivot(0), shown)
+    shown = backbone_lib.heldout_shown(config, run.backbone)
+    of_heldout = backbone_lib.windows_read(config, to_pixel, shown=shown)
 
-    def pixels(prompts: int, trajectories: int, spec: Spec) -> Array:
-        sizes = (prompts, trajectories, length, *later.shape[2:])
-        return placed(shape(sizes, later.dtype), mesh, spec)
+    def pixels(prompts: int, trajectories: int, windows: Windows, spec: Spec) -> Array:
+        sizes = (prompts, trajectories, length(windows), *first.shape[2:])
+        return placed(shape(sizes, first.dtype), mesh, spec)
 
     def memory(prompts: int, trajectories: int) -> PyTree:
         def per_video(x: Array) -> Array:
@@ -266,13 +271,13 @@ def trace_decoding(iteration: Iteration) -> Decoding:
     return Decoding(
         weights=weights,
         pixels=(
-            pixels(prompts, branches, sharding.TRAJECTORIES),
-            pixels(prompts, 1, sharding.PROMPTS),
+            pixels(prompts, branches, of_group, sharding.TRAJECTORIES),
+            pixels(prompts, 1, of_group, sharding.PROMPTS),
         ),
         memory=(memory(prompts, 1), in_turn),
-        heldout_pixels=pixels(heldout, 1, sharding.PROMPTS),
+        heldout_pixels=pixels(heldout, 1, of_heldout, sharding.PROMPTS),
         heldout_memory=memory(heldout, 1),
-        program=Program(step, (weights, latents, START, in_turn), "float32"),
+        program=Program(step, (weights, latents, START, depth, in_turn), config.decoder.dtype),
     )
 
 

@@ -95,7 +95,7 @@ def compile_programs(
     wide, compiled = target == "cpu", config.copy_and_resolve_references()
     if wide:
         command.use_compilation_cache()
-        compiled.model.dtype = "float32"
+        compiled.model.dtype = compiled.decoder.dtype = "float32"
     elif config.model.attention == "auto":
         compiled.model.attention = "cudnn"  # "auto" asks the devices of this process
     programs, out = memory.plan(compiled, devices, wide).programs, {}

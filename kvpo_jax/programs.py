@@ -73,7 +73,8 @@ class Programs:
         come from one program and are comparable to the last bit.
       accumulate: (Gradient in place, Gradient) -> their sum.
       apply: (TrainState, Gradient) -> TrainState, metrics.
-      pixel_std: pixels [P, G, frames, h, w, 3] -> their std over the branches, the mean, float[].
+      pixel_std: (pixels [P, G, frames, h, w, 3], how many of the frames count, the first ones) ->
+        their std over the branches, the mean, float[].
       all_finite: (latents of a rollout, or of held-out videos) -> whether every number is, bool[].
     """
 
@@ -88,7 +89,7 @@ class Programs:
     replay: Callable[[PyTree, PyTree, Experience, np.ndarray], tuple[Gradient, Replayed]]
     accumulate: Callable[[Gradient, Gradient], Gradient]
     apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
-    pixel_std: Callable[[Array], Array]
+    pixel_std: Callable[[Array, int], Array]
     all_finite: Callable[[PyTree], Array]
 
     def compilations(self) -> dict[str, int]:
@@ -113,7 +114,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         replay=jax.jit(exact(_make_replay(config, mesh, energies)), out_shardings=replicated),
         accumulate=jax.jit(accumulate, donate_argnums=0),
         apply=jax.jit(_make_apply(config), out_shardings=replicated),
-        pixel_std=jax.jit(pixel_std),
+        pixel_std=jax.jit(pixel_std, static_argnums=1),
         all_finite=jax.jit(all_finite, out_shardings=replicated),
     )
 
@@ -410,13 +411,16 @@ def _make_apply(config: ml_collections.ConfigDict) -> Callable:
     return apply
 
 
-def pixel_std(pixels: Array) -> Array:
-    """The std over the branches of pixels [P, G, frames, h, w, 3], the mean over pixels, float[].
+def pixel_std(pixels: Array, frames: int) -> Array:
+    """The std over the branches of pixels [P, G, n, h, w, 3], the mean over pixels, float[].
+
+    Of the n frames the first `frames` count.
 
     Exactly 0 where the branches are equal (`objective.group_std`).
     """
     scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
-    return jax.vmap(objective.group_std)(pixels.astype(jnp.float32)).mean() / scale
+    pixels = pixels[:, :, :frames].astype(jnp.float32)
+    return jax.vmap(objective.group_std)(pixels).mean() / scale
 
 
 def all_finite(tree: PyTree) -> Array:

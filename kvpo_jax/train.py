@@ -41,18 +41,14 @@ from kvpo_jax.types import (
     PyTree,
     Replayed,
     Rollout,
+    Windows,
 )
 
 # ---------------------------------------------------------------- Algorithm 1
 
 
 def explore(
-    run: Run,
-    lora: PyTree,
-    batch: PromptBatch,
-    iteration: int,
-    pivot: int,
-    windows: Sequence[tuple[int, int]],
+    run: Run, lora: PyTree, batch: PromptBatch, iteration: int, pivot: int, windows: Windows
 ) -> Rollout:
     """Steps 1 and 2: anchor and branches of P prompts, by the policy with this LoRA tree.
 
@@ -94,20 +90,17 @@ def shown(run: Run, batch: PromptBatch, iteration: int) -> np.ndarray:
 
 
 def judge(
-    run: Run,
-    rolled: Rollout,
-    batch: PromptBatch,
-    iteration: int,
-    pivot: int,
-    windows: Sequence[tuple[int, int]],
+    run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int, windows: Windows
 ) -> Judged:
     """Step 3: rewards of the videos, advantages, and the anchor gate.
 
     Arguments as those of `explore`.
     """
     config = run.config
-    pixels = run.decoder.group(rolled.branches, rolled.anchor, pivot)
-    pixel_std = run.programs.pixel_std(pixels.videos)
+    pixels = run.decoder.group(rolled.branches, rolled.anchor, pivot, windows)
+    scored = backbone_lib.scored_clips(config, run.backbone.to_pixel)
+    count = sum(clip.end - clip.start for clip in scored)  # the first ones
+    pixel_std = run.programs.pixel_std(pixels.videos, count)
     pixels = jax.tree.map(sharding.own_part, pixels)
     own = sharding.own_prompts(run.mesh, len(batch.sentences))
     sentences = [batch.sentences[i] for i in own]

@@ -26,6 +26,7 @@ from flax import struct
 
 Array = jax.Array
 PyTree = Any
+Windows = tuple[tuple[int, int], ...]  # pixel frames [start, end) of a video
 
 
 class TextKV(struct.PyTreeNode):
@@ -186,7 +187,7 @@ class Pixels(struct.PyTreeNode):
 
     videos: Array
     anchor: Array | None
-    windows: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)
+    windows: Windows = struct.field(pytree_node=False)
     fork: int = struct.field(pytree_node=False, default=0)
 
 
@@ -211,7 +212,7 @@ class Judged(struct.PyTreeNode):
       scores: of its P groups.
       advantages: float[P, G].
       gate_open: bool[P], whether a branch beats the anchor.
-      pixel_std: float[], of the branches of a group, the mean over pixels.
+      pixel_std: float[], of the branches of a group, the mean over the pixels that are scored.
       clips: [1 + G, n, h, w, 3], the frames of anchor and branches of the first prompt that are to
         be shown, if any are; of the branches, those on this process's own devices.
       shown: int[n], the numbers of these frames in the video.

@@ -41,6 +41,7 @@ FIELDS = {
     "reward.weights.VQ": 0.4,
     "reward.weights.MQ": 0.3,
     "reward.weights.TA": 0.3,
+    "reward.clip_frames": 6,
     "train.iterations": ITERATIONS,
     "train.prompts_per_iteration": PROMPTS,
     "train.checkpoint_every": 1,

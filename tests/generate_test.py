@@ -155,7 +155,7 @@ def test_command_writes_videos_that_play(tmp_path, world):
     assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (15, 128, 128, 3)
     noise = keys.NoiseKey(keys.draw_key(5, "heldout", 0), jnp.arange(1))
     latents = jnp.concatenate(video(world, SENTENCES, (6,), 5, noise), axis=1)
-    pixels = generate.enlarge(np.asarray(world[0].backbone.decode({}, latents, None)[0][0]))
+    pixels = generate.enlarge(np.asarray(world[0].backbone.decode({}, latents, None, None)[0][0]))
     assert np.abs(written.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
     assert "5/5" in done.stdout and "frames/s" in done.stdout
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -431,6 +432,55 @@ def test_an_earlier_micro_batch_is_forgotten(weights, tmp_path, monkeypatch):
     train.train_and_evaluate(config, tmp_path)
     assert counted["train"] == [1] * 2 * PROMPTS
     assert set(counted["heldout"]) == {0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {
+            "objective__advantage": "anchor",
+            "replay__blocks": 2,
+            "rollout__branch_chunk": 2,
+            "mesh__data": 2,
+            "mesh__branch": 2,
+        },
+    ],
+)
+def test_rewards_are_those_of_making_decoding_and_scoring_everything(weights, fields):
+    """Clips of frames 3-8 and 15-20 of 24; forks at 15 and 18. A picture changes no number."""
+    config = make_config(weights, reward__clip_frames=6, reward__min_behind=0.1, **fields)
+    run = run_lib.load(config)
+    state = state_lib.init_state(config, run.mesh, run.initial_lora())
+    batch = train.prompts_of(run, 0, np.arange(PROMPTS, dtype=np.int32))
+    assert run.pivots == (5, 6) and train.shown(run, batch, 1).size == 0
+    for pivot in run.pivots:
+        judged = []
+        for iteration in (0, 1):  # with and without a picture
+            shown = train.shown(run, batch, iteration)
+            windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot, shown)
+            rolled = train.explore(run, state.old, batch, 0, pivot, windows)
+            judged.append(train.judge(run, rolled, batch, iteration, pivot, windows))
+        pictured, plain = judged
+        last = 3 * (pivot + 2)  # the perturbed window ends where the last clip does, or later
+        assert np.all(rolled.anchor[:, last:] == 0) and np.all(rolled.anchor[:, last - 1] != 0)
+        assert_equal(pictured.replace(clips=None, shown=None), plain)
+
+        everything = ((0, 24),)
+        whole = train.explore(run, state.old, batch, 0, pivot, everything)
+        pixels = run.decoder.group(whole.branches, whole.anchor, pivot, everything)
+        first = np.concatenate([pixels.anchor[0], pixels.videos[0]])
+        np.testing.assert_array_equal(pictured.clips, first[:, pictured.shown])
+        scores, local = backbone_lib.score_group(
+            config, run.backbone, batch.sentences, pixels.replace(fork=0), pivot
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=0), plain.scores, scores)
+        assert np.ptp(scores.branches, axis=1).min() > 1e-4
+        advantages = objective.compute_advantages(
+            config.objective, config.reward.weights, scores, local
+        )
+        np.testing.assert_allclose(plain.advantages, advantages, atol=0.05)
+    assert run.programs.pixel_std._cache_size() <= 2  # with and without a picture
 
 
 def test_a_weight_without_a_component_is_an_error_of_the_first_held_out_batch(

@@ -173,6 +173,58 @@ def test_the_past_does_not_see_the_future(ours):
     np.testing.assert_array_equal(per_frame, [False] * 9 + [True] * 4)
 
 
+def test_the_receptive_field_of_each_stage():
+    """Wan2.1's, by hand: frame 401 is the first of latent 101. Its 14 frames at full rate begin
+    with 387 in latent 97, the next 12 with 375 in 94. That is frame 188 at half the rate, 14 of
+    which begin with 174 in latent 87, from which 24 more are needed.
+    """
+    cfg = wan_vae.VAEConfig()
+    assert wan_vae.first_latents(cfg, 401) == [63, 87, 94, 97]
+    assert wan_vae.first_latents(cfg, 20) == [0, 0, 0, 2]
+    depth = wan_vae.depths(cfg, ((401, 405), (409, 410)), 110)
+    expected = [0] * 63 + [1] * 24 + [2] * 7 + [3] * 3 + [4] * 7 + [0] * 6
+    np.testing.assert_array_equal(depth, expected)
+
+
+def test_a_stage_runs_as_far_back_as_is_needed_and_no_farther():
+    """Pixels are those of decoding everything, to the last bit; they are not if any stage begins a
+    latent later. The convolutions here let through only the oldest frame that they read, so that
+    nothing that is missing is lost in rounding.
+    """
+    cfg = wan_vae.VAEConfig(base_dim=2, z_dim=2, latent_mean=(0.0,) * 2, latent_std=(1.0,) * 2)
+    rng = np.random.default_rng(0)
+
+    def oldest(path, x):
+        values = rng.normal(size=x.shape) / np.sqrt(x.shape[-2] if x.ndim > 1 else 1)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("gamma"):
+            values = np.ones(x.shape)
+        elif x.ndim == 5 and x.shape[0] == 3:
+            values[1:] = 0
+        return jnp.asarray(values, x.dtype)
+
+    like = wan_vae.abstract_decoder_params(cfg)
+    params = jax.tree_util.tree_map_with_path(oldest, like)
+    latents = jnp.asarray(rng.normal(size=(1, 64, 1, 1, 2)), jnp.float32)
+    start, end = 237, 250  # in latents 60 to 63
+    decode = jax.jit(partial(wan_vae.decode, cfg))
+
+    def read(depth):
+        _, cache = decode(params, latents[:, :1])
+        pixels, _ = decode(params, latents[:, 1:], cache, jnp.asarray(depth[1:]))
+        return np.asarray(pixels)[:, start - 1 : end - 1]
+
+    whole = read(np.full(64, cfg.stages, np.int32))
+    depth = wan_vae.depths(cfg, ((start, end),), 64)
+    np.testing.assert_array_equal(read(depth), whole)
+    firsts = wan_vae.first_latents(cfg, start)
+    assert firsts == sorted(set(firsts)) and firsts[0] > 0
+    for stage, first in enumerate(firsts):
+        late = depth.copy()
+        late[first] = stage
+        assert np.any(read(late) != whole), f"stage {stage}"
+
+
 def test_full_size_has_the_published_tensors(golden_dir):
     cfg = wan_vae.VAEConfig()
     shapes = jax.tree.map(

@@ -27,7 +27,7 @@ import numpy as np
 from flax import struct
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.types import Array
+from kvpo_jax.types import Array, Windows
 
 SIZE = 8  # pixels per side
 SIDE = 2  # pixels along a side of a latent pixel
@@ -286,6 +286,14 @@ def encode(pixels: Array) -> Array:
     chex.assert_shape(pixels, (..., SIZE, SIZE, 3))
     folded = einops.rearrange(pixels, "... (y py) (x px) c -> ... y x (py px c)", py=SIDE, px=SIDE)
     return (folded - BACKGROUND) / LATENT_SCALE
+
+
+def depths(windows: Windows, latents: int) -> np.ndarray:
+    """int32[latents]: 1 for frames [start, end) that are read; a pixel frame is a latent frame."""
+    depth = np.zeros(latents, np.int32)
+    for start, end in windows:
+        depth[start:end] = 1
+    return depth
 
 
 def decode(latents: Array) -> Array:

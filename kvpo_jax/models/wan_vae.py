@@ -8,6 +8,9 @@ every other latent frame is four.
     pixels, cache = decode(cfg, params, first_latents)
     pixels, cache = decode(cfg, params, next_latents, cache)
 
+A decoder whose pixels are read here and there need not run in between: `depths` says how far it has
+to, and `decode` does no more.
+
 Pixels are in [-1, 1], latents are normalised per channel. The arithmetic is that of Wan2.1.
 
 A run only decodes and loads `abstract_decoder_params`. A converted file holds the encoder too.
@@ -16,7 +19,7 @@ A run only decodes and loads `abstract_decoder_params`. A converted file holds t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,8 +28,10 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import Registry, UsageError
+from kvpo_jax.models import layers
 from kvpo_jax.models.layers import wide
 from kvpo_jax.types import Array, PyTree
 
@@ -68,6 +73,8 @@ LATENT_STD = (
     1.9160,
 )
 MEMORY = 2  # input frames that a temporal convolution of three taps remembers
+# The dtypes of the decoder's weights and activations; the release's is bfloat16.
+DTYPES: Registry[Any] = Registry("decoder.dtype", dict(layers.DTYPES))
 ENCODER = ("encoder", "conv1")  # the branches of `abstract_params` that only `encode` needs
 
 
@@ -100,6 +107,11 @@ class VAEConfig:
     def temporal_factor(self) -> int:
         """Pixel frames per latent frame, except for the first."""
         return 2 ** sum(self.temporal_downsample)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the decoder, from the lowest resolution up."""
+        return len(self.dim_mult)
 
     @property
     def spatial_factor(self) -> int:
@@ -262,21 +274,30 @@ class Decoder(nn.Module):
     cfg: VAEConfig
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
-        """float[n, t, Y, X, C] -> float[n, frames, h, w, 3]; `first` as in `Upsample`."""
-        cfg, index = self.cfg, 0
-        widths = [mult * cfg.base_dim for mult in reversed(cfg.dim_mult)]
-        x = CausalConv(cfg, widths[0], name="conv1")(x)
-        x = _middle(cfg, x)
-        for stage, width in enumerate(widths):
-            for _ in range(cfg.num_res_blocks + 1):
+    def __call__(self, x: Array, first: bool, stages: Sequence[int]) -> Array:
+        """What these stages make of x; `first` as in `Upsample`.
+
+        All of them make pixels float[n, frames, h, w, 3] of float[n, t, Y, X, C].
+        """
+        cfg = self.cfg
+        for stage in stages:
+            width, index = cfg.dim_mult[::-1][stage] * cfg.base_dim, stage * (_convs(cfg) // 2 + 1)
+            if stage == 0:
+                x = _middle(cfg, CausalConv(cfg, width, name="conv1")(x))
+            for _ in range(_convs(cfg) // 2):
                 x = Residual(cfg, width, name=f"upsamples_{index}")(x)
                 index += 1
-            if stage < len(widths) - 1:
+            if stage < cfg.stages - 1:
                 temporal = cfg.temporal_downsample[::-1][stage]
                 x = Upsample(cfg, width // 2, temporal, name=f"upsamples_{index}")(x, first)
-                index += 1
-        return CausalConv(cfg, 3, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+            else:
+                x = CausalConv(cfg, 3, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+        return x
+
+
+def _convs(cfg: VAEConfig) -> int:
+    """Temporal convolutions in the residual blocks of a stage of the decoder, two in each."""
+    return 2 * (cfg.num_res_blocks + 1)
 
 
 def _middle(cfg: VAEConfig, x: Array) -> Array:
@@ -301,9 +322,10 @@ class WanVAE(nn.Module):
         """Pixels to the mean of the latent, before it is normalised."""
         return jnp.split(self.conv1(self.encoder(pixels)), 2, axis=-1)[0]
 
-    def decode(self, latents: Array, first: bool) -> Array:
-        """Latents that are not normalised to pixels; `first` as in `Upsample`."""
-        return self.decoder(self.conv2(latents), first)
+    def decode(self, x: Array, first: bool, stages: Sequence[int] | None = None) -> Array:
+        """Latents that are not normalised to pixels, or what some stages make; see `Decoder`."""
+        stages = range(self.cfg.stages) if stages is None else stages
+        return self.decoder(self.conv2(x) if 0 in stages else x, first, stages)
 
     def touch_all(self, pixels: Array) -> Array:
         """Encoder and decoder in one call, so that `init` makes every variable."""
@@ -354,39 +376,121 @@ def encode(cfg: VAEConfig, params: PyTree, pixels: Array) -> Array:
     return (apply(pixels.astype(cfg.dtype))[0].astype(jnp.float32) - mean) / std
 
 
+def first_latents(cfg: VAEConfig, frame: int) -> list[int]:
+    """The latent frame from which on each stage of the decoder has to run for a pixel frame.
+
+    A temporal convolution reads two frames before its own, at the rate of its stage. The decoder of
+    Wan2.1 has these, from the pixels down, with r frames per latent frame:
+
+        stage 3, r = 4: head, 6 in residual blocks       14 frames =  3.5 latents,  3.5 in all
+        stage 2, r = 4: 6 in residual blocks             12 frames =  3 latents,    6.5
+        stage 1, r = 2: upsampling, 6 in residual blocks 14 frames =  7 latents,   13.5
+        stage 0, r = 1: upsampling, 6 in residual blocks,
+                        4 in the middle, conv1           24 latents,               37.5
+
+    A stage that begins to run remembers frames that are out of date. Its first convolution is right
+    from the third frame on, the next one two frames later, and so on: after as many frames as the
+    table has it is what it would be had it always run, to the last bit. A stage starts before a
+    read frame by the last column. Stages 2 and 3 are 78 % of the work.
+
+    Returns:
+      For each stage, the lowest resolution first.
+    """
+    rate, firsts = cfg.temporal_factor, []
+    for stage in reversed(range(cfg.stages)):
+        convs = _convs(cfg) + (5 if stage == 0 else 0)
+        if stage == cfg.stages - 1:
+            convs += 1  # the head
+        elif cfg.temporal_downsample[::-1][stage]:
+            convs += 1  # the upsampling's, before it doubles the frames but the first
+            frame, rate = -(-frame // 2), rate // 2
+        frame = max(frame - MEMORY * convs, 0)
+        firsts.append(-(-frame // rate))
+    return firsts[::-1]
+
+
+def depths(cfg: VAEConfig, windows: Sequence[tuple[int, int]], latents: int) -> np.ndarray:
+    """How many stages of the decoder each latent frame passes if some pixel frames are read.
+
+    Args:
+      cfg: sizes.
+      windows: the pixel frames [start, end) that are read.
+      latents: latent frames of the video.
+
+    Returns:
+      int32[latents], for `decode`.
+    """
+    depth = np.zeros(latents, np.int32)
+    for start, end in windows:
+        after = -(-(end - 1) // cfg.temporal_factor) + 1  # behind the latent frame of the last
+        for stage, first in enumerate(first_latents(cfg, start)):
+            depth[first:after] = np.maximum(depth[first:after], stage + 1)
+    return depth
+
+
 def decode(
-    cfg: VAEConfig, params: PyTree, latents: Array, cache: PyTree | None = None
+    cfg: VAEConfig,
+    params: PyTree,
+    latents: Array,
+    cache: PyTree | None = None,
+    depth: Array | None = None,
 ) -> tuple[Array, PyTree]:
     """Decodes the next latent frames of n videos.
 
     It works on one latent frame at a time, so that its activations are those of four pixel frames,
-    whatever the length.
+    whatever the length. The program that skips a stage is the one that runs it, so that it serves
+    every `depth`, and its pixels are the same to the last bit.
 
     Args:
       cfg: sizes.
       params: see `abstract_decoder_params`; the encoder may be there too.
       latents: float[n, t, Y, X, C], normalised.
       cache: what the previous call returned, every leaf with n first; None at the beginning.
+      depth: int32[t], how many stages each latent frame passes, see `depths`; the first of a video
+        passes all. None runs all.
 
     Returns:
-      pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), cache.
+      pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), and cache.
+      Of a latent frame that does not pass all stages the pixels are 0.
     """
+    depth = jnp.full(latents.shape[1], cfg.stages) if depth is None else depth
+    chex.assert_shape(depth, latents.shape[1:2])
     chex.assert_shape(latents, (None, None, None, None, cfg.z_dim))
     mean, std = _statistics(cfg)
     latents = (latents.astype(jnp.float32) * std + mean).astype(cfg.dtype)
 
-    def step(cache: PyTree | None, x: Array) -> tuple[PyTree, Array]:
+    def run(stage: int, x: Array, cache: PyTree | None) -> tuple[Array, PyTree]:
         variables = {"params": params} if cache is None else {"params": params, "cache": cache}
-        pixels, state = WanVAE(cfg).apply(
-            variables, x[:, None], cache is None, method="decode", mutable=["cache"]
-        )
-        return state["cache"], jnp.clip(pixels.astype(jnp.float32), -1, 1)
+        apply = partial(WanVAE(cfg).apply, method="decode", mutable=["cache"])
+        x, state = apply(variables, x, cache is None, (stage,))
+        return x, state["cache"]
+
+    def skip(like: Array, x: Array, cache: PyTree) -> tuple[Array, PyTree]:
+        return jax.lax.full_like(x, 0, like.dtype, like.shape), cache
+
+    def step(caches: PyTree, frame: tuple[Array, Array]) -> tuple[PyTree, Array]:
+        x, depth = frame
+        x, after = x[:, None], []
+        for stage, cache in enumerate(caches):
+            like, _ = jax.eval_shape(partial(run, stage), x, cache)
+            x, cache = jax.lax.cond(
+                depth > stage, partial(run, stage), partial(skip, like), x, cache
+            )
+            after.append(cache)
+        return after, to_pixels(x)
+
+    def to_pixels(x: Array) -> Array:
+        return jnp.clip(x.astype(jnp.float32), -1, 1)
 
     pixels = []
     if cache is None:
-        cache, first = step(None, latents[:, 0])
-        pixels, latents = [first], latents[:, 1:]
+        x, cache = latents[:, :1], []
+        for stage in range(cfg.stages):
+            x, own = run(stage, x, None)
+            cache.append(own)
+        pixels, latents, depth = [to_pixels(x)], latents[:, 1:], depth[1:]
     if latents.shape[1]:
-        cache, rest = jax.lax.scan(step, cache, jnp.moveaxis(latents, 1, 0))
+        frames = jnp.moveaxis(latents, 1, 0), depth
+        cache, rest = jax.lax.scan(step, cache, frames)
         pixels.append(einops.rearrange(rest, "s n t ... -> n (s t) ..."))
     return jnp.concatenate(pixels, axis=1), cache

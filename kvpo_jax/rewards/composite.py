@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import NotFiniteError, UsageError
-from kvpo_jax.types import Array, Pixels, Scores
+from kvpo_jax.types import Array, Pixels, Scores, Windows
 
 
 class Scorer(Protocol):
@@ -293,7 +293,7 @@ def _cut(pixels: Pixels, start: int, end: int) -> Array:
     return jnp.concatenate([pixels.videos[:, :, here], anchor], axis=1)
 
 
-def frames_of(windows: Sequence[tuple[int, int]], start: int, end: int) -> slice:
+def frames_of(windows: Windows, start: int, end: int) -> slice:
     """Where the frames [start, end) are in `Pixels` with these windows.
 
     Raises:
@@ -307,7 +307,7 @@ def frames_of(windows: Sequence[tuple[int, int]], start: int, end: int) -> slice
     raise ValueError(f"frames {start} to {end - 1} are read, but were not decoded")
 
 
-def places_of(windows: Sequence[tuple[int, int]], frames: Iterable[int]) -> np.ndarray:
+def places_of(windows: Windows, frames: Iterable[int]) -> np.ndarray:
     """Where single frames are in `Pixels` with these windows; ValueError as in `frames_of`."""
     return np.asarray([frames_of(windows, frame, frame + 1).start for frame in frames], int)
 

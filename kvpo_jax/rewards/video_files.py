@@ -167,9 +167,9 @@ def _score_file(
     clip_frames, spacing = clips
     clipping = composite.Clipping(switches, clip_frames, int, spacing)
     try:
-        clips = composite.segment_clips(count, segments, clipping)
+        cut = composite.segment_clips(count, segments, clipping)
         whole = Pixels(pixels, None, ((0, count),))
-        scores = composite.segment_rewards(scorer, whole, [sentences], clips)
+        scores = composite.segment_rewards(scorer, whole, [sentences], cut)
     except Exception as error:
         error.add_note(str(path))
         raise

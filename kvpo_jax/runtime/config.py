@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from kvpo_jax.algorithm import flow, objective, replay, routing
 from kvpo_jax.errors import UsageError, nearest, shortened
-from kvpo_jax.models import attention, layers, wan
+from kvpo_jax.models import attention, layers, wan, wan_vae
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TINY = "configs/tiny.py"  # what runs when nothing else is asked for
@@ -35,6 +35,7 @@ TINY = "configs/tiny.py"  # what runs when nothing else is asked for
 # backbones, whose modules need this one, is checked by `backbone.load`.
 REGISTRIES = (
     layers.DTYPES,
+    wan_vae.DTYPES,
     attention.IMPLEMENTATIONS,
     wan.REMAT,
     flow.SOLVERS,
