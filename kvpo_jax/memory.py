@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +27,7 @@ from kvpo_jax.algorithm import keys
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.decoder import VideoDecoder, length, make_step, spec_of
 from kvpo_jax.models import qwen2_vl, reward_model, umt5, wan_vae
+from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig
 from kvpo_jax.models.wan import abstract_variables
 from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, scorers, videoalign
 from kvpo_jax.rollout import rollout
@@ -283,9 +284,32 @@ def trace_decoding(iteration: Iteration) -> Decoding:
 
 # ---------------------------------------------------------------- the shapes of scoring
 
+
+class Published(NamedTuple):
+    """A published reward model.
+
+    Attributes:
+      cfg: its sizes.
+      resize: how it resizes frames.
+      batch: clips that a device takes at once.
+      score: (RewardModel, pixels, sentences) -> its components.
+    """
+
+    cfg: RewardConfig
+    resize: learned.Resize
+    batch: int
+    score: Callable[..., Mapping[str, Array]]
+
+
+FPS = 16.0  # of the videos that it scores
 PUBLISHED = {
-    "hpsv3": (reward_model.HPSV3, preprocess.resize_pil),
-    "videoalign": (reward_model.VIDEOALIGN, preprocess.resize_torch),
+    "hpsv3": Published(reward_model.HPSV3, preprocess.resize_pil, hpsv3.BATCH, hpsv3.score),
+    "videoalign": Published(
+        reward_model.VIDEOALIGN,
+        preprocess.resize_torch,
+        videoalign.BATCH,
+        lambda reward, *clips: videoalign.score(reward, FPS, *clips),
+    ),
 }
 LONG_TEXT = 512  # tokens of a reward model's instruction and of a long prompt
 
@@ -322,18 +346,15 @@ def trace_rewards(
         if name not in PUBLISHED:
             out[name] = Reward(f"scoring: {name}, clips of {clip_frames}", {}, {}, None)
             continue
-        cfg, resize = PUBLISHED[name]
-        if path := config.paths[name]:
-            cfg = reward_model.config_from_dict(type(cfg), checkpoint.metadata_config(path, name))
-        count, frames = hpsv3.BATCH, 1
+        cfg, resize, count, _ = reward_of(config, name)
+        frames = 1
         if isinstance(cfg, reward_model.VideoAlignConfig):
-            sampled = videoalign.sampled_frames(cfg, clip_frames, 16.0)
-            count, frames = videoalign.BATCH, len(sampled)
+            frames = len(videoalign.sampled_frames(cfg, clip_frames, FPS))
         clips = shape((count, frames, height, width, 3), jnp.uint8)
         tokens = cfg.vision.tokens(preprocess.grid(cfg, frames, height, width)) + LONG_TEXT
         compiled = dataclasses.replace(cfg, dtype="float32") if wide else cfg
         arguments = (
-            _reward_params(compiled),
+            reward_params(compiled),
             qwen2_vl.Tokens(
                 shape((count, tokens), jnp.int32),
                 shape((count,), jnp.int32),
@@ -345,14 +366,35 @@ def trace_rewards(
         together = count * (mesh.size // jax.process_count())
         out[name] = Reward(
             title=f"scoring: {name}, {count} clips of {frames}",
-            weights=placed(_reward_params(cfg), device),
+            weights=placed(reward_params(cfg), device),
             batch=placed(shape((together, *clips.shape[1:]), jnp.uint8), device),
             program=Program(step, placed(arguments, device), cfg.dtype),
         )
     return out
 
 
-_reward_params = functools.cache(reward_model.abstract_params)  # a second each, of many plans
+def reward_of(config: ml_collections.ConfigDict, name: str) -> Published:
+    """A reward model, of the sizes of its converted file if the config names one."""
+    published = PUBLISHED[name]
+    if not (path := config.paths[name]):
+        return published
+    values = checkpoint.metadata_config(path, name)
+    return published._replace(cfg=reward_model.config_from_dict(type(published.cfg), values))
+
+
+reward_params = functools.cache(reward_model.abstract_params)  # a second each, of many plans
+
+
+def without_tokenizer(
+    params: PyTree, cfg: RewardConfig, mesh: Mesh, batch: int
+) -> learned.RewardModel:
+    """A reward model that reads LONG_TEXT tokens, the reward tokens last, for any sentence."""
+
+    def encode(text: str) -> list[int]:
+        pads = [getattr(cfg, name) for name, token in PAD_TOKENS.items() if token in text]
+        return [*pads, *[0] * (LONG_TEXT - len(cfg.token_ids)), *cfg.token_ids]
+
+    return learned.RewardModel(params, cfg, encode, mesh, batch)
 
 
 def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
@@ -584,14 +626,14 @@ def working_bytes(jaxpr: core.Jaxpr, on_device: bool = False) -> int:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         inside = on_device or name == "shard_map"
-        inner = max((working_bytes(x, inside) for x in _inner(equation)), default=0)
+        inner = max((working_bytes(x, inside) for x in bodies(equation)), default=0)
         made: list[Any] = [x.aval for x in equation.outvars] if name in KEPT and on_device else []
         own = sum(math.prod(x.shape) * x.dtype.itemsize for x in made)
         most = max(most, own + inner)
     return most
 
 
-def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
     """The programs that an operation runs: the body of a loop, the branches of a condition."""
     for parameter in jax.tree.leaves(
         list(equation.params.values()),

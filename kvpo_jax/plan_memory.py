@@ -2,6 +2,7 @@
 
     kvpo-plan --config=configs/longlive.py --devices=8 --memory_gb=141
     kvpo-plan --config=configs/longlive.py --devices=8 --compile --target=h200
+    kvpo-plan --config=configs/longlive.py --devices=32 --work --efficiency=0.5
 
 The first table shows the arrays of an iteration, the second how much of them is resident on a
 device in each stage, and about what the stage's program needs besides. Both take seconds: the run's
@@ -12,6 +13,9 @@ programs are compiled for CPU devices. XLA's CPU backend has no bfloat16 product
 float32 copies of whole caches, so what computes in bfloat16 is compiled in float32 there, and half
 of what it needs is shown. With train.micro_batch=0 the plan is that of the largest micro-batch that
 fits, as in a run. If none does, the last line proposes settings with which the run fits.
+
+--work counts instead what an iteration computes on a device, stage by stage, and how long that
+takes at a share of the speed that a Hopper GPU can reach (--efficiency).
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ import ml_collections
 from absl import flags
 from jax.experimental import topologies
 
-from kvpo_jax import fitting, memory
+from kvpo_jax import fitting, memory, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import GB
 from kvpo_jax.memory import Program
@@ -110,13 +114,65 @@ def compile_programs(
     return out
 
 
+def choose_micro_batch(
+    config: ml_collections.ConfigDict, devices: Sequence[jax.Device], limit: float
+) -> ml_collections.ConfigDict:
+    """The config with the micro-batch of a run, and why in a line, if it leaves that open."""
+    if config.train.micro_batch:
+        return config
+    config, reason = fitting.choose_micro_batch(config, devices, limit)
+    print(reason)
+    return config
+
+
+def report_work(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
+    """Prints what an iteration computes, and how long that takes.
+
+    Raises:
+      UsageError: the efficiency is not a share, or something is to be compiled.
+    """
+    efficiency = given.efficiency
+    if not 0 < efficiency <= 1:
+        raise UsageError(f"--efficiency={efficiency:g} is a share of the peak, above 0 and up to 1")
+    if given.compile:
+        raise UsageError("--work counts without compiling; leave --compile out")
+    devices = jax.devices()[: given.devices]
+    config = choose_micro_batch(config, devices, given.memory_gb * GB)
+    count = work.count(config, devices)
+    stages = {**count.stages, "sum": work.sum_of(count.stages.values())}
+    rows = [
+        (
+            name,
+            f"{stage.flops / 1e15:.4g}",
+            f"{stage.bytes / 1e12:.4g}",
+            f"{stage.seconds / efficiency:.4g}",
+        )
+        for name, stage in stages.items()
+    ]
+    title = f"{given.config} on {given.devices} devices: an iteration, on each device"
+    progress.table(title, ("stage", "PFLOP", "TB", "seconds"), rows)
+    peaks = ", ".join(f"{name} {peak / 1e12:.0f}" for name, peak in work.PEAK.items())
+    print(f"\nmean over the pivots ({count.pivots}); {efficiency:.0%} of TFLOP/s: {peaks}")
+    if given.json:
+        figures = [
+            {
+                "name": name,
+                "pflop": stage.flops / 1e15,
+                "bytes": stage.bytes,
+                "seconds": stage.seconds / efficiency,
+            }
+            for name, stage in count.stages.items()
+        ]
+        asked = {"config": given.config, "devices": given.devices, "efficiency": efficiency}
+        out = {**asked, "seconds": count.seconds(efficiency), "stages": figures}
+        write_json(out, Path(given.json))
+
+
 def report(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
     """Prints both tables, and whether the run fits or what makes it fit."""
     devices, limit = target_devices(given.target, given.devices), given.memory_gb * GB
     asked = config
-    if not config.train.micro_batch:
-        config, reason = fitting.choose_micro_batch(config, devices, limit)
-        print(reason)
+    config = choose_micro_batch(config, devices, limit)
     planned = memory.plan(config, devices)
     estimate = memory.estimate(planned)
     title = f"{given.config} on {given.devices} devices; 1e9 bytes on each device"
@@ -183,7 +239,8 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", given.devices)
     # What was compiled for devices that are not there cannot be read again.
     jax.config.update("jax_enable_compilation_cache", given.target == "cpu")
-    report(workdir.resolve(given.config, None, arguments[1:]), given)
+    make = report_work if given.work else report
+    make(workdir.resolve(given.config, None, arguments[1:]), given)
 
 
 def define_flags() -> None:
@@ -195,6 +252,8 @@ def define_flags() -> None:
     flags.DEFINE_float("memory_gb", 141.0, "memory of one device, in 1e9 bytes (H200: 141)")
     flags.DEFINE_bool("compile", False, "compile the programs too; minutes at full size")
     flags.DEFINE_enum("target", "cpu", ["cpu", *GPUS], "what to compile for")
+    flags.DEFINE_bool("work", False, "count what an iteration computes, instead of memory")
+    flags.DEFINE_float("efficiency", 0.5, "share of the peak that --work takes for its seconds")
     command.define_path("json", "", "file to write the figures to")
 
 

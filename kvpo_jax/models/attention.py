@@ -55,7 +55,8 @@ def attention(
       q: float[batch, T, H, D].
       block: keys with a gradient; every batch row must attend to at least one of them.
       past: any number of keys without a gradient; None is the same as no keys.
-      implementation: a name in IMPLEMENTATIONS. cuDNN takes half precision without masks only.
+      implementation: a name in IMPLEMENTATIONS. cuDNN takes half precision without masks only; what
+        it does not take goes through tiles.
 
     Returns:
       float[batch, T, H, D].
@@ -68,9 +69,8 @@ def attention(
         chex.assert_shape([part.k, part.v], (batch, part.k.shape[1], heads, head_dim))
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     masked = block.length is not None or any(part.mask is not None for part in parts)
-    if half and not masked and IMPLEMENTATIONS[implementation]():
-        return _library(q, *parts, implementation="cudnn")
-    return _tiled(q, parts)
+    fused = IMPLEMENTATIONS[implementation]()
+    return fused(q, *parts) if fused and half and not masked else _tiled(q, parts)
 
 
 def _without_gradient(part: Keys) -> Keys:
@@ -120,37 +120,59 @@ def _sum(terms: Iterable[Array]) -> Array:
 # ---------------------------------------------------------------- cuDNN
 
 
-def _on_gpu() -> bool:
-    return jax.default_backend() == "gpu"
+def _joined(block: Keys, past: Keys | None) -> Keys:
+    """All keys in one array.
 
-
-# name -> whether cuDNN's flash attention is used, where it can be.
-IMPLEMENTATIONS: Registry[Callable[[], bool]] = Registry(
-    "model.attention", {"auto": _on_gpu, "cudnn": lambda: True, "xla": lambda: False}
-)
+    The past stands behind the block, so that its length cuts off what is not attended to.
+    """
+    if past is None:
+        return block
+    k = jnp.concatenate([block.k, past.k], axis=1)
+    v = jnp.concatenate([block.v, past.v], axis=1)
+    length = jnp.full(len(k), k.shape[1]) if past.length is None else block.k.shape[1] + past.length
+    return Keys(k, v, length.astype(jnp.int32))
 
 
 def _library(
     q: Array, block: Keys, past: Keys | None = None, *, implementation: Literal["cudnn", "xla"]
 ) -> Array:
-    """Eq. 4 by JAX's own function, which takes no masks.
-
-    The past stands behind the block, so that its length cuts off what is not attended to.
-    """
-    if past is None:
-        return jax.nn.dot_product_attention(q, block.k, block.v, implementation=implementation)
-    batch, queries = q.shape[:2]
-    k = jnp.concatenate([block.k, past.k], axis=1)
-    v = jnp.concatenate([block.v, past.v], axis=1)
-    length = jnp.full(batch, k.shape[1]) if past.length is None else block.k.shape[1] + past.length
+    """Eq. 4 by JAX's own function, which takes no masks."""
+    keys, batch = _joined(block, past), len(q)
+    queries = None if past is None else jnp.full(batch, q.shape[1], jnp.int32)
     return jax.nn.dot_product_attention(
         q,
-        k,
-        v,
-        query_seq_lengths=jnp.full(batch, queries, jnp.int32),
-        key_value_seq_lengths=length.astype(jnp.int32),
+        keys.k,
+        keys.v,
+        query_seq_lengths=queries,
+        key_value_seq_lengths=keys.length,
         implementation=implementation,
     )
+
+
+_cudnn = functools.partial(_library, implementation="cudnn")
+
+
+def _as_cudnn(q: Array, block: Keys, past: Keys | None = None) -> Array:
+    """Eq. 4 in tiles, with cuDNN's products: those of the gradients of all keys too.
+
+    JAX traces cuDNN's only where its CUDA packages are; this is what a plan counts anywhere.
+    """
+    return _tiled(q, (_joined(block, past),))
+
+
+# Eq. 4 of (q, block, past) without masks; None: in tiles.
+Fused = Callable[..., Array] | None
+
+# name -> what is used where it can be.
+IMPLEMENTATIONS: Registry[Callable[[], Fused]] = Registry(
+    "model.attention",
+    {
+        "auto": lambda: _cudnn if jax.default_backend() == "gpu" else None,
+        "cudnn": lambda: _cudnn,
+        "xla": lambda: None,
+        "as_cudnn": lambda: _as_cudnn,
+    },
+)
 
 
 def saves_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -1,0 +1,253 @@
+"""The counted work of an iteration: by hand, against XLA's count, and of the shipped config."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from equipment import SMALL, configure
+
+from kvpo_jax import memory, work
+from kvpo_jax.models import layers
+from kvpo_jax.models.attention import Keys, attention
+from kvpo_jax.run import eligible_pivots
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "plan_memory.py"
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def counted(function, *arguments, wanted=True) -> work.Work:
+    return work.of_program(jax.make_jaxpr(function)(*arguments).jaxpr, wanted)
+
+
+# ---------------------------------------------------------------- a program
+
+
+def test_loops_are_multiplied_and_what_nobody_reads_does_not_count():
+    def program(x, w):
+        def step(x, _):
+            return (x @ w) @ w.T, None
+
+        _ = x @ w  # nobody reads it
+        return jax.lax.scan(step, x, None, length=3)[0]
+
+    done = counted(program, shape(4, 8), shape(8, 16))
+    assert done.flops == 3 * 2 * (2 * 4 * 8 * 16)
+    # x or the result of 4 x 8, the weights and the hidden 4 x 16, twice per turn.
+    assert done.bytes == 3 * 2 * 4 * (4 * 8 + 8 * 16 + 4 * 16)
+
+
+def test_a_convolution_by_hand():
+    """3 x 3 taps of 5 channels for each of 7 features, at 6 x 4 places."""
+
+    def program(x, kernel):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+
+    assert counted(program, shape(1, 6, 4, 5), shape(3, 3, 5, 7)).flops == 2 * 6 * 4 * 7 * 9 * 5
+
+
+def test_a_condition_counts_where_it_is_wanted():
+    def program(flag, x):
+        return jax.lax.cond(flag, lambda: x @ x, lambda: x)
+
+    arguments = shape(dtype=bool), shape(4, 4)
+    assert counted(program, *arguments).flops == 2 * 4**3
+    assert counted(program, *arguments, wanted=False).flops == 0
+
+
+def test_a_loop_of_unknown_length_cannot_be_counted():
+    def program(x):
+        return jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x)
+
+    with pytest.raises(ValueError, match="unknown length"):
+        counted(program, shape(4, 4))
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, wrap",
+    [
+        ("bfloat16", jnp.bfloat16, layers.exact),
+        ("tf32", jnp.float32, lambda function: function),
+        ("float32", jnp.float32, layers.exact),
+    ],
+)
+def test_products_take_as_long_as_their_type_does(kind, dtype, wrap):
+    x = shape(8, 8, dtype=dtype)
+    with jax.default_matmul_precision(None):
+        done = counted(wrap(jnp.matmul), x, x)
+    assert done.seconds == 2 * 8**3 / work.PEAK[kind]
+
+
+def test_products_are_those_that_xla_counts():
+    """XLA also counts what is elementwise, which is little at this size."""
+
+    def program(x, kernel, w, q):
+        numbers = ("NTHWC", "THWIO", "NTHWC")
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), [(0, 0), (0, 0), (0, 0)], dimension_numbers=numbers
+        )
+        return jax.nn.dot_product_attention(q, q, q, implementation="xla").sum(), y @ w
+
+    arguments = (
+        shape(1, 4, 18, 18, 32),
+        shape(3, 3, 3, 32, 64),
+        shape(64, 128),
+        shape(1, 64, 2, 256),
+    )
+    by_xla = jax.jit(program).lower(*arguments).cost_analysis()["flops"]
+    ours = counted(program, *arguments).flops
+    assert ours < by_xla < 1.01 * ours
+
+
+def test_attention_is_counted_as_that_of_cudnn(monkeypatch):
+    """Two products of 6 queries and 16 keys forward and five backward, of 2 heads of 8 channels."""
+    monkeypatch.setattr(
+        "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000
+    )
+    q, past, length = (shape(3, n, 2, 8, dtype=jnp.bfloat16) for n in (6, 10, 1))
+
+    def gradient(implementation, q, k, v, past):
+        def loss(q, k, v):
+            keys = Keys(past, past, jnp.full(3, 7))
+            return attention(q, Keys(k, v), keys, implementation).astype(jnp.float32).sum()
+
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    one = 2 * 3 * 6 * 16 * 2 * 8
+    for implementation in ("cudnn", "as_cudnn"):
+        assert counted(partial(gradient, implementation), q, q, q, past).flops == 7 * one
+    # In our own tiles only 6 of the 16 keys have a gradient.
+    assert counted(partial(gradient, "xla"), q, q, q, past).flops == (5 + 2 * 6 / 16) * one
+
+
+def test_attention_as_cudnn_is_attention():
+    def random(seed, keys):
+        return jax.random.normal(jax.random.key(seed), (2, keys, 2, 8), jnp.bfloat16)
+
+    past = Keys(random(3, 10), random(4, 10), jnp.array([10, 4]))
+    q, block = random(0, 6), Keys(random(1, 6), random(2, 6))
+
+    def both(implementation):
+        def loss(q):
+            return jnp.sum(attention(q, block, past, implementation).astype(jnp.float32) ** 2)
+
+        return jax.value_and_grad(loss)(q)
+
+    for one, other in zip(both("as_cudnn"), both("xla"), strict=True):
+        one, other = (np.asarray(x, np.float32) for x in (one, other))
+        np.testing.assert_allclose(one, other, atol=0.03 * np.abs(other).max())
+
+
+# ---------------------------------------------------------------- an iteration
+
+
+def test_calls_of_a_small_run_by_hand():
+    """12 blocks, of which blocks 4 and 8 begin another prompt; 2 of 4 prompts at a time."""
+    config = configure("configs/tiny.py", {**SMALL, "train.micro_batch": 2})
+    config.model.attention = "xla"
+    devices = jax.devices()[:2]
+    done = work.count(config, devices).stages
+    iteration = memory.trace_iteration(config, devices)
+    decoding = memory.trace_decoding(iteration)
+    programs = memory._programs(iteration, decoding)
+
+    def of(title, wanted=True):
+        program = programs[title]
+        traced = program.function.trace(*program.arguments)
+        return work.of_program(traced.jaxpr.jaxpr, wanted)
+
+    pivots = np.array(iteration.run.pivots)
+    assert set(pivots) <= set(range(12))
+    prefix, branches = (
+        of(f"rollout: a block of {which}") for which in ("the prefix", "all branches")
+    )
+    assert done["prefix"].flops == pytest.approx(2 * pivots.mean() * prefix.flops)
+    assert done["anchor and branches"].flops == pytest.approx(
+        2 * (12 - pivots).mean() * branches.flops
+    )
+    assert done["energies of other policies"].flops == pytest.approx(2 * of("replay", False).flops)
+    assert done["energies and gradient"].flops == pytest.approx(2 * of("replay").flops)
+    assert of("replay").flops > 2 * of("replay", False).flops
+    assert "decoding" not in done  # the toy's has no products
+
+
+def test_recaches_at_switches_by_hand():
+    """One for a group up to the fork, one for each of 9 trajectories behind it."""
+
+    def of_one(*switches):
+        """The work of a recache, with switches at these blocks of three frames."""
+        fields = {**SMALL, "video.switch_frames": tuple(3 * block for block in switches)}
+        done = work.count(configure("configs/tiny.py", fields), jax.devices()[:1])
+        pivots = eligible_pivots(configure("configs/tiny.py", fields), lambda frame: frame)
+        made = [sum(9 if block > pivot else 1 for block in switches) for pivot in pivots]
+        assert len(set(made)) > 1 and done.pivots == len(made)
+        return done.stages["recaches at prompt switches"].flops / np.mean(made)
+
+    assert 0 < of_one(4, 8) == pytest.approx(of_one(6, 9), rel=0.01)
+
+
+def test_policies_that_are_behind_and_epochs_are_counted():
+    fields = {**SMALL, "train.rollouts_per_sync": 2, "train.epochs": 3}
+    done = work.count(configure("configs/tiny.py", fields), jax.devices()[:1]).stages
+    plain = work.count(configure("configs/tiny.py", SMALL), jax.devices()[:1]).stages
+    # The old policy's energies are those of the trained one every other iteration.
+    ratio = {name: done[name].flops / plain[name].flops for name in plain}
+    assert ratio.pop("energies of other policies") == pytest.approx(1.5)
+    assert ratio.pop("energies and gradient") == pytest.approx(3)
+    assert set(ratio.values()) == {1.0}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(*arguments):
+    command = [sys.executable, str(TOOL), "--work", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_shipped_config(tmp_path):
+    """One prompt per device; published counts of a pass, a latent and a frame.
+
+    On each device: W = 5 blocks of S = 4 steps of G = 8 branches, i.e. 160 states of 35.4 TFLOP,
+    are replayed for their energies.
+    """
+    done = run("--config=configs/longlive.py", "--devices=32", f"--json={tmp_path / 'work.json'}")
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    figures = json.loads((tmp_path / "work.json").read_text())
+    stages = {stage["name"]: stage for stage in figures["stages"]}
+    pflop = {name: stage["pflop"] for name, stage in stages.items()}
+    assert figures["efficiency"] == 0.5
+    assert figures["seconds"] == pytest.approx(sum(s["seconds"] for s in figures["stages"]))
+    assert pflop["energies of other policies"] == pytest.approx(160 * 35.4e-3, rel=0.01)
+    assert pflop["energies and gradient"] == pytest.approx(16.70, rel=0.01)
+    assert stages["energies and gradient"]["seconds"] == pytest.approx(16.70e15 / 395e12, rel=0.01)
+    # 144 frames of 9 videos, in batches of 16 that hold 324 frames of a clip and 12 copies.
+    assert pflop["scoring: hpsv3"] == pytest.approx(4 * 336 * 11.7e-3, rel=0.01)
+    assert pflop["prefix"] == pytest.approx(4.09, rel=0.01)
+    assert pflop["anchor and branches"] == pytest.approx(40.8, rel=0.01)
+    assert pflop["decoding"] == pytest.approx(10.36, rel=0.01)
+    assert figures["seconds"] == pytest.approx(525.6, rel=0.01)
+
+
+@pytest.mark.parametrize("efficiency", ["0", "1.5", "nan", "-1"])
+def test_an_efficiency_that_is_no_share_is_a_mistake(efficiency):
+    done = run("--config=configs/tiny.py", f"--efficiency={efficiency}")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"error: --efficiency={float(efficiency):g} is a share")
+    assert done.stderr.count("\n") == 1
+
+
+def test_counting_compiles_nothing():
+    done = run("--config=configs/tiny.py", "--compile")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: --work counts without compiling; leave --compile out\n"
