@@ -253,7 +253,7 @@ def define_flags() -> None:
     flags.DEFINE_bool("compile", False, "compile the programs too; minutes at full size")
     flags.DEFINE_enum("target", "cpu", ["cpu", *GPUS], "what to compile for")
     flags.DEFINE_bool("work", False, "count what an iteration computes, instead of memory")
-    flags.DEFINE_float("efficiency", 0.5, "share of the peak that --work takes for its seconds")
+    flags.DEFINE_float("efficiency", work.EFFICIENCY, "share of the peak that --work takes")
     command.define_path("json", "", "file to write the figures to")
 
 

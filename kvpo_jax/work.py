@@ -37,6 +37,7 @@ from kvpo_jax.types import Array, Judged, PyTree, Rollout, Scores
 # in float32 (`layers.exact`), for which it has no tensor cores. The data sheet has 989, 495 and 67
 # TFLOP/s; the first two at a clock that the card does not hold.
 PEAK = {"bfloat16": 790e12, "tf32": 395e12, "float32": 67e12}
+EFFICIENCY = 0.5  # share of it that programs are taken to reach
 
 
 @dataclasses.dataclass(frozen=True)

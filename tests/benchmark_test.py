@@ -1,7 +1,6 @@
 """The benchmark: what it writes, that it counts the FLOPs there are, and the golden preset."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,20 +8,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import benchmark
 import jax
 import jax.numpy as jnp
 import pytest
 
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
-from kvpo_jax.runtime import workdir
 from kvpo_jax.types import TextKV
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
-spec = importlib.util.spec_from_file_location("benchmark", TOOL)
-benchmark = importlib.util.module_from_spec(spec)
-sys.modules["benchmark"] = benchmark
-spec.loader.exec_module(benchmark)
-
 SMALL = WanConfig(
     dim=4,
     ffn_dim=6,
@@ -42,9 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def preset_config(name: str):
-    preset = benchmark.PRESETS[name]
-    fields = {**benchmark.ONE_PROMPT, **preset.fields}
-    return workdir.resolve(preset.config, None, [f"--config.{k}={v}" for k, v in fields.items()])
+    return benchmark.PRESETS[name].resolve()
 
 
 def test_json(tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-# Read by jax when it is imported, and by the processes that tests start.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Read by jax when it is imported, and by the processes that tests start; tools/check_device.py
+# runs some of them on its device.
+os.environ["JAX_PLATFORMS"] = os.environ.get("KVPO_TEST_PLATFORM", "cpu")
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Compiling is most of the work here: do it quickly, and the same program once.
 flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -33,9 +33,7 @@ import datetime
 import os
 import platform
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -45,21 +43,19 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from absl import flags
+from random_run import Preset, RandomRun, measure
 
-from kvpo_jax import programs, rollout, train
+from kvpo_jax import train
 from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import flow, keys, kv_cache, routing
 from kvpo_jax.backbone import pixel_shape
-from kvpo_jax.decoder import VideoDecoder
 from kvpo_jax.errors import UsageError, nearest
-from kvpo_jax.memory import fileless_backbone
-from kvpo_jax.models.wan import Wan, WanConfig, init_variables
-from kvpo_jax.run import Run, make_mesh
-from kvpo_jax.runtime import command, progress, sharding, workdir
+from kvpo_jax.models.wan import Wan, WanConfig
+from kvpo_jax.runtime import command, progress
 from kvpo_jax.runtime.atomic import write_json
-from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
+from kvpo_jax.runtime.config import recorded_blocks, wan_config
 from kvpo_jax.state import init_state
-from kvpo_jax.types import Array, Experience, Judged, KVCache, PromptBatch, PyTree, Rollout, Scores
+from kvpo_jax.types import PyTree
 
 ROWS = (
     "denoise_forward",
@@ -69,15 +65,6 @@ ROWS = (
     "replay_forward_backward",
     "iteration",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Preset:
-    """A config file, the fields that differ from it, and the first perturbed block."""
-
-    config: str
-    fields: Mapping[str, Any]
-    pivot: int
 
 
 PRESETS = {
@@ -109,11 +96,8 @@ PRESETS = {
     "tiny": Preset("configs/tiny.py", {}, pivot=5),
     "longlive": Preset("configs/longlive.py", {}, pivot=25),
 }
-ONE_PROMPT = {"train.prompts_per_iteration": 1, "train.micro_batch": 0}
-
 # Dense bfloat16 products per second on the data sheet, by a part of jax's device_kind.
 DATA_SHEET = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-
 
 # ---------------------------------------------------------------- counted work
 
@@ -230,47 +214,11 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
 # ---------------------------------------------------------------- the rows
 
 
-class Bench:
-    """The functions to time, each made when it is asked for, on one device and for one prompt.
+class Bench(RandomRun):
+    """The functions to time, each made when it is asked for.
 
     The docstring of the module describes the rows.
-
-    Args:
-      config: of one prompt per iteration.
-      pivot: the first perturbed block.
     """
-
-    def __init__(self, config: ml_collections.ConfigDict, pivot: int):
-        self.pivot, self.fork_frame = pivot, pivot * config.video.block_frames
-        self.window_blocks = (pivot, pivot + config.rollout.window_blocks)
-        self.key = jax.random.key(0)
-        mesh, backbone = make_mesh(config, jax.devices()[:1]), fileless_backbone(config)
-        variables = jax.jit(partial(init_variables, wan_config(config)))(self.key)
-        variables = sharding.place(variables, mesh)
-        self.lora = variables["lora"]
-        self.run = Run(
-            config=config,
-            mesh=mesh,
-            backbone=backbone,
-            params=variables["params"],
-            programs=programs.build(config, mesh),
-            decoder=VideoDecoder(backbone, mesh, config.video.block_frames),
-        )
-        self.variables = self.run.variables(self.lora)
-        self.noise = keys.NoiseKey(self.key, jnp.arange(1))
-
-    @cached_property
-    def batch(self) -> PromptBatch:
-        """One prompt with random embeddings, whose sentence changes at every switch."""
-        config = self.run.config
-        segments = len(config.video.switch_frames) + 1
-        shape = (1, segments, config.model.text_len, config.model.text_dim)
-        return PromptBatch(
-            embeddings=sharding.place(jax.random.normal(self.key, shape), self.run.mesh),
-            changed=np.ones((1, segments), bool),
-            numbers=np.arange(1, dtype=np.int32),
-            sentences=(("",) * segments,),
-        )
 
     @cached_property
     def block_shape(self) -> tuple[int, int, int, int]:
@@ -279,46 +227,9 @@ class Bench:
         return video.block_frames, video.height, video.width, self.run.config.model.channels
 
     @cached_property
-    def text(self) -> PyTree:
+    def spoken(self) -> PyTree:
         """TextKV of the segment that the pivot is in."""
-        text = self.run.programs.encode_text(self.variables, self.batch.embeddings)
-        segment = segment_of(self.fork_frame, self.run.config.video.switch_frames)
-        return jax.tree.map(lambda x: x[:, :, segment], text)
-
-    @cached_property
-    def history(self) -> KVCache:
-        """The cache at the fork."""
-        text = self.run.programs.encode_text(self.variables, self.batch.embeddings)
-        prompt_at = rollout.script(self.run.config, text, self.batch.changed)
-        return rollout.prefix(self.run, self.variables, prompt_at, self.noise, self.pivot)[1]
-
-    @cached_property
-    def routed_frames(self) -> Array:
-        """int32[1, G, routed]."""
-        return self.run.programs.draw(self.key, self.noise.prompts, self.fork_frame)
-
-    @cached_property
-    def judged(self) -> Judged:
-        """Random advantages under an open gate."""
-        advantages = jax.random.normal(self.key, (1, self.run.config.rollout.branches))
-        scores = Scores(advantages, advantages[:, 0], {})
-        return Judged(scores, advantages, jnp.ones(1, bool), jnp.ones(()))
-
-    @cached_property
-    def experience(self) -> Experience:
-        """What a replay of the window reads."""
-        config = self.run.config
-        rolled: Rollout = rollout.rollout(
-            self.run,
-            self.variables,
-            self.batch,
-            self.noise,
-            self.routed_frames,
-            self.pivot,
-            self.pivot + recorded_blocks(config),
-        )
-        state = init_state(config, self.run.mesh, self.lora)
-        return train.remember(self.run, state, rolled, self.batch, self.judged, on_policy=True)
+        return jax.tree.map(lambda x: x[:, :, self.segment], self.text)
 
     def denoise_forward(self) -> Callable[[], Any]:
         window, model = routing.window(self.run.config.window), Wan(wan_config(self.run.config))
@@ -331,7 +242,7 @@ class Bench:
 
         x = jax.random.normal(self.key, (1, *self.block_shape))
         start = jnp.asarray(self.fork_frame, jnp.int32)
-        return lambda: forward(self.variables, self.text, self.history, x, start)
+        return lambda: forward(self.variables, self.spoken, self.history, x, start)
 
     def window_rollout(self, branches: int) -> Callable[[], Any]:
         config = self.run.config
@@ -361,7 +272,7 @@ class Bench:
             for number in range(*self.window_blocks):
                 record, page = block(
                     self.variables,
-                    self.text,
+                    self.spoken,
                     self.history,
                     page,
                     self.routed_frames[:, :branches],
@@ -425,36 +336,6 @@ def limit_threads(threads: int) -> None:
                 f"--threads={threads}, but this process may use {len(cores)} cores only"
             )
         os.sched_setaffinity(0, cores[-threads:])
-
-
-def reset_peak() -> None:
-    """Makes Linux forget the process's highest resident size.
-
-    Elsewhere the peak is that of the process's whole life.
-    """
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_bytes() -> int:
-    """The highest resident size of the process, or on an accelerator its allocator's peak."""
-    stats = jax.devices()[0].memory_stats()
-    if stats:
-        return stats["peak_bytes_in_use"]
-    high = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
-    return int(high[1]) * 1024 if high else 0
-
-
-def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], float, int]:
-    """Seconds of each repeat, mean processor seconds, peak memory; a first run is not counted."""
-    jax.block_until_ready(run())
-    reset_peak()
-    seconds, begin = [], time.process_time()
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        seconds.append(time.perf_counter() - start)
-    return seconds, (time.process_time() - begin) / repeats, peak_memory_bytes()
 
 
 def matrix_peak(dtype: str) -> float:
@@ -553,9 +434,7 @@ def main(arguments: list[str]) -> None:
             known = ", ".join(ROWS)
             raise UsageError(f"--rows has {name!r}; the rows are {known}{nearest(name, ROWS)}")
     limit_threads(given.threads)
-    fields = {**ONE_PROMPT, **preset.fields}
-    own = [f"--config.{name}={value}" for name, value in fields.items()]
-    config = workdir.resolve(preset.config, None, [*own, *arguments[1:]])
+    config = preset.resolve(arguments[1:])
     command.use_compilation_cache()
     machine, rows = benchmark(config, preset.pivot, given.rows, given.repeats)
     if given.json:
