@@ -19,6 +19,12 @@ from kvpo_jax.runtime.config import prompts_at_once
 from kvpo_jax.runtime.process import STOPPED, ending_together
 from kvpo_jax.runtime.progress import legend
 
+# Least threads of XLA's CPU client, which otherwise has as many as the process may use cores. With
+# as few as the process has devices it waits for ever: one device's next program holds a thread
+# until its last ones are done, another device's operation over all processes finds none, and these
+# wait for it.
+CPU_THREADS = 16
+
 __doc__ = f"{__doc__}\nThe words in the line of an iteration:\n\n{legend()}\n"
 
 
@@ -64,6 +70,7 @@ def join(distributed: dict[str, Any]) -> None:
 
     None may still read the run directory once the first begins to write there.
     """
+    os.environ.setdefault("NPROC", str(max(CPU_THREADS, os.cpu_count() or 1)))
     try:
         jax.distributed.initialize(**distributed)
     except ValueError as error:

@@ -210,6 +210,37 @@ def test_processes_that_cannot_join_say_so(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
+RUN_AHEAD = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kvpo_jax import main
+main.join({"coordinator_address": sys.argv[1], "num_processes": 2, "process_id": int(sys.argv[2])})
+rows = NamedSharding(Mesh(np.array(jax.devices()), "rows"), PartitionSpec("rows"))
+x = jax.device_put(np.ones((4, 64), np.float32), rows)
+add_mean = jax.jit(lambda x: x + x.mean(0), out_shardings=rows)
+for _ in range(300):
+    x = add_mean(x) / 2
+print(float(x.addressable_data(0).sum()))
+"""
+
+
+def test_processes_of_several_devices_may_run_ahead(tmp_path):
+    """600 programs without a wait, on hosts of two cores: XLA has threads enough (`main.join`)."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = []
+    for i in range(2):
+        log = (tmp_path / f"{i}.log").open("w+")
+        command = ["taskset", "--cpu-list", "0-1", sys.executable, "-c", RUN_AHEAD, address, str(i)]
+        processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        processes[-1].log = log
+    finish(processes)
+    assert all(text_of(process).splitlines()[-1] == "64.0" for process in processes)
+
+
 # ---------------------------------------------------------------- what goes over the network
 
 
