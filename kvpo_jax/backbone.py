@@ -181,25 +181,38 @@ def windows_read(
       The clips, what is scored besides (the replayed blocks of a group, the single blocks of
       held-out videos), and what is shown besides.
     """
-    read = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
+    clips = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
+    scored = list(clips)
     if pivot is None:
-        read += [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
+        scored += [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
     elif (local := local_window(config, to_pixel, pivot)) is not None:
-        read.append(local)
+        scored.append(local)
     besides = [
         (int(frame), int(frame) + 1)
         for frame in shown
-        if not any(start <= frame < end for start, end in read)
+        if not any(start <= frame < end for start, end in clips)  # as many for every pivot
     ]
-    return (*read, *besides)
+    return (*scored, *besides)
 
 
 def blocks_read(
-    config: ml_collections.ConfigDict, to_pixel: Callable[[int], int], windows: Windows
+    config: ml_collections.ConfigDict,
+    to_pixel: Callable[[int], int],
+    windows: Windows,
+    pivot: int | None = None,
 ) -> int:
-    """The blocks of a video up to the last that has a frame of these windows."""
+    """The blocks of a video up to the last that is read.
+
+    Args:
+      config: of the run.
+      to_pixel: the backbone's.
+      windows: the pixel frames [start, end) that are read.
+      pivot: of a group, whose replay reads blocks too; None for single videos.
+    """
     last, frames = max((end for _, end in windows), default=0), config.video.block_frames
-    return next(n for n in range(config.video.blocks + 1) if to_pixel(n * frames) >= last)
+    replayed = 0 if pivot is None else pivot + recorded_blocks(config)
+    blocks = range(replayed, config.video.blocks + 1)
+    return next(n for n in blocks if to_pixel(n * frames) >= last)
 
 
 def score_group(

@@ -7,9 +7,10 @@ they call which program. Nothing runs on an accelerator, and no program is compi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,11 +26,11 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import memory, train
 from kvpo_jax.decoder import VideoDecoder
 from kvpo_jax.memory import Iteration, shape
-from kvpo_jax.rewards import scorers
+from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.types import Array, Judged, PyTree, Rollout, Scores
+from kvpo_jax.types import Array, Judged, Pixels, PyTree, Rollout, Scores, Windows
 
 # ---------------------------------------------------------------- the work of a program
 
@@ -69,34 +70,42 @@ def sum_of(works: Iterable[Work]) -> Work:
     return sum(works, Work())
 
 
-def of_program(jaxpr: core.Jaxpr, wanted: bool = True) -> Work:
+# How often a condition takes its branch with the most work, from 0 to 1: one number for all of a
+# program, or one for each in the order in which they are traced, and 0 for those after them.
+Taken = float | Sequence[float]
+
+
+def of_program(jaxpr: core.Jaxpr, taken: Taken = 1.0) -> Work:
     """The work of a traced program, its loops multiplied.
 
     Args:
       jaxpr: of the program.
-      wanted: of a condition, the branch with the most work counts; if not, that with the least. So
-        a replay has the work of its gradient or not (`Programs.replay`).
+      taken: 0 for a replay without its gradient (`Programs.replay`).
 
     Raises:
       ValueError: a loop of unknown length has products.
     """
     live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # as the compiler does
-    return _work(live, max if wanted else min)
+    if isinstance(taken, float):
+        return _work(live, itertools.repeat(taken))
+    return _work(live, itertools.chain(taken, itertools.repeat(0.0)))
 
 
-def _work(jaxpr: core.Jaxpr, choose: Callable) -> Work:
-    return sum_of(_work_of(equation, choose) for equation in jaxpr.eqns)
+def _work(jaxpr: core.Jaxpr, taken: Iterator[float]) -> Work:
+    return sum_of(_work_of(equation, taken) for equation in jaxpr.eqns)
 
 
-def _work_of(equation: core.JaxprEqn, choose: Callable) -> Work:
+def _work_of(equation: core.JaxprEqn, taken: Iterator[float]) -> Work:
     name = equation.primitive.name
     if count := PRODUCTS.get(name):
         return _product(equation, count(equation))
     if name in memory.KEPT and name != "scan":
         return Work(bytes=2 * sum(map(_bytes, equation.outvars)))
-    bodies = [_work(body, choose) for body in memory.bodies(equation)]
+    share = next(taken) if name == "cond" else 1.0
+    bodies = [_work(body, taken) for body in memory.bodies(equation)]
     if name == "cond":
-        return choose(bodies, key=lambda work: work.flops)
+        least, *_, most = sorted(bodies, key=lambda work: work.flops)
+        return least * (1 - share) + most * share
     work = sum_of(bodies)
     if name == "while" and work.flops:
         raise ValueError("a loop of unknown length has products, which cannot be counted")
@@ -155,23 +164,36 @@ PRODUCTS: Mapping[str, Callable[[core.JaxprEqn], float]] = {
 Calls = dict[str, Work]  # program or stage -> the work of all its calls
 
 
-def of_loop(loop: Callable, *arguments: PyTree, wanted: bool = True) -> Calls:
+def of_loop(
+    loop: Callable,
+    *arguments: PyTree,
+    taken: Taken | Callable[[str, Sequence[np.ndarray | None]], Taken] = 1.0,
+) -> Calls:
     """The work of the programs that a loop of the host calls, by their names.
 
     Args:
       loop: calls programs; it must not look at what they return.
       arguments: its arguments as shapes.
-      wanted: see `of_program`.
+      taken: see `of_program`; or a function of a program's name and arguments, which are arrays
+        where the loop has them from NumPy, and None elsewhere.
     """
-    counted: dict[int, Work] = {}
+    counted: dict[Any, Work] = {}
     calls: Calls = {}
-    for equation in jax.make_jaxpr(loop)(*arguments).jaxpr.eqns:
+    traced = jax.make_jaxpr(loop)(*arguments)
+    known = dict(zip(traced.jaxpr.constvars, traced.consts, strict=True))
+
+    def value(x: Any) -> np.ndarray | None:
+        return np.asarray(x.val) if isinstance(x, core.Literal) else known.get(x)
+
+    for equation in traced.jaxpr.eqns:
         program, name = (equation.params.get(key) for key in ("jaxpr", "name"))
         if not (name and isinstance(program, core.ClosedJaxpr)):
             continue  # an operation between the programs
-        if id(program) not in counted:
-            counted[id(program)] = of_program(program.jaxpr, wanted)
-        calls[name] = calls.get(name, Work()) + counted[id(program)]
+        share = taken(name, [*map(value, equation.invars)]) if callable(taken) else taken
+        key = (id(program), share)
+        if key not in counted:
+            counted[key] = of_program(program.jaxpr, share)
+        calls[name] = calls.get(name, Work()) + counted[key]
     return calls
 
 
@@ -241,13 +263,25 @@ def _mean(calls: Calls, of: Sequence, stages: Mapping[str, str]) -> Calls:
 
 def _rollouts(iteration: Iteration) -> Calls:
     run, explored = iteration.run, iteration.explored
+    config, to_pixel = run.config, run.backbone.to_pixel
     changed = np.ones_like(explored.batch.changed)
     noise = explored.noise
     drawn = jax.eval_shape(run.programs.draw, noise.key, noise.prompts, memory.START)
 
     def loop(variables: PyTree, embeddings: Array, noise: Any, drawn: Array) -> list[Rollout]:
         batch = dataclasses.replace(explored.batch, embeddings=embeddings, changed=changed)
-        return [rollout(run, variables, batch, noise, drawn, pivot) for pivot in run.pivots]
+        return [
+            rollout(
+                run,
+                variables,
+                batch,
+                noise,
+                drawn,
+                pivot,
+                backbone_lib.blocks_read(config, to_pixel, _windows(run, pivot), pivot),
+            )
+            for pivot in run.pivots
+        ]
 
     variables = run.variables(iteration.state.lora)
     drawn = memory.placed(drawn, run.mesh)
@@ -255,16 +289,32 @@ def _rollouts(iteration: Iteration) -> Calls:
     return _mean(calls, run.pivots, ROLLOUT)
 
 
+def _windows(run: Run, pivot: int) -> Windows:
+    """What is read of a group that is not pictured."""
+    return backbone_lib.windows_read(run.config, run.backbone.to_pixel, pivot)
+
+
 def _decoding(iteration: Iteration) -> Calls:
     run, rolled = iteration.run, iteration.rolled
+    weights = memory.placed(run.backbone.load_decoder(None), run.mesh)
 
     def loop(weights: PyTree, branches: Array, anchor: Array) -> list:
         backbone = dataclasses.replace(run.backbone, load_decoder=lambda place: weights)
         decoder = VideoDecoder(backbone, run.mesh, run.config.video.block_frames)
-        return [decoder.group(branches, anchor, pivot) for pivot in run.pivots]
+        return [
+            decoder.group(branches, anchor, pivot, _windows(run, pivot)) for pivot in run.pivots
+        ]
 
-    weights = memory.placed(run.backbone.load_decoder(None), run.mesh)
-    calls = of_loop(loop, weights, rolled.branches, rolled.anchor)
+    def taken(name: str, arguments: Sequence[np.ndarray | None]) -> tuple[float, ...]:
+        """How often each stage runs, from the depths of the latent frames (`decoder.make_step`)."""
+        if name != "step":
+            return ()
+        _, _, depth, *state = arguments[len(jax.tree.leaves(weights)) :]
+        assert depth is not None
+        frames = depth if state else depth[1:]  # the first of a video passes all
+        return tuple(float(np.mean(frames > stage)) for stage in range(depth.max()))
+
+    calls = of_loop(loop, weights, rolled.branches, rolled.anchor, taken=taken)
     return _mean(calls, run.pivots, {"step": "decoding"})
 
 
@@ -282,7 +332,7 @@ def _replays(iteration: Iteration) -> Calls:
             train.remember(own, state, rolled, prompts, judged, on_policy) for on_policy in cycle
         ]
 
-    kept = of_loop(loop, run.params, state, iteration.rolled, batch.embeddings, wanted=False)
+    kept = of_loop(loop, run.params, state, iteration.rolled, batch.embeddings, taken=0.0)
     replayed = (state.lora, run.params, iteration.experience, shape((), bool))
     learned = of_loop(run.programs.replay, *replayed)
     return {
@@ -302,42 +352,53 @@ def _scoring(iteration: Iteration, devices: Sequence[jax.Device]) -> Calls:
     calls = Counter(call for pivot in run.pivots for call in scored_clips(run, pivot))
     return {
         f"scoring: {name}": sum_of(
-            _scorer(config, name, mesh, *call) * (times / len(run.pivots))
+            _scorer(config, name, mesh, call) * (times / len(run.pivots))
             for call, times in calls.items()
         )
         for name in names
     }
 
 
-def scored_clips(run: Run, pivot: int) -> list[tuple[int, int]]:
-    """The calls of the rewards in an iteration: how many clips of how many frames each has."""
-    config, prompts = run.config, config_lib.prompts_at_once(run.config)
-    calls: list[tuple[int, int]] = []
+class Call(NamedTuple):
+    """What a reward scores at once: so many clips of so many frames, and what they share."""
 
-    def scorer(pixels: Array, sentences: Sequence[str]) -> dict[str, np.ndarray]:
+    clips: int
+    frames: int
+    shared: composite.Shared | None
+
+
+def scored_clips(run: Run, pivot: int) -> list[Call]:
+    """The calls of the rewards in an iteration."""
+    config, prompts = run.config, config_lib.prompts_at_once(run.config)
+    calls: list[Call] = []
+
+    def scorer(
+        pixels: Array, sentences: Sequence[str], shared: composite.Shared | None = None
+    ) -> dict[str, np.ndarray]:
         clips, frames = pixels.shape[:2]
-        calls.append((clips, frames))
+        calls.append(Call(clips, frames, shared))
         return {name: np.zeros(clips) for name in config.reward.weights}
 
     backbone = dataclasses.replace(run.backbone, rewards=cast(scorers.Scorers, scorer))
-    frames = run.backbone.to_pixel(config.video.blocks * config.video.block_frames)
-    pixels = (prompts, config.rollout.branches, frames, 1, 1, 3)  # of a tiny picture
-    branches = cast(Array, np.zeros(pixels, np.uint8))
+    windows, fork = _windows(run, pivot), run.backbone.to_pixel(pivot * config.video.block_frames)
+    read = sum(end - start for start, end in windows)
+    shape = (prompts, config.rollout.branches, read, 1, 1, 3)  # of a tiny picture
+    videos = cast(Array, np.zeros(shape, np.uint8))
+    pixels = Pixels(videos, videos[:, :1], windows, fork)
     sentences = [[""] * (len(config.video.switch_frames) + 1)] * prompts
-    backbone_lib.score_group(config, backbone, sentences, branches, branches[:, 0], pivot)
+    backbone_lib.score_group(config, backbone, sentences, pixels, pivot)
     return calls
 
 
-def _scorer(
-    config: ml_collections.ConfigDict, name: str, mesh: Mesh, clips: int, frames: int
-) -> Work:
+def _scorer(config: ml_collections.ConfigDict, name: str, mesh: Mesh, call: Call) -> Work:
     """The work of a reward in a call."""
     cfg, _, batch, score = memory.reward_of(config, name)
+    told = {"shared": call.shared} if call.shared and name in scorers.OF_FRAMES else {}
 
     def loop(params: PyTree, pixels: Array) -> Mapping[str, Array]:
         reward = memory.without_tokenizer(params, cfg, mesh, batch)
-        return score(reward, pixels, [""] * clips)
+        return score(reward, pixels, [""] * call.clips, **told)
 
     sides = (8 * config.video.height, 8 * config.video.width)
-    pixels = shape((clips, frames, *sides, 3), jnp.uint8)
+    pixels = shape((call.clips, call.frames, *sides, 3), jnp.uint8)
     return sum_of(of_loop(loop, memory.reward_params(cfg), pixels).values())

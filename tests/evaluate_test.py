@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from equipment import configure
 
-from kvpo_jax import evaluate, generate
+from kvpo_jax import backbone, evaluate, generate
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
 from kvpo_jax.models.wan import init_variables
-from kvpo_jax.rewards import motion, scorers, toy, video_files
+from kvpo_jax.rewards import composite, motion, scorers, toy, video_files
 from kvpo_jax.runtime import checkpoint, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
@@ -246,10 +246,13 @@ def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
     run = run_lib.load(configure("configs/tiny.py", fields))
     made = evaluate.evaluate(run, run.initial_lora())
     assert made.blocks.shape == (4, 12)
-    for prompt in range(4):
-        sentences = run.backbone.prompts("heldout", prompt)
+    batch = backbone.prompt_batch(run.backbone, run.mesh, "heldout", 0, np.arange(2))
+    pixels = evaluate._pixels(run, run.initial_lora(), batch, ())
+    videos = np.asarray(pixels.videos[:, 0])
+    for prompt, sentences in enumerate(batch.sentences):
         for block, segment in ((0, 0), (3, 0), (4, 1), (11, 2)):
-            clip = made.pixels[prompt, 3 * block : 3 * block + 3][None]
+            here = composite.frames_of(pixels.windows, 3 * block, 3 * block + 3)
+            clip = videos[prompt, here][None]
             scores = toy.score(jnp.asarray(clip), [sentences[segment]])
             expected = sum(float(scores[name][0]) for name in ("VQ", "MQ", "TA")) / 3
             assert made.blocks[prompt, block] == pytest.approx(expected, rel=1e-5)
