@@ -149,7 +149,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.prompts = 32  # held-out prompt sequences; of a prompt file at most train.held_out
     c.eval.every = 20  # iterations between evaluations
-    c.eval.batch = 16  # videos generated at once; 0 = as many as prompts in training
+    c.eval.batch = 0  # videos generated at once; 0 = as many as prompts in training, so that one
+    # program serves both
     c.eval.by_block = True  # also the reward of every block alone, by the package's own scorers
     c.eval.scorer = "motion"  # as reward.scorer; watched and never optimised, to see reward hacking
 

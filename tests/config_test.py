@@ -151,7 +151,7 @@ def test_a_wrong_override_is_named(argument, message):
             "--config.rollout.perturbed_steps=99",
             "config.rollout.perturbed_steps=99, but config.sampler.steps has only",
         ),
-        ("--config.eval.prompts=30", "config.eval.batch=16 does not divide config.eval.prompts=30"),
+        ("--config.eval.batch=5", "config.eval.batch=5 does not divide config.eval.prompts=32"),
         (
             "--config.video.switch_frames=(12,25)",
             "config.video.switch_frames=(12, 25): expected ascending multiples",

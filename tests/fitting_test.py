@@ -132,7 +132,9 @@ def test_what_changes_the_run_comes_last_and_is_said(config, device, needs, monk
     limit = needs[4] - 1
     proposal = fitting.propose(config, device, limit)
     assert proposal.fields == {"model.dtype": "bfloat16"}
-    expected = "it fits as another run, 0.01 GB, with: --config.model.dtype=bfloat16"
+    expected = (
+        f"it fits as another run, {proposal.peak / 1e9:.2f} GB, with: --config.model.dtype=bfloat16"
+    )
     assert plan_memory.advice(proposal, limit) == expected
 
 

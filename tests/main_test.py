@@ -49,10 +49,7 @@ def run(*arguments, cwd, path=ROOT):
         (["--resume"], "--resume: there is no run under"),
         (["--workdri=w"], "no flag --workdri; did you mean 'workdir'?"),
         (["--resume=later"], "flag --resume=later"),
-        (
-            ["--config.eval.prompts=30"],
-            "config.eval.batch=16 does not divide config.eval.prompts=30",
-        ),
+        (["--config.eval.batch=5"], "config.eval.batch=5 does not divide config.eval.prompts=32"),
         (["--config.reward.scorer=hpsv2"], "there is no reward 'hpsv2'"),
         (["--config.seed=-1"], "config.seed=-1: expected 0 to 4294967295"),
         (["--config.seed=4294967296"], "config.seed=4294967296: expected 0 to 4294967295"),

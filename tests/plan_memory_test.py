@@ -62,9 +62,9 @@ def test_parts_and_programs_of_the_toy(tmp_path):
     lora = 4 * sum(rank * sum(sides) for rank, sides in LORA)
     assert sizes["LoRA: policy, old, reference, EMA"] == 4 * lora
     assert sizes["gradient of LoRA"] == lora
-    # 16 held-out videos, half of them on each half of the mesh.
+    # As many held-out videos as prompts, half of them on each half of the mesh.
     text = 2 * 3 * 3 * TINY.model.text_len * 96 * 4  # keys and values, layers, segments
-    assert sizes["held out: text, history"] == 8 * (text + 36 * (frame + index))
+    assert sizes["held out: text, history"] == half * (text + 36 * (frame + index))
     # The middle third of a video, of 8 branches and the anchor, joined and then flat.
     assert sizes["a clip of all trajectories"] == 2 * half * 9 * 12 * 8 * 8 * 3 * 4
     stages = figures["stage_gb"]

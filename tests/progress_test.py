@@ -208,12 +208,23 @@ def test_lines_fit_80_columns_in_ascii(iterations, reward):
 
 
 def test_the_time_left_does_not_count_compilation():
-    line = laps(0.0, 100.0, 110.0)
+    line = laps(0.0, 100.0, 110.0, 120.0)
     line.lap(compiling=90.0)
     assert line.line(0, {}) == "1/9   100.0 s     1:20 left"
     line.lap()
-    assert line.line(1, {}) == "2/9    10.0 s     1:10 left"
+    line.lap(compiling=4.0)
+    assert line.line(2, {}) == "3/9    10.0 s     0:48 left"
     assert line.line(1, {}) == line.line(1, {})  # it only formats
+
+
+def test_the_time_left_forgets_the_first_iteration_of_a_process():
+    """It also traces programs and reads them from disk."""
+    line = laps(0.0, 100.0, 102.0, 106.0)
+    line.lap(compiling=20.0)
+    line.lap()
+    assert line.line(1, {}) == "2/9     2.0 s     0:14 left"
+    line.lap()
+    assert line.line(2, {}) == "3/9     4.0 s     0:18 left"
 
 
 def test_show_prints_the_line_once(capsys):

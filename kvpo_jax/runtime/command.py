@@ -167,9 +167,10 @@ def _discard(stream: TextIO) -> None:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between processes, under ~/.cache/kvpo_jax.
 
-    JAX's own variables override the folder and the compile time from which a program is kept.
+    All of them: most of a toy's programs are small, and take seconds together. JAX's own variables
+    override the folder and the compile time from which a program is kept.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kvpo_jax/xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

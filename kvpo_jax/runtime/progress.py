@@ -198,6 +198,7 @@ class Progress:
     def __init__(self, iterations: int, clock: Callable[[], float] = time.monotonic):
         self._iterations, self._clock, self._begin, self._took = iterations, clock, clock(), 0.0
         self._recent: deque[float] = deque(maxlen=20)  # seconds, without those of compilation
+        self._laps = 0
 
     def show(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Ends the iteration, numbered from 0, and prints its line."""
@@ -208,6 +209,9 @@ class Progress:
         """Ends an iteration, of which `compiling` seconds will not come again."""
         now = self._clock()
         self._took, self._begin = now - self._begin, now
+        self._laps += 1
+        if self._laps == 2:
+            self._recent.clear()  # the first one has traced the programs, and read them from disk
         self._recent.append(max(0.0, self._took - compiling))
 
     def line(self, iteration: int, metrics: Mapping[str, float], width: int = 80) -> str:
