@@ -33,7 +33,7 @@ from kvpo_jax.models import umt5
 from kvpo_jax.models.layers import exact
 from kvpo_jax.models.wan import Wan, init_variables
 from kvpo_jax.runtime import sharding
-from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, wan_config
+from kvpo_jax.runtime.config import always_on_policy, branches_at_once, recorded_blocks, wan_config
 from kvpo_jax.state import TrainState, make_optimiser
 from kvpo_jax.types import (
     Array,
@@ -43,7 +43,6 @@ from kvpo_jax.types import (
     KVCache,
     PyTree,
     Replayed,
-    ReplayTuples,
     TextKV,
 )
 
@@ -296,8 +295,8 @@ def _recache_programs(
 
 def make_energies(
     config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches | None = None
-) -> Callable[[PyTree, PyTree, Array, TextKV, ReplayTuples, Array | bool], Array]:
-    """(params, lora, embeddings, text, tuples, wanted) -> energies float[P, G] of Eq. 5, no jit.
+) -> Callable[..., tuple[Array, Array | None]]:
+    """(params, lora, embeddings, text, tuples, wanted) -> what `replay.Energies` return, no jit.
 
     config.replay.text says whose text keys and values the replay reads (`replay.TEXTS`); `wanted`
     is as in `chunked.sum_over_steps`.
@@ -305,6 +304,7 @@ def make_energies(
     caches = caches or _Caches(config, mesh)
     model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
     energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
+    settled_from = config.rollout.perturbed_steps if always_on_policy(config) else None
     replay.ENERGIES[config.replay.energy]  # an unknown name is an error now, not while tracing
 
     def policy(frozen, lora):
@@ -317,7 +317,7 @@ def make_energies(
         text = jax.tree.map(sharding.vary_over_branch, text)
         frozen = sharding.vary(params), embeddings, text
         lora, wanted = sharding.vary((lora, wanted))
-        return energies(policy, config.replay, schedule, lora, frozen, tuples, wanted)
+        return energies(policy, config.replay, schedule, lora, frozen, tuples, wanted, settled_from)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
     replayed = sharding.replay_spec(caches.history_spec)
@@ -352,22 +352,22 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
 
     def loss(lora, params, experience, wanted):
         tuples = experience.tuples
-        current = energies(params, lora, experience.embeddings, experience.text, tuples, wanted)
-        current = sharding.constrain(current, mesh)  # every device sees the G energies of a group
+        replayed = energies(params, lora, experience.embeddings, experience.text, tuples, wanted)
+        current, floor = sharding.constrain(replayed, mesh)  # every device sees all G of a group
         losses, diagnostics = group_losses(current, experience)
         share = len(losses) / config.train.prompts_per_iteration
-        return share * jnp.mean(losses), (share, diagnostics, current)
+        return share * jnp.mean(losses), (share, diagnostics, current, floor)
 
     def run(lora, params, experience, wanted):
-        value, pull, (share, diagnostics, current) = jax.vjp(
+        value, pull, (share, diagnostics, current, floor) = jax.vjp(
             lambda lora: loss(lora, params, experience, wanted), lora, has_aux=True
         )
         of_lora = chunked.if_wanted(pull, value, lora, wanted)
         means = {name: share * mean for name, mean in diagnostics.means().items()}
         counted = jnp.sum(diagnostics.gate > 0)
         of_energies = jax.grad(lambda e: jnp.sum(group_losses(e, experience)[0]))(current)
-        weight = objective.prompt_weight(of_energies)
-        return Gradient(of_lora, counted, {"loss": value, **means}), Replayed(current, weight)
+        replayed = Replayed(current, floor, objective.prompt_weight(of_energies))
+        return Gradient(of_lora, counted, {"loss": value, **means}), replayed
 
     return run
 

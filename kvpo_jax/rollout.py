@@ -230,7 +230,10 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
         return sharding.branches_of(x, run.mesh, routed_frames.shape[1])
 
     starts = [block * config.video.block_frames for block in recorded]
-    shape = (len(config.sampler.steps) + 1, *fork.latents[0].shape[1:])
+    noise = None
+    if config.replay.context in replay.READS_NOISE:
+        shape = (len(config.sampler.steps) + 1, *fork.latents[0].shape[1:])
+        noise = [block_noise(fork.noise, start, shape)[:, -1] for start in starts]
     video = block_lib.join_blocks(latents, axis=2, count=config.video.blocks)
     return Rollout(
         branches=branches_of(video),
@@ -243,7 +246,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
             anchor_page.replace(bank=replay.stack_banks(banks)),
             starts,
             [segment_of(start, config.video.switch_frames) for start in starts],
-            [block_noise(fork.noise, start, shape)[:, -1] for start in starts],
+            noise,
         ),
     )
 

@@ -28,7 +28,7 @@ from kvpo_jax.rewards import composite
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, pictures, sharding
-from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches, recorded_blocks
+from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
 from kvpo_jax.state import TrainState, init_state
@@ -64,8 +64,7 @@ def explore(
     Raises:
       DivergedError: the videos are not finite.
     """
-    read = backbone_lib.blocks_read(run.config, run.backbone.to_pixel, windows)
-    blocks = max(read, pivot + recorded_blocks(run.config))
+    blocks = backbone_lib.blocks_read(run.config, run.backbone.to_pixel, windows, pivot)
     seed, fork_frame = run.config.seed, pivot * run.config.video.block_frames
     routing_key = keys.draw_key(seed, "routing", iteration)
     routed_frames = run.programs.draw(routing_key, batch.numbers, fork_frame)
@@ -243,7 +242,7 @@ def explore_and_learn(
         del rolled  # the latents; the experience keeps what the replay needs
         total, replayed = learn(run, state.lora, experience, batch.sentences, total)
         old = replayed.energies if on_policy else experience.energies_old
-        group = Group(judged, old, replayed.weight, batch.sentences)
+        group = Group(judged, old, replayed.floor, replayed.weight, batch.sentences)
         if config.train.epochs == 1:
             return total, group, None
         return total, group, experience.replace(energies_old=old, on_policy=np.asarray(False))
@@ -340,7 +339,8 @@ def train_and_evaluate(
 
 def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | None:
     """`train_and_evaluate` with equipment that is assembled already."""
-    config, clock = run.config, Clock()
+    say = partial(print, flush=True) if sharding.is_main() else None
+    config, clock = run.config, Clock(say)
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
     state = init_state(config, run.mesh, run.initial_lora())
     if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:

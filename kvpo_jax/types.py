@@ -136,7 +136,7 @@ class ReplayTuples(struct.PyTreeNode):
     """What a rollout leaves for the replay (Algorithm 1, step 2), with the unperturbed context.
 
     Attributes:
-      z: float[P, G, W, S, F, Y, X, C].
+      z: float[P, G, W, S, F, Y, X, C]. At the first step it is the noise that all branches share.
       u: float[P, G, W, S, F, Y, X, C].
       history: KVCache with frame int32[P, slots], as it stood at the fork; without a bank.
       page: KVCache with frame int32[P, slots], what the anchor wrote in the window. Its bank,
@@ -144,8 +144,8 @@ class ReplayTuples(struct.PyTreeNode):
       frames: int32[W, A], deployment window of each block.
       start_frame: int32[W].
       segment: int32[W], prompt segment of each block.
-      noise: float[P, W, F, Y, X, C], noise of the cache-writing pass (read by self-rolled replays
-        only).
+      noise: float[P, W, F, Y, X, C], noise of the cache-writing pass; None unless the replay is
+        self-rolled, which alone reads it.
     """
 
     z: Array
@@ -155,7 +155,7 @@ class ReplayTuples(struct.PyTreeNode):
     frames: Array
     start_frame: Array
     segment: Array
-    noise: Array
+    noise: Array | None
 
 
 class Rollout(struct.PyTreeNode):
@@ -257,10 +257,13 @@ class Replayed(struct.PyTreeNode):
 
     Attributes:
       energies: float[P, G] of Eq. 5.
+      floor: float[P, G], what rounding makes of energies that are 0, see `replay.anchor_energies`;
+        None where they are not known apart.
       weight: float[P], how much say each prompt has in the update, see `objective.prompt_weight`.
     """
 
     energies: Array
+    floor: Array | None
     weight: Array
 
 

@@ -165,7 +165,8 @@ def test_a_switch_at_the_pivot_by_hand():
     """LongLive's prompts switch at blocks 13, 25 (the pivot) and 37.
 
     A block has 5 passes, and a recache is as long as 4. The prefix makes the recaches at 13 and 25,
-    the anchor and each of 8 branches make that at 37.
+    the anchor and each of 8 branches make that at 37. The replay of 5 blocks has one pass of the
+    first step for all branches, which the gradient makes again, and 3 of each.
     """
     config, pivot = preset_config("longlive"), benchmark.PRESETS["longlive"].pivot
     assert config.video.switch_frames == (39, 75, 111)
@@ -174,7 +175,7 @@ def test_a_switch_at_the_pivot_by_hand():
     works = benchmark.counted(config, pivot)
     passes = {name: work.tokens / (3 * 1560) for name, work in works.items()}
     assert passes["window_rollout_1"] == 5 * 5 and passes["window_rollout_G"] == 8 * 25
-    replays = 2 * 8 * 5 * 4
+    replays = 2 * 5 * (1 + 8 * 3) + 5
     assert passes["iteration"] == 25 * 5 + 2 * 4 + 9 * (24 * 5 + 4) + replays
 
 

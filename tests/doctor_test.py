@@ -118,6 +118,6 @@ def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsy
 def test_equal_rewards_have_no_spread(config, reward):
     scores = Scores(np.full((2, 8), reward, np.float32), np.zeros(2), {})
     judged = Judged(scores, np.zeros((2, 8)), np.ones(2, bool), pixel_std=np.float32(0.1))
-    group = Group(judged, np.zeros((2, 8)), np.ones(2), sentences=())
+    group = Group(judged, np.zeros((2, 8)), None, np.ones(2), sentences=())
     metrics = {**HEALTHY, **group_metrics([group])}
     assert list(diagnose(config, [metrics])) == ["no spread"]

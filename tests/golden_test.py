@@ -383,7 +383,8 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
         def policy(text, params):
             return (partial(model.apply, {"params": params}), text)
 
-        return -replay.self_rolled_energies(policy, settings, schedule, params, text, tuples)[:, 0]
+        energies, _ = replay.self_rolled_energies(policy, settings, schedule, params, text, tuples)
+        return -energies[:, 0]
 
     params = load_params(golden_dir / "longlive_weights_theta.npz", cfg) if "theta" in tag else base
     value, pull = jax.vjp(jax.jit(log_prob), params)
@@ -769,9 +770,10 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
         def policy(text, params):
             return (partial(model.apply, {"params": params}), text)
 
-        return replay.self_rolled_energies(policy, replay_settings, schedule, params, text, tuples)[
-            :, 0
-        ]
+        energies, _ = replay.self_rolled_energies(
+            policy, replay_settings, schedule, params, text, tuples
+        )
+        return energies[:, 0]
 
     evaluated = jax.jit(energies)
     e_old, e_initial = evaluated(old, noises[0]), evaluated(initial, noises[1])

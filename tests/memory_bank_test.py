@@ -155,9 +155,10 @@ def test_memflow_rollout_forks_its_bank_and_replays_it():
     def policy(variables, _):
         return (partial(Wan(cfg).apply, variables), text)
 
-    energies = jax.jit(
-        partial(replay.anchor_energies, policy, config.replay, schedule, {}, variables)
-    )
+    @jax.jit
+    def energies(tuples):
+        return replay.anchor_energies(policy, config.replay, schedule, {}, variables, tuples)[0]
+
     np.testing.assert_allclose(energies(same.replay), 0, atol=1e-10)
     page = same.replay.page
     page = page.replace(bank=jax.tree.map(jnp.zeros_like, page.bank))

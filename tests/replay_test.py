@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from equipment import SMALLEST, bare_run, batch_of, configure
 
-from kvpo_jax import rollout
+from kvpo_jax import rollout, work
 from kvpo_jax.algorithm import flow, keys, objective, replay
 from kvpo_jax.algorithm.kv_cache import Context
 from kvpo_jax.errors import UsageError
@@ -29,6 +29,7 @@ FIELDS = {
     "rollout.branches": BRANCHES,
     "rollout.window_blocks": WINDOW,
     "replay.blocks": WINDOW,
+    "replay.context": "self_rolled",  # what it reads besides is recorded
 }
 
 
@@ -62,7 +63,7 @@ class World:
     def settings(self, **fields) -> ml_collections.ConfigDict:
         """Section `replay` of the config with other fields."""
         section = ml_collections.ConfigDict(self.config.replay)
-        section.update(fields)
+        section.update({"context": "anchor", **fields})
         return section
 
     def energies(self, policy: PyTree, tuples: ReplayTuples, **fields) -> jax.Array:
@@ -137,7 +138,7 @@ def energies(settings, schedule, policy, text, tuples):
     constants = policy["params"], text
     return replay.CONTEXTS[settings.context](
         as_policy, settings, schedule, policy["lora"], constants, tuples
-    )
+    )[0]
 
 
 def as_policy(constants, lora, model=MODEL):
@@ -355,8 +356,8 @@ def test_chunks_change_neither_energies_nor_gradients(world, context):
 
 
 def test_no_chunk_runs_forward_twice(world):
-    """The program of the gradient has as many forward passes, each with one tanh for all layers,
-    with chunks.
+    """A forward pass has one tanh for all layers. There is one of the first steps and one of the
+    others, and with chunks another of the first steps, which are few (`first_step_energies`).
     """
 
     def forward_passes(chunk):
@@ -366,7 +367,64 @@ def test_no_chunk_runs_forward_twice(world):
         )
         return str(program).count("= tanh ")
 
-    assert forward_passes(2) == forward_passes(0) == 1
+    assert (forward_passes(0), forward_passes(2)) == (2, 3)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_a_first_step_is_replayed_once_for_all_branches(world, chunk):
+    """Counted in the program: 2 prompts of 2 blocks of 4 steps, for 3 branches."""
+
+    def flops(tuples):
+        settings = Hashable(world.settings(chunk=chunk))
+        program = jax.make_jaxpr(energies, static_argnums=0)(
+            settings, world.schedule, world.policy, world.text, tuples
+        )
+        return work.of_program(program.jaxpr).flops
+
+    whole, t = flops(world.tuples), world.tuples
+    one_branch = t.replace(z=t.z[:, :1], u=t.u[:, :1])
+    # 4 + 3 * 12 states against 4 + 12; three times as many would be 3.
+    assert whole / flops(one_branch) == pytest.approx(40 / 16, rel=0.03)
+
+
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_steps_that_read_what_the_replay_reads_need_no_gradient(world, chunk):
+    """The last two of the first block, under the policy that made them: they are in the energies,
+    as what rounding makes of 0, and the gradient is the one of all steps.
+    """
+    settings = Hashable(world.settings(chunk=chunk))
+    perturbed = world.config.rollout.perturbed_steps
+
+    @partial(jax.jit, static_argnums=1)
+    def replayed(u, settled_from):
+        def weighted(lora):
+            total, floor = replay.anchor_energies(
+                as_policy,
+                settings,
+                world.schedule,
+                lora,
+                (world.variables["params"], world.text),
+                world.tuples.replace(u=u),
+                settled_from=settled_from,
+            )
+            return jnp.sum(total * jnp.linspace(-1.0, 2.0, total.size).reshape(total.shape)), (
+                total,
+                floor,
+            )
+
+        return jax.grad(weighted, has_aux=True)(world.variables["lora"])
+
+    gradient, (total, floor) = replayed(world.tuples.u, perturbed)
+    of_all, (expected, nothing) = replayed(world.tuples.u, None)
+    assert nothing is None and 0 < float(floor.max()) < 1e-10
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert_gradients_close(gradient, of_all, 1e-5)
+    # Of other targets it has no gradient, and its energy is what the floor says.
+    other = world.tuples.u.at[:, :, 0, perturbed:].add(1.0)
+    same, (raised, floor) = replayed(other, perturbed)
+    assert_gradients_close(same, gradient, 1e-6)
+    np.testing.assert_allclose(floor, 2.0, rtol=1e-4)
+    np.testing.assert_allclose(raised - total, 2.0, rtol=1e-4)
 
 
 def test_steps_without_gradient_are_constants(world, residual):
@@ -493,7 +551,7 @@ def test_gradient_agrees_with_finite_differences(world):
         def energies_of(lora):
             return replay.anchor_energies(
                 in_double, settings, schedule, lora, (policy["params"], text), tuples
-            )
+            )[0]
 
         old = energies_of(behaviour["lora"])
         reference = old + jnp.asarray(0.1 * np.random.default_rng(1).normal(size=old.shape))

@@ -33,6 +33,7 @@ FIELDS = {
     "video.blocks": BLOCKS,
     "video.switch_frames": SWITCHES,
     "rollout.branches": BRANCHES,
+    "replay.context": "self_rolled",  # the noise that it reads is recorded
 }
 
 

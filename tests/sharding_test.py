@@ -88,10 +88,11 @@ def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) 
     routed_frames = draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)
     perturbed = roll(routed_frames)
     identity = roll(routed_frames.at[:].set(jnp.arange(6, 12)))
-    energies = jax.jit(programs.make_energies(config, equipment.mesh))(
+    energies, floor = jax.jit(programs.make_energies(config, equipment.mesh))(
         variables["params"], other, embeddings, perturbed.text, tuples or perturbed.replay, False
     )
     compilations = {n: c for n, c in equipment.programs.compilations().items() if n in USED}
+    assert floor.shape == energies.shape
     return Run(perturbed, identity, np.asarray(energies), compilations)
 
 

@@ -53,7 +53,7 @@ from kvpo_jax.errors import UsageError, nearest
 from kvpo_jax.models.wan import Wan, WanConfig
 from kvpo_jax.runtime import command, progress
 from kvpo_jax.runtime.atomic import write_json
-from kvpo_jax.runtime.config import recorded_blocks, wan_config
+from kvpo_jax.runtime.config import always_on_policy, recorded_blocks, wan_config
 from kvpo_jax.state import init_state
 from kvpo_jax.types import PyTree
 
@@ -187,15 +187,21 @@ def counted(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Work]:
 
     def replayed(backward: bool) -> Work:
         out, recorded = Work(), range(pivot, pivot + recorded_blocks(config))
+        shared = replay.context == "anchor"  # the first step, by all branches
+        learned = min(replay.grad_steps, steps)
         for block in recorded:
-            out += forward(block) * steps
+            out += forward(block) * (branches * (steps - shared) + shared)
             if backward:
+                of_branch = learned - shared
+                if shared and block == pivot and always_on_policy(config):  # the settled steps
+                    of_branch = min(of_branch, max(config.rollout.perturbed_steps, 1) - shared)
                 flops = backward_flops(cfg, tokens, video.block_frames, past(block), own_text)
-                out += Work(flops) * min(replay.grad_steps, steps)
+                out += Work(flops) * (branches * of_branch + shared)
+                out += forward(block) * (shared and replay.chunk > 0)
             if replay.context == "self_rolled" and block != recorded[-1]:
                 # The cache write, and the last step without its gradient where it has one.
-                out += forward(block) * (2 if replay.grad_steps >= steps else 1)
-        return out * branches + text * own_text
+                out += forward(block) * (branches * (2 if learned == steps else 1))
+        return out + text * own_text
 
     # The recache of a switch at the pivot is made once, before the fork.
     trajectories = blocks(pivot, video.blocks) * (1 + branches)

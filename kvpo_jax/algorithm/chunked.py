@@ -55,7 +55,7 @@ def sum_over_steps(
     chunk: int,
     wanted: Array | bool,
 ) -> Array:
-    """float[P, G]: the sum of step_values over the axes W and S of states [P, G, W, S].
+    """float[P, G]: the sum of step_values over the last axis of states [P, G, N].
 
     With chunks, the gradient is accumulated in the forward pass. The loss depends on lora through
     the sums only, so dL/dlora = sum_g (dL/dE_g) (dE_g/dlora): the forward pass keeps dE_g/dlora of
@@ -66,13 +66,13 @@ def sum_over_steps(
       step_values: must not close over arrays.
       lora: what the gradient is of.
       frozen: other arrays that step_values needs. With chunks they get no gradient.
-      states: a struct of arrays with the axes [P, G, W, S, ...].
+      states: a struct of arrays with the axes [P, G, N, ...].
       chunk: states at a time; 0 takes all in one batch.
       wanted: bool[], whether the gradient will be read; with chunks it costs nothing if not.
     """
-    p, g, w, s = jax.tree.leaves(states)[0].shape[:4]
-    if not chunk or chunk >= p * g * w * s:
-        return step_values(lora, frozen, fold(states, 4, -1)).reshape(p, g, -1).sum(axis=-1)
+    p, g, n = jax.tree.leaves(states)[0].shape[:3]
+    if not chunk or chunk >= p * g * n:
+        return step_values(lora, frozen, fold(states, 3, -1)).reshape(p, g, n).sum(axis=-1)
 
     def sum_of_chunk(lora: PyTree, frozen: PyTree, states: PyTree) -> Array:
         return step_values(lora, frozen, states).sum()
@@ -80,7 +80,7 @@ def sum_over_steps(
     @jax.custom_vjp
     def total(lora: PyTree, frozen: PyTree, states: PyTree, wanted: Array | bool) -> Array:
         values = partial(step_values, lora, frozen)
-        flat = map_chunks(values, fold(states, 4, -1), p * g * w * s, chunk)
+        flat = map_chunks(values, fold(states, 3, -1), p * g * n, chunk)
         return flat.reshape(p * g, -1).sum(axis=-1)
 
     def with_gradients(
@@ -91,12 +91,17 @@ def sum_over_steps(
             gradient = if_wanted(pull, value, lora, wanted)
             return jax.tree.map(jnp.add, so_far, (value, gradient)), None
 
-        def of_branch(chunks: PyTree) -> tuple[Array, PyTree]:
-            first = jax.tree.leaves(chunks)[0].reshape(-1)[0]  # a float of the right sharding
-            zeros = jax.tree.map(jnp.zeros_like, (first, lora))
-            return jax.lax.scan(add, zeros, chunks)[0]
+        def of_branch(states: PyTree) -> tuple[Array, PyTree]:
+            size = min(chunk, n)
+            whole = n - n % size
+            first = jax.tree.leaves(states)[0].reshape(-1)[0]  # a float of the right sharding
+            sums = jax.tree.map(jnp.zeros_like, (first, lora))
+            chunks = fold(jax.tree.map(lambda x: x[:whole], states), 1, -1, size)
+            sums, _ = jax.lax.scan(add, sums, chunks)
+            rest = jax.tree.map(lambda x: x[whole:], states)
+            return sums if whole == n else add(sums, rest)[0]
 
-        return jax.lax.map(of_branch, fold(states, 4, p * g, -1, largest_chunk(chunk, w * s)))
+        return jax.lax.map(of_branch, fold(states, 3, p * g, n))
 
     def weigh(gradients: PyTree, weights: Array) -> tuple[PyTree, None, None, None]:
         of_lora = jax.tree.map(lambda x: jnp.tensordot(weights, x, axes=1), gradients)

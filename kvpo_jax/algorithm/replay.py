@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from flax import struct
 
 from kvpo_jax.algorithm import chunked, flow, kv_cache, routing
@@ -23,9 +24,9 @@ from kvpo_jax.types import Array, BlockRecord, KVCache, MemoryBank, PyTree, Repl
 
 # (frozen, lora) -> the network of that policy, and the text that it reads, float[L, P, M, K, H, D].
 Policy = Callable[[PyTree, PyTree], tuple[Network, TextKV]]
-# (policy, options, schedule, lora, frozen, tuples, wanted) -> energies float[P, G]; see
+# (policy, options, schedule, lora, frozen, tuples, wanted, settled_from) -> (energies, floor); see
 # `anchor_energies`.
-Energies = Callable[..., Array]
+Energies = Callable[..., tuple[Array, Array | None]]
 
 
 # ---------------------------------------------------------------- what is replayed
@@ -38,7 +39,7 @@ def record_tuples(
     page: KVCache,
     start_frames: Sequence[int],
     segments: Sequence[int],
-    noise: Sequence[Array],
+    noise: Sequence[Array] | None,
 ) -> ReplayTuples:
     """ReplayTuples of the W blocks of a window (Algorithm 1, step 2).
 
@@ -49,7 +50,8 @@ def record_tuples(
       page: what the anchor wrote, with the banks of the W blocks.
       start_frames: first frame of each block.
       segments: prompt segment of each block.
-      noise: float[P, F, Y, X, C] each, of the cache-writing pass.
+      noise: float[P, F, Y, X, C] each, of the cache-writing pass; None if it is not read
+        (`READS_NOISE`).
     """
     return ReplayTuples(
         z=jnp.stack([record.z for record in records], axis=2),
@@ -59,7 +61,7 @@ def record_tuples(
         frames=jnp.stack([routing.deployment_frames(window, start) for start in start_frames]),
         start_frame=jnp.asarray(start_frames, jnp.int32),
         segment=jnp.asarray(segments, jnp.int32),
-        noise=jnp.stack(noise, axis=1),
+        noise=None if noise is None else jnp.stack(noise, axis=1),
     )
 
 
@@ -166,7 +168,8 @@ def branch_energies(
 ) -> Array:
     """Eq. 5: E_g = sum over b in B and s of (1/d) |v_theta(z_bs, sigma_s, K_<b) - u_bs|^2.
 
-    float[P, G] of states [P, G, W, S]; `wanted` as in `chunked.sum_over_steps`.
+    float[P, G] of states [P, G, N], some or all of a branch's W * S; `wanted` as in
+    `chunked.sum_over_steps`.
     """
     step_energy = ENERGIES[options.energy]
 
@@ -176,6 +179,42 @@ def branch_energies(
         return step_energy(velocity, states.u, states.sigma, options)
 
     return chunked.sum_over_steps(per_step, lora, (frozen, context), states, options.chunk, wanted)
+
+
+def first_step_energies(
+    policy: Policy,
+    options: ml_collections.ConfigDict,
+    lora: PyTree,
+    frozen: PyTree,
+    context: Context,
+    states: States,
+) -> Array:
+    """The summands of Eq. 5 of the first step of every block; float[P, G] of states [P, G, W].
+
+    The branches of a prompt begin a block with the same noise, and under the anchor's context they
+    read the same past. So one velocity serves all of them, and one gradient, once the weight of
+    each branch is known. A chunk then runs forward again: that is little, as it is one for all
+    branches.
+    """
+    p, g, w = states.sigma.shape
+    step_energy = ENERGIES[options.energy]
+    followed = chunked.fold(jnp.moveaxis(states.u, 1, 2), 2, p * w)  # [P * W, G, F, Y, X, C]
+
+    def of_chunk(rows: tuple[States, Array]) -> Array:
+        shared, followed = rows
+        velocity = replayed_velocity(*policy(frozen, lora), context, shared)
+        of_branch = jax.vmap(
+            lambda u: step_energy(velocity, u, shared.sigma, options), in_axes=1, out_axes=1
+        )
+        return of_branch(followed)
+
+    energy = chunked.map_chunks(
+        jax.checkpoint(of_chunk) if options.chunk else of_chunk,
+        (states[:, 0].flat(), followed),
+        p * w,
+        options.chunk,
+    )
+    return energy.reshape(p, w, g).sum(axis=1)
 
 
 # ---------------------------------------------------------------- the context of the replay
@@ -189,8 +228,9 @@ def anchor_energies(
     frozen: PyTree,
     tuples: ReplayTuples,
     wanted: Array | bool = True,
-) -> Array:
-    """Paper: Eq. 5 under the anchor's own cache, all blocks and steps at once; float[P, G].
+    settled_from: int | None = None,
+) -> tuple[Array, Array | None]:
+    """Paper: Eq. 5 under the anchor's own cache, all blocks and steps at once.
 
     Gradients flow to lora from the first `options.grad_steps` steps, and to `frozen` only without
     chunks.
@@ -203,19 +243,36 @@ def anchor_energies(
       frozen: what else the policy needs.
       tuples: what the rollout recorded.
       wanted: bool[], whether the gradient will be read.
+      settled_from: the first solver step that is not routed, where theta equals old in every
+        gradient. From it on the branches read in the first block what the replay reads, so that
+        their residual and its gradient are 0, and none is computed. None: every step has one.
+
+    Returns:
+      Energies float[P, G], and what rounding makes of the zeros, float[P, G], or None.
     """
-    p = tuples.z.shape[0]
+    p, g, w, s = tuples.z.shape[:4]
     states = replay_states(schedule, tuples)
-    learned = min(options.grad_steps, tuples.z.shape[3])
     frames = jnp.broadcast_to(tuples.frames, (p, *tuples.frames.shape))
     context = kv_cache.read(frames, tuples.history, tuples.page)
-    learned_states = states[:, :, :, :learned]
-    energies = branch_energies(policy, options, lora, frozen, context, learned_states, wanted)
-    if learned < tuples.z.shape[3]:
-        constant = jax.lax.stop_gradient((lora, frozen))
-        rest = states[:, :, :, learned:]
-        energies += branch_energies(policy, options, *constant, context, rest, wanted)
-    return energies
+    block, step = np.divmod(np.arange(w * s), s)
+    settled = (block == 0) & (step >= max(1, s if settled_from is None else settled_from))
+    learned = (step < options.grad_steps) & ~settled
+    constant = jax.lax.stop_gradient((lora, frozen))
+    flat = chunked.fold(states, 4, p, g, w * s)
+
+    def energies_of(steps: np.ndarray, lora: PyTree, frozen: PyTree, wanted: Array | bool) -> Array:
+        chosen = flat[:, :, np.flatnonzero(steps)]
+        return branch_energies(policy, options, lora, frozen, context, chosen, wanted)
+
+    total = first_step_energies(policy, options, lora, frozen, context, states[:, :, :, 0])
+    if (steps := learned & (step > 0)).any():
+        total += energies_of(steps, lora, frozen, wanted)
+    if (steps := ~learned & ~settled).any():
+        total += energies_of(steps, *constant, False)
+    if not settled.any():
+        return total, None
+    floor = energies_of(settled, *constant, False)
+    return total + floor, floor
 
 
 def self_rolled_energies(
@@ -226,13 +283,14 @@ def self_rolled_energies(
     frozen: PyTree,
     tuples: ReplayTuples,
     wanted: Array | bool = True,
-) -> Array:
+    settled_from: int | None = None,
+) -> tuple[Array, None]:
     """Release: from the second block on, each branch reads what the replaying model wrote.
 
-    Arguments and result as in `anchor_energies`. The first block reads the unperturbed cache at the
-    fork. After each block the solver's step from the replaying model's own last velocity to the
-    context level, with the rollout's noise, is written into a page of the branch's own; nothing
-    flows back through it.
+    Arguments and result as in `anchor_energies`, but no step is settled. The first block reads the
+    unperturbed cache at the fork. After each block the solver's step from the replaying model's own
+    last velocity to the context level, with the rollout's noise, is written into a page of the
+    branch's own; nothing flows back through it.
 
     Pass 1, without gradient, rolls every branch forward to fill its page, and sums the energies of
     the steps that carry no gradient. Pass 2 is of the steps that do, for all blocks at once: they
@@ -245,10 +303,9 @@ def self_rolled_energies(
     context = Context.join([_branch_context(tuples, page, b) for b in range(w)])
     row = jnp.arange(w)[:, None] * p * g + jnp.arange(p * g).reshape(p, g, 1, 1)
     states = states.replace(context=jnp.broadcast_to(row, states.context.shape))
-    learned_states = states[:, :, :, :learned]
-    return energies + branch_energies(
-        policy, options, lora, frozen, context, learned_states, wanted
-    )
+    learned_states = chunked.fold(states[:, :, :, :learned], 4, p, g, w * learned)
+    energies += branch_energies(policy, options, lora, frozen, context, learned_states, wanted)
+    return energies, None
 
 
 def _branch_context(tuples: ReplayTuples, page: KVCache, block: int) -> Context:
@@ -271,6 +328,7 @@ def _roll_pages(
     """Pass 1 of `self_rolled_energies`: what the branches write, and float[P, G], the energies of
     the steps without gradient.
     """
+    assert tuples.noise is not None
     p, g, w, s = tuples.z.shape[:4]
     learned = min(options.grad_steps, s)
     states = replay_states(schedule, tuples)
@@ -312,6 +370,7 @@ def _roll_pages(
 CONTEXTS: Registry[Energies] = Registry(
     "replay.context", {"anchor": anchor_energies, "self_rolled": self_rolled_energies}
 )
+READS_NOISE = ("self_rolled",)  # the contexts that read `ReplayTuples.noise`
 
 
 # ---------------------------------------------------------------- the text of the replay

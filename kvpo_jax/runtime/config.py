@@ -300,6 +300,11 @@ def is_on_policy(config: ConfigDict, iteration: int) -> bool:
     return iteration % config.train.rollouts_per_sync == 0
 
 
+def always_on_policy(config: ConfigDict) -> bool:
+    """Whether pi_old is pi_theta in every gradient of a run."""
+    return config.train.rollouts_per_sync == config.train.epochs == 1
+
+
 def micro_batches(config: ConfigDict) -> Iterator[np.ndarray]:
     """The numbers of the prompts of an iteration, so many at a time."""
     size = prompts_at_once(config)

@@ -38,12 +38,14 @@ class Group(struct.PyTreeNode):
     Attributes:
       judged: rewards, gates and pictures of its P groups.
       energies: float[P, G], of the old policy.
+      floor: float[P, G], what rounding makes of energies that are 0; None where they are not known.
       weight: float[P], how much say each prompt has in the update.
       sentences: P sequences (static).
     """
 
     judged: Judged
     energies: Array
+    floor: Array | None
     weight: Array
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
 
@@ -65,6 +67,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
             "pixel_std_in_group": group.judged.pixel_std,
             "gate_open": group.judged.gate_open.mean(),
             "energy_old_std_in_group": objective.mean_spread(group.energies),
+            **({} if group.floor is None else {"energy_floor": group.floor.mean()}),
             **means,
         }
 
