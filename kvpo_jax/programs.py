@@ -336,19 +336,19 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
     """
 
     def group_losses(current, experience):
-        group_loss = partial(
-            objective.loss,
+        return per_group(
+            objective.loss, current, experience, experience.advantages, experience.gate_open
+        )
+
+    def per_group(function, current, experience, *further):
+        of_group = partial(
+            function,
             config.objective,
             energy_unit=experience.energy_unit,
             on_policy=experience.on_policy,
         )
-        return jax.vmap(group_loss)(
-            current,
-            experience.energies_old,
-            experience.energies_ref,
-            experience.advantages,
-            experience.gate_open,
-        )
+        energies = current, experience.energies_old, experience.energies_ref
+        return jax.vmap(of_group)(*energies, *further)
 
     def loss(lora, params, experience, wanted):
         tuples = experience.tuples
@@ -366,7 +366,14 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
         means = {name: share * mean for name, mean in diagnostics.means().items()}
         counted = jnp.sum(diagnostics.gate > 0)
         of_energies = jax.grad(lambda e: jnp.sum(group_losses(e, experience)[0]))(current)
-        replayed = Replayed(current, floor, objective.prompt_weight(of_energies))
+        policies = per_group(objective.policies, current, experience)
+        replayed = Replayed(
+            energies=current,
+            floor=floor,
+            probability=jnp.exp(policies.log_pi),
+            ratio=jnp.exp(policies.log_rho),
+            weight=objective.prompt_weight(of_energies),
+        )
         return Gradient(of_lora, counted, {"loss": value, **means}), replayed
 
     return run

@@ -259,11 +259,15 @@ class Replayed(struct.PyTreeNode):
       energies: float[P, G] of Eq. 5.
       floor: float[P, G], what rounding makes of energies that are 0, see `replay.anchor_energies`;
         None where they are not known apart.
+      probability: float[P, G], what the policy gives each branch (Eq. 6).
+      ratio: float[P, G], over what the old policy gives it (Eq. 7), exactly 1 on policy.
       weight: float[P], how much say each prompt has in the update, see `objective.prompt_weight`.
     """
 
     energies: Array
     floor: Array | None
+    probability: Array
+    ratio: Array
     weight: Array
 
 

@@ -344,6 +344,42 @@ def prompt_weight(of_energies: Array) -> Array:
 # ---------------------------------------------------------------- what the trainer calls
 
 
+class Policies(struct.PyTreeNode):
+    """The Gibbs policies of one group; only `log_pi` and `log_rho` carry gradient.
+
+    Attributes:
+      energies_old: float[G], those that the rollout's policy is made of.
+      tau: float[], in units of energy.
+      log_pi: float[G], Eq. 6 of the policy that is trained.
+      log_pi_ref: float[G], of the reference.
+      log_rho: float[G], Eq. 7, exactly 0 on policy.
+    """
+
+    energies_old: Array
+    tau: Array
+    log_pi: Array
+    log_pi_ref: Array
+    log_rho: Array
+
+
+def policies(
+    options: ml_collections.ConfigDict,
+    energies: Array,
+    energies_old: Array,
+    energies_ref: Array,
+    energy_unit: Array | float = 1.0,
+    on_policy: Array | bool = False,
+) -> Policies:
+    """Eq. 6 and Eq. 7 of one group; arguments as in `loss`."""
+    energies_old = jnp.where(on_policy, jax.lax.stop_gradient(energies), energies_old)
+    tau = temperature(energies_old, options.tau, options.tau_unit, energy_unit)
+    log_pi = log_policy(energies, tau)
+    log_pi_old = jax.lax.stop_gradient(log_policy(energies_old, tau))
+    log_pi_ref = jax.lax.stop_gradient(log_policy(energies_ref, tau))
+    log_pi_old = jnp.where(on_policy, jax.lax.stop_gradient(log_pi), log_pi_old)
+    return Policies(energies_old, tau, log_pi, log_pi_ref, log_ratio(log_pi, log_pi_old))
+
+
 class Diagnostics(struct.PyTreeNode):
     """Of one group, float[] each; with leading axes after a vmap.
 
@@ -407,16 +443,11 @@ def loss(
       The loss float[], and its diagnostics.
     """
     chex.assert_equal_shape([energies, energies_old, energies_ref, advantages])
-    energies_old = jnp.where(on_policy, jax.lax.stop_gradient(energies), energies_old)
-    tau = temperature(energies_old, options.tau, options.tau_unit, energy_unit)
-    log_pi = log_policy(energies, tau)
-    log_pi_old = jax.lax.stop_gradient(log_policy(energies_old, tau))
-    log_pi_ref = jax.lax.stop_gradient(log_policy(energies_ref, tau))
-    log_pi_old = jnp.where(on_policy, jax.lax.stop_gradient(log_pi), log_pi_old)
-    log_rho = log_ratio(log_pi, log_pi_old)
+    of_group = policies(options, energies, energies_old, energies_ref, energy_unit, on_policy)
+    tau, log_pi, log_rho = of_group.tau, of_group.log_pi, of_group.log_rho
     advantages = jax.lax.stop_gradient(advantages)
     surrogate = clipped_surrogate(log_rho, advantages, options.clip_low, options.clip_high)
-    kl = kl_divergence(log_pi, log_pi_ref)
+    kl = kl_divergence(log_pi, of_group.log_pi_ref)
     scale = gate_scale(options.gate, gate_open, log_pi)
     rho = jnp.exp(log_rho)
     clipped = (rho < 1 - options.clip_low) | (rho > 1 + options.clip_high)
@@ -431,6 +462,6 @@ def loss(
         tau=tau,
         energy=energies.mean(),
         energy_std=group_std(energies),
-        effective_kl_strength=effective_kl_strength(energies_old, tau, options.beta),
+        effective_kl_strength=effective_kl_strength(of_group.energies_old, tau, options.beta),
     )
     return scale * (surrogate + options.beta * kl), diagnostics
