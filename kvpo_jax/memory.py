@@ -189,6 +189,7 @@ def _trace_rollout(run: Run, state: TrainState, explored: Prompts, drawn: Array)
     specs = Rollout(
         branches=sharding.TRAJECTORIES,
         anchor=sharding.PROMPTS,
+        routed_frames=sharding.REPLICATED,
         text=sharding.TEXT,
         replay=sharding.replay_spec(history),
     )

@@ -238,6 +238,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
     return Rollout(
         branches=branches_of(video),
         anchor=video[:, 0],
+        routed_frames=routed_frames,
         text=text,
         replay=replay.record_tuples(
             routing.window(config.window),
@@ -253,12 +254,15 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
 
 def _with_branches(rolled: Rollout, chunk: Rollout) -> Rollout:
     """The branches of two chunks. Each has rolled the same anchor, to keep batch shapes equal."""
-    z, u, branches = (
+    z, u, branches, routed_frames = (
         block_lib.join_blocks(pair, axis=1)
         for pair in (
             (rolled.replay.z, chunk.replay.z),
             (rolled.replay.u, chunk.replay.u),
             (rolled.branches, chunk.branches),
+            (rolled.routed_frames, chunk.routed_frames),
         )
     )
-    return rolled.replace(branches=branches, replay=rolled.replay.replace(z=z, u=u))
+    return rolled.replace(
+        branches=branches, routed_frames=routed_frames, replay=rolled.replay.replace(z=z, u=u)
+    )

@@ -239,10 +239,18 @@ def explore_and_learn(
         judged = judge(run, rolled, batch, iteration, pivot, windows)
     with clock.time("update"):
         experience = remember(run, state, rolled, batch, judged, on_policy)
+        routed_frames = rolled.routed_frames
         del rolled  # the latents; the experience keeps what the replay needs
         total, replayed = learn(run, state.lora, experience, batch.sentences, total)
         old = replayed.energies if on_policy else experience.energies_old
-        group = Group(judged, old, replayed.floor, replayed.weight, batch.sentences)
+        group = Group(
+            judged=judged,
+            routed_frames=routed_frames,
+            energies_old=old,
+            energies_ref=experience.energies_ref,
+            replayed=replayed,
+            sentences=batch.sentences,
+        )
         if config.train.epochs == 1:
             return total, group, None
         return total, group, experience.replace(energies_old=old, on_policy=np.asarray(False))
@@ -294,11 +302,12 @@ def improve(
         updated, metrics = apply(run, state, total)
         for _ in range(1, run.config.train.epochs):
             total = None
-            for group, again in zip(groups, kept, strict=True):
-                total, _ = learn(run, updated.lora, again, group.sentences, total)
+            for i, again in enumerate(kept):
+                total, replayed = learn(run, updated.lora, again, groups[i].sentences, total)
+                groups[i] = groups[i].replace(replayed=replayed)
             updated, metrics = apply(run, updated, total)
 
-        old = np.concatenate([np.asarray(group.energies) for group in groups])
+        old = np.concatenate([np.asarray(group.energies_old) for group in groups])
         unit = objective.next_unit(np.asarray(state.energy_unit), objective.mean_spread(old))
         done = np.asarray(iteration + 1, np.int32)
         updated = updated.replace(

@@ -164,12 +164,14 @@ class Rollout(struct.PyTreeNode):
     Attributes:
       branches: float[P, G, frames, Y, X, C], clean latents.
       anchor: float[P, frames, Y, X, C].
+      routed_frames: int32[P, G, routed], the past frames that CHR drew for each branch.
       text: TextKV float[L, P, M, K, H, D], made by the policy of the rollout.
       replay: ReplayTuples.
     """
 
     branches: Array
     anchor: Array
+    routed_frames: Array
     text: TextKV
     replay: ReplayTuples
 

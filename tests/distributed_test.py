@@ -408,6 +408,16 @@ def lines(workdir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows]
 
 
+def records_of(workdir: Path) -> list[dict]:
+    """branches.jsonl, its lists and objects as arrays and components of their own names."""
+    rows = [json.loads(line) for line in (workdir / "branches.jsonl").read_text().splitlines()]
+    for row in rows:
+        for name, of_component in row.pop("components").items():
+            row |= {f"{name} {whose}": value for whose, value in of_component.items()}
+        row["routed"] = np.array(row["routed"])
+    return rows
+
+
 def wait_for_lines(workdir: Path, count: int, processes: Sequence[subprocess.Popen]) -> None:
     end = time.monotonic() + 200
     path = workdir / "metrics.jsonl"
@@ -478,6 +488,15 @@ def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
     )
     for row, expected in zip(lines(two), lines(one), strict=True):
         assert row == pytest.approx(expected, rel=1000 * tolerance, abs=tolerance)
+    records = [records_of(workdir) for workdir in (two, one)]
+    assert [len(of_run) for of_run in records] == [ITERATIONS * PROMPTS] * 2
+    for row, expected in zip(*records, strict=True):
+        assert row.keys() == expected.keys()
+        for name, value in row.items():
+            if name == "prompt":
+                assert value == expected[name]
+            else:
+                assert value == pytest.approx(expected[name], rel=1000 * tolerance, abs=tolerance)
     assert (two / "report" / "before_after.png").exists()
 
 

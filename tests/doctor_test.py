@@ -9,7 +9,7 @@ from kvpo_jax import train
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import doctor
 from kvpo_jax.runtime.metrics import Group, group_metrics
-from kvpo_jax.types import Judged, Scores
+from kvpo_jax.types import Judged, Replayed, Scores
 
 HEALTHY = {
     "prompts_with_weight": 4,
@@ -118,6 +118,8 @@ def test_a_real_run_with_identical_branches_is_found_out(config, tmp_path, capsy
 def test_equal_rewards_have_no_spread(config, reward):
     scores = Scores(np.full((2, 8), reward, np.float32), np.zeros(2), {})
     judged = Judged(scores, np.zeros((2, 8)), np.ones(2, bool), pixel_std=np.float32(0.1))
-    group = Group(judged, np.zeros((2, 8)), None, np.ones(2), sentences=())
+    zeros = np.zeros((2, 8))
+    replayed = Replayed(zeros, None, zeros + 1 / 8, zeros + 1, weight=np.ones(2))
+    group = Group(judged, np.zeros((2, 8, 6), int), zeros, zeros, replayed, sentences=())
     metrics = {**HEALTHY, **group_metrics([group])}
     assert list(diagnose(config, [metrics])) == ["no spread"]

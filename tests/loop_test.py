@@ -174,6 +174,7 @@ class Run:
       results: of the held-out evaluations, in their order.
       summary: what summary.json holds.
       metrics: the lines of metrics.jsonl.
+      branches: the lines of branches.jsonl.
       initial: the LoRA tree that the run started from.
       saved: the train state after 1, 2, ... iterations, by name.
     """
@@ -184,6 +185,7 @@ class Run:
     results: list[Heldout]
     summary: dict
     metrics: list[dict]
+    branches: list[dict]
     initial: PyTree
     saved: list[dict]
 
@@ -250,9 +252,13 @@ def run(tmp_path_factory) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         batches, results = watch(patch)
         train.train_and_evaluate(config, workdir)
-    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    metrics, branches = (
+        [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("metrics", "branches")
+    )
     summary = json.loads((workdir / "summary.json").read_text())
-    return Run(config, workdir, batches, results, summary, metrics, initial, saved_states(workdir))
+    saved = saved_states(workdir)
+    return Run(config, workdir, batches, results, summary, metrics, branches, initial, saved)
 
 
 def test_every_iteration_has_a_policy_of_its_own(run):
@@ -283,9 +289,13 @@ def test_every_second_rollout_is_on_policy(run):
 
 
 @pytest.fixture(scope="module")
-def energies(run):
+def equipment(run):
+    return run_lib.load(run.config)
+
+
+@pytest.fixture(scope="module")
+def energies(run, equipment):
     """(name of a policy, Batch) -> its energies float[P, G] of what the batch replays."""
-    equipment = run_lib.load(run.config)
 
     def energies_under(name: str, batch: Batch) -> np.ndarray:
         return np.asarray(train.energies(equipment, run.policies[name], batch.experience))
@@ -307,6 +317,80 @@ def test_off_policy_the_old_energies_are_those_of_the_rollouts_policy(run, energ
         found = batch.experience.energies_old
         np.testing.assert_allclose(found, energies("initial", batch), rtol=1e-5)
         assert np.abs(found / energies("after 1", batch) - 1).min() > 0.1
+
+
+def recorded(run, iteration: int, name: str) -> np.ndarray:
+    """What branches.jsonl has of an iteration, [P, ...]."""
+    return np.array([row[name] for row in run.branches if row["iteration"] == iteration])
+
+
+def test_a_record_per_iteration_and_prompt(run, equipment):
+    assert [row["iteration"] for row in run.branches] == [0, 0, 1, 1, 2, 2]
+    trained = [batch for group in run.training for batch in group]
+    for row, batch in zip(run.branches, trained, strict=True):
+        assert row["prompt"] == list(equipment.backbone.prompts(*batch.prompts[0]))
+
+
+def test_the_recorded_frames_are_those_that_were_drawn(run, equipment):
+    for iteration, metrics in enumerate(run.metrics):
+        pivot = int(metrics["pivot"])
+        drawn = equipment.programs.draw(
+            key_of(SEED, "routing", iteration), np.arange(PROMPTS, dtype=np.int32), 3 * pivot
+        )
+        np.testing.assert_array_equal(recorded(run, iteration, "routed"), drawn)
+        assert set(recorded(run, iteration, "pivot")) == {pivot}
+        assert set(recorded(run, iteration, "fork_frame")) == {3 * pivot}
+        assert recorded(run, iteration, "window").tolist() == [[pivot, pivot]] * PROMPTS
+
+
+def test_the_recorded_energies_are_those_of_three_policies(run, energies):
+    """At iteration 1 the old policy is the initial one; at the others it is the trained one."""
+    trained, old = ("initial", "after 1", "after 2"), ("initial", "initial", "after 2")
+    for i, batches in enumerate(run.training):
+        for name, policy in (
+            ("energy", trained[i]),
+            ("energy_old", old[i]),
+            ("energy_reference", "initial"),
+        ):
+            found = recorded(run, i, name)
+            expected = np.concatenate([energies(policy, batch) for batch in batches])
+            np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=f"{name} {i}")
+
+
+def test_the_recorded_policy_is_gibbs_and_its_ratio_is_one_on_policy(run):
+    """Eq. 6 and 7 of the recorded energies; the ratio is exactly 1 where theta equals old."""
+
+    def gibbs(energies, tau):
+        weights = np.exp(-(energies - energies.min(axis=1, keepdims=True)) / tau)
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    for i, metrics in enumerate(run.metrics):
+        probability, ratio = (recorded(run, i, name) for name in ("probability", "ratio"))
+        np.testing.assert_allclose(probability.sum(axis=1), 1, rtol=1e-6)
+        theta, old = (gibbs(recorded(run, i, x), metrics["tau"]) for x in ("energy", "energy_old"))
+        np.testing.assert_allclose(probability, theta, rtol=1e-3)
+        np.testing.assert_allclose(ratio, theta / old, rtol=1e-3)
+        assert np.all(ratio == 1) == (i != 1)
+        deviation = np.abs(ratio - 1).max(axis=1).mean()
+        assert deviation == pytest.approx(metrics["ratio_deviation"], rel=1e-3)
+
+
+def test_the_recorded_rewards_are_those_of_the_metrics(run):
+    for i, metrics in enumerate(run.metrics):
+        reward, anchor, gate_open = (
+            recorded(run, i, name) for name in ("reward", "reward_anchor", "gate_open")
+        )
+        assert reward.mean() == pytest.approx(metrics["reward"], rel=1e-5)
+        assert anchor.mean() == pytest.approx(metrics["reward_anchor"], rel=1e-5)
+        spread = reward.std(axis=1, keepdims=True)
+        expected = (reward - reward.mean(axis=1, keepdims=True)) / spread
+        np.testing.assert_allclose(recorded(run, i, "advantage"), expected, atol=1e-2)
+        assert gate_open.tolist() == np.any(reward > anchor[:, None], axis=1).tolist()
+        for components in recorded(run, i, "components"):
+            assert components.keys() == {"VQ", "MQ", "TA"}
+        for name in ("VQ", "MQ", "TA"):
+            scores = [x[name]["branches"] for x in recorded(run, i, "components")]
+            assert np.mean(scores) == pytest.approx(metrics[f"reward_{name}"], rel=1e-5)
 
 
 def test_the_unit_of_tau_is_common_and_is_the_running_mean_of_the_spreads(run):

@@ -11,8 +11,10 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equipment import configure
 
 from kvpo_jax.runtime import metrics
+from kvpo_jax.types import Judged, Replayed, Scores
 
 
 def lines(path):
@@ -115,6 +117,136 @@ def test_gaps_and_repetitions_are_said(tmp_path, capsys):
         metrics.JsonlWriter(path, first_step).close()
         assert capsys.readouterr().out == ""
 
+
+# ---------------------------------------------------------------- records of branches
+
+PROMPTS, BRANCHES = 3, 2
+# A number per (prompt, branch) or per prompt, different for each name: 0.1 is prompt 0, branch 0.
+TWO = np.array([[0.1, 0.2], [1.1, 1.2], [2.1, 2.2]], np.float32)
+ONE = np.array([0.5, 1.5, 2.5], np.float32)
+# The metrics of the update that are printed.
+UPDATE = ("kl", "grad_norm", "entropy", "clip_fraction")
+ROUTED = np.array([[[3, 5], [4, 8]], [[3, 4], [5, 6]], [[6, 7], [7, 9]]], np.int32)
+
+
+@pytest.fixture
+def config():
+    fields = {
+        "rollout.branches": BRANCHES,
+        "rollout.window_blocks": 2,
+        "train.prompts_per_iteration": PROMPTS,
+    }
+    return configure("configs/tiny.py", fields)
+
+
+@pytest.fixture
+def recorder_of(config, tmp_path):
+    """first iteration -> Recorder of runs in one directory."""
+    return lambda first: metrics.Recorder(config, tmp_path, first)
+
+
+def groups():
+    """An iteration made by hand, of two micro-batches: prompts 0 and 1, and prompt 2."""
+
+    def group(*prompts):
+        def of(x):
+            return jnp.asarray(x[list(prompts)])
+
+        judged = Judged(
+            scores=Scores(of(10 + TWO), of(20 + ONE), {"MQ": (of(30 + TWO), of(40 + ONE))}),
+            advantages=of(50 + TWO),
+            gate_open=of(np.array([True, False, True])),
+            pixel_std=jnp.float32(0.1),
+        )
+        replayed = Replayed(
+            energies=of(60 + TWO),
+            floor=None,
+            probability=of(TWO),
+            ratio=of(90 + TWO),
+            weight=of(ONE),
+        )
+        sentences = tuple((f"a dog, {i}", "a café") for i in prompts)
+        return metrics.Group(judged, of(ROUTED), of(70 + TWO), of(80 + TWO), replayed, sentences)
+
+    return [group(0, 1), group(2)]
+
+
+def record(recorder, iteration):
+    of_update = dict.fromkeys(UPDATE, 0.5)
+    found = {"pivot": 6, **of_update, **metrics.group_metrics(groups())}
+    recorder.record(iteration, found, groups())
+
+
+def test_an_iteration_leaves_a_record_per_prompt(recorder_of, tmp_path):
+    recorder = recorder_of(0)
+    record(recorder, 0)
+    found = (tmp_path / "branches.jsonl").read_text()  # before anything is closed or flushed
+    recorder.close()
+    # Float32 is written with the digits that give it back: 50.1, not 50.099998474121094.
+    expected = {
+        "iteration": 0,
+        "prompt": ["a dog, 1", "a café"],
+        "pivot": 6,
+        "fork_frame": 18,
+        "window": [6, 7],
+        "routed": [[3, 4], [5, 6]],
+        "reward": [11.1, 11.2],
+        "reward_anchor": 21.5,
+        "components": {"MQ": {"branches": [31.1, 31.2], "anchor": 41.5}},
+        "advantage": [51.1, 51.2],
+        "energy": [61.1, 61.2],
+        "energy_old": [71.1, 71.2],
+        "energy_reference": [81.1, 81.2],
+        "probability": [1.1, 1.2],
+        "ratio": [91.1, 91.2],
+        "gate_open": False,
+    }
+    rows = [json.loads(line) for line in found.splitlines()]
+    assert rows[1] == expected and list(rows[1]) == list(expected)
+    assert [row["prompt"][0] for row in rows] == ["a dog, 0", "a dog, 1", "a dog, 2"]
+    assert [row["routed"] for row in rows] == ROUTED.tolist()
+    assert [row["gate_open"] for row in rows] == [True, False, True]
+
+
+def test_no_record_has_a_number_that_is_not_finite(config):
+    first, second = groups()
+    second = second.replace(energies_ref=jnp.array([[jnp.nan, -jnp.inf]]))
+    records = metrics.branch_records(config, 6, [first, second])
+    assert records[2]["energy_reference"] == [None, None]
+    json.dumps(records, allow_nan=False)
+
+
+def test_a_continued_run_has_every_record_once(recorder_of, tmp_path, capsys):
+    """What was written after the checkpoint is dropped, and a line that a kill has cut short."""
+    recorder = recorder_of(0)
+    for i in range(4):
+        record(recorder, i)
+    recorder.close()
+    path = tmp_path / "branches.jsonl"
+    with path.open("a") as file:
+        file.write('{"iteration": 4, "pro')
+    capsys.readouterr()
+    recorder = recorder_of(2)
+    assert iterations(path) == [0] * PROMPTS + [1] * PROMPTS
+    record(recorder, 2)
+    recorder.close()
+    assert iterations(path) == [i for i in range(3) for _ in range(PROMPTS)]
+    assert iterations(tmp_path / "metrics.jsonl") == [0, 1, 2]
+    assert str(path) not in capsys.readouterr().out  # nothing is missing, nothing is there twice
+
+
+def test_records_that_are_missing_or_there_twice_are_said(tmp_path, capsys):
+    path = tmp_path / "branches.jsonl"
+    path.write_text("".join(f'{{"iteration": {i}}}\n' for i in (0, 0, 1, 3, 3, 3)))
+    metrics.JsonlWriter(path, first_step=4, lines_per_step=2).close()
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: missing iterations: 2",
+        f"{path}: incomplete iterations: 1",
+        f"{path}: iterations that are there more than once: 3",
+    ]
+
+
+# ---------------------------------------------------------------- kills, TensorBoard, full disks
 
 KILLED = """
 import os, signal, sys

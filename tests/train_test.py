@@ -182,6 +182,26 @@ def test_stopped_and_resumed_is_uninterrupted(uninterrupted, weights, tmp_path):
 
     assert [held(row) for row in resumed] == [held(row) for row in expected]
     assert resumed[1:] == expected[1:]
+    branches, uninterrupted_branches = (
+        (folder / "branches.jsonl").read_text() for folder in (tmp_path, workdir)
+    )
+    assert branches == uninterrupted_branches
+    assert branches.count("\n") == 4 * PROMPTS
+
+
+def test_the_records_are_those_of_the_last_epoch(uninterrupted):
+    """As the metrics are: after a step the ratio is not 1, even in the first iteration."""
+    _, workdir, _ = uninterrupted
+    rows = [json.loads(line) for line in (workdir / "branches.jsonl").read_text().splitlines()]
+    for metrics in lines(workdir):
+        ratio, probability = (
+            np.array([row[name] for row in rows if row["iteration"] == metrics["iteration"]])
+            for name in ("ratio", "probability")
+        )
+        deviation = np.abs(ratio - 1).max(axis=1).mean()
+        assert 0 < deviation == pytest.approx(metrics["ratio_deviation"], rel=1e-3)
+        entropy = -np.sum(probability * np.log(probability), axis=1).mean()
+        assert entropy == pytest.approx(metrics["entropy"], rel=1e-5)
 
 
 @pytest.fixture(scope="module")

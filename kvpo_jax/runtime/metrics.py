@@ -27,7 +27,7 @@ from kvpo_jax.runtime.atomic import naming, replacing
 from kvpo_jax.runtime.doctor import Doctor
 from kvpo_jax.runtime.pictures import sheet
 from kvpo_jax.runtime.progress import Progress
-from kvpo_jax.types import Array, Judged
+from kvpo_jax.types import Array, Judged, Replayed
 
 # ---------------------------------------------------------------- what is reported of an iteration
 
@@ -37,16 +37,18 @@ class Group(struct.PyTreeNode):
 
     Attributes:
       judged: rewards, gates and pictures of its P groups.
-      energies: float[P, G], of the old policy.
-      floor: float[P, G], what rounding makes of energies that are 0; None where they are not known.
-      weight: float[P], how much say each prompt has in the update.
+      routed_frames: int32[P, G, routed], the past frames that CHR drew for each branch.
+      energies_old: float[P, G], of the old policy.
+      energies_ref: float[P, G], of the reference.
+      replayed: of the policy that is trained, in the last replay, which made the last update.
       sentences: P sequences (static).
     """
 
     judged: Judged
-    energies: Array
-    floor: Array | None
-    weight: Array
+    routed_frames: Array
+    energies_old: Array
+    energies_ref: Array
+    replayed: Replayed
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
 
 
@@ -58,6 +60,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
     def of_batch(group: Group) -> dict[str, Array]:
         scores = group.judged.scores
+        floor = group.replayed.floor
         means = {f"reward_{name}": x.mean() for name, (x, _) in scores.components.items()}
         return {
             "reward": scores.branches.mean(),
@@ -66,17 +69,74 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
             "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
             "pixel_std_in_group": group.judged.pixel_std,
             "gate_open": group.judged.gate_open.mean(),
-            "energy_old_std_in_group": objective.mean_spread(group.energies),
-            **({} if group.floor is None else {"energy_floor": group.floor.mean()}),
+            "energy_old_std_in_group": objective.mean_spread(group.energies_old),
+            **({} if floor is None else {"energy_floor": floor.mean()}),
             **means,
         }
 
     batches = [of_batch(group) for group in groups]
     metrics = {name: float(np.mean([batch[name] for batch in batches])) for name in batches[0]}
-    weight = np.concatenate([np.asarray(group.weight) for group in groups])
+    weight = np.concatenate([np.asarray(group.replayed.weight) for group in groups])
     metrics["prompts_with_weight"] = int(np.sum(weight > 0))
     metrics["prompt_weight_max"] = float(weight.max() / (weight.sum() or 1.0))
     return metrics
+
+
+def branch_records(
+    config: ml_collections.ConfigDict, pivot: int, groups: Sequence[Group]
+) -> list[dict[str, Any]]:
+    """What branches.jsonl has of an iteration: one record per prompt, in their order.
+
+    README.md says what is in it. `window` are the perturbed blocks, the first and the last.
+    """
+    place = {
+        "pivot": pivot,
+        "fork_frame": pivot * config.video.block_frames,
+        "window": [pivot, pivot + config.rollout.window_blocks - 1],
+    }
+    return [record for group in groups for record in _group_records(group, place)]
+
+
+def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`branch_records` of a micro-batch; `place` is what all its records have."""
+    judged, replayed = group.judged, group.replayed
+    components = {
+        name: [{"branches": x, "anchor": a} for x, a in zip(*map(_listed, pair), strict=True)]
+        for name, pair in judged.scores.components.items()
+    }
+    columns = {
+        "routed": _listed(group.routed_frames),
+        "reward": _listed(judged.scores.branches),
+        "reward_anchor": _listed(judged.scores.anchor),
+        "components": [
+            {name: of_prompts[i] for name, of_prompts in components.items()}
+            for i in range(len(group.sentences))
+        ],
+        "advantage": _listed(judged.advantages),
+        "energy": _listed(replayed.energies),
+        "energy_old": _listed(group.energies_old),
+        "energy_reference": _listed(group.energies_ref),
+        "probability": _listed(replayed.probability),
+        "ratio": _listed(replayed.ratio),
+        "gate_open": _listed(judged.gate_open),
+    }
+    rows = zip(*columns.values(), strict=True)
+    return [
+        {"prompt": sentences, **place, **dict(zip(columns, row, strict=True))}
+        for sentences, row in zip(group.sentences, rows, strict=True)
+    ]
+
+
+def _listed(x: Array | np.ndarray) -> list[Any]:
+    """The array as lists for JSON, with None for what is not finite.
+
+    A float32 has the fewest digits that give it back: 0.1, not 0.10000000149011612.
+    """
+    x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        return x.tolist()
+    short = x.astype(str).astype(float)
+    return np.where(np.isfinite(short), short.astype(object), np.array(None)).tolist()
 
 
 def check_finite(
@@ -114,27 +174,32 @@ def check_finite(
 
 
 class JsonlWriter:
-    """Appends to a file one JSON object per call, which is in the file when the call returns.
+    """Appends JSON objects to a file, one per line, which are in it when a call returns.
 
     Args:
       path: the file; its folder exists.
       first_step: the step that this process begins with. A continued run repeats the steps after
         its checkpoint: what an earlier process wrote of them is dropped, as is a last line that a
-        kill has cut short. It is said which of the steps before are missing or there twice; a
-        damaged line is put aside.
+        kill has cut short. It is said which of the steps before are missing, incomplete or there
+        twice; a damaged line is put aside.
+      lines_per_step: how many objects a step has.
     """
 
-    def __init__(self, path: Path, first_step: int = 0):
-        _cut(path, first_step)
+    def __init__(self, path: Path, first_step: int = 0, lines_per_step: int = 1):
+        _cut(path, first_step, lines_per_step)
         self._path, self._file = path, path.open("a")
+
+    def write(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a line {"iteration": step, ...} of each record; they have finite numbers only."""
+        lines = [json.dumps({"iteration": step, **x}, allow_nan=False) for x in records]
+        with naming(self._path):
+            self._file.write("".join(f"{line}\n" for line in lines))
+            self._file.flush()
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes {"iteration": step, ...}, with null for what is not finite, as JSON has no NaN."""
         values = {name: float(value) for name, value in scalars.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with naming(self._path):
-            self._file.write(json.dumps({"iteration": step, **finite}) + "\n")
-            self._file.flush()
+        self.write(step, [{k: v if math.isfinite(v) else None for k, v in values.items()}])
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes nothing: the file is for numbers."""
@@ -146,7 +211,7 @@ class JsonlWriter:
         self._file.close()
 
 
-def _cut(path: Path, first_step: int) -> None:
+def _cut(path: Path, first_step: int, lines_per_step: int) -> None:
     """Leaves whole lines of the steps before `first_step`, and says what is wrong with them."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
@@ -155,11 +220,13 @@ def _cut(path: Path, first_step: int) -> None:
     before = [step for step in steps if step is not None and step < first_step]
     damaged = [number for number, step in enumerate(steps, 1) if step is None]
     missing, found = sorted(set(range(first_step)) - set(before)), Counter(before)
-    twice = sorted(step for step, count in found.items() if count > 1)
+    incomplete = sorted(step for step, count in found.items() if count < lines_per_step)
+    twice = sorted(step for step, count in found.items() if count > lines_per_step)
     aside = path.with_name(f"{path.name}.damaged")
     for what, which in (
         (f"damaged lines, put into {aside.name}", damaged),
         ("missing iterations", missing),
+        ("incomplete iterations", incomplete),
         ("iterations that are there more than once", twice),
     ):
         if which:
@@ -302,23 +369,31 @@ class Recorder:
     """
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, first_iteration: int):
+        self._config = config
         self._writer = MetricWriter(workdir, first_iteration)
+        self._records = JsonlWriter(
+            workdir / "branches.jsonl", first_iteration, config.train.prompts_per_iteration
+        )
         self._progress = Progress(config.train.iterations)
         self._doctor = Doctor(config)
-        self._branches = config.rollout.branches
 
     def record(self, iteration: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Reports an iteration, numbered from 0."""
+        pivot = int(metrics["pivot"])
+        self._records.write(iteration, branch_records(self._config, pivot, groups))
         self._writer.write_scalars(iteration, metrics)
         self._progress.show(iteration, metrics)
         for line in self._doctor.visit(metrics):
             print(line, flush=True)
         clips, shown = groups[0].judged.clips, groups[0].judged.shown
         if clips is not None and shown is not None:
-            names = ("anchor", *(f"branch {g}" for g in range(self._branches)))
+            names = ("anchor", *(f"branch {g}" for g in range(self._config.rollout.branches)))
             picture = np.asarray(sheet(list(zip(names, clips, strict=False)), shown))
             self._writer.write_images(iteration, {"branches": picture})
 
     def close(self) -> None:
-        """Finishes the files."""
-        self._writer.close()
+        """Finishes the files, also after an error."""
+        try:
+            self._writer.close()
+        finally:
+            self._records.close()
