@@ -10,7 +10,7 @@ memory than there is, leaves the others as they are:
     block of one   a block of one trajectory: the prefix (programs.shared_block)
     block of nine  a block of the anchor and 8 branches (programs.branch_block)
     replay         a chunk of solver states, with gradient (programs.replay)
-    VAE step       a block of latents to pixels
+    VAE step       a block of latents to pixels, through every stage
     HPSv3          a batch of frames
     golden         the tests against the arrays of the authors' code, in float32; needs pytest
 
@@ -265,12 +265,14 @@ def block_of_nine(sizes: Sizes) -> dict[str, float]:
 
 
 def replay(sizes: Sizes) -> dict[str, float]:
-    """One block of two branches is a chunk of each."""
-    fields = {"rollout.branches": 2, "rollout.window_blocks": 1}
+    """Seven chunks of four states: three of each of two branches, and the first steps, which they
+    share. With two epochs every step has a gradient.
+    """
+    fields = {"rollout.branches": 2, "rollout.window_blocks": 4, "train.epochs": 2}
     config = sizes.preset.resolve([f"--config.{name}={x}" for name, x in fields.items()])
     made = RandomRun(config, sizes.preset.pivot)
     arguments = (made.lora, made.run.params, made.experience, np.asarray(True))
-    return timed(Call(made.run.programs.replay, arguments, share=0.5), sizes.repeats)
+    return timed(Call(made.run.programs.replay, arguments, share=1 / 7), sizes.repeats)
 
 
 def vae_step(sizes: Sizes) -> dict[str, float]:
@@ -286,9 +288,10 @@ def vae_step(sizes: Sizes) -> dict[str, float]:
     latents = memory.shape((1, 1, frames, video.height, video.width, config.model.channels), "f4")
     latents, weights = sharding.place((random_like(latents), random_like(shapes)), mesh)
     step = make_step(decode, mesh, video.block_frames)
-    _, state = step(weights, latents, 0, None)
-    arguments = (weights, latents, video.block_frames, state)
-    return timed(Call(step, arguments, kept=(3, 1)), sizes.repeats)
+    every_stage = np.full(video.block_frames, np.iinfo(np.int32).max, np.int32)
+    _, state = step(weights, latents, 0, every_stage, None)
+    arguments = (weights, latents, video.block_frames, every_stage, state)
+    return timed(Call(step, arguments, kept=(4, 1)), sizes.repeats)
 
 
 def hpsv3(sizes: Sizes) -> dict[str, float]:
