@@ -231,7 +231,6 @@ def score_group(
       pixels: of the branches and the anchor.
       pivot: the first perturbed block.
     """
-    weights = config.reward.weights
     scorer, weights, to_pixel = backbone.rewards, config.reward.weights, backbone.to_pixel
     clips = scored_clips(config, to_pixel)
     whole = composite.score_rollout(scorer, pixels, sentences, weights, clips)

@@ -255,7 +255,7 @@ def anchor_energies(
     frames = jnp.broadcast_to(tuples.frames, (p, *tuples.frames.shape))
     context = kv_cache.read(frames, tuples.history, tuples.page)
     block, step = np.divmod(np.arange(w * s), s)
-    settled = (block == 0) & (step >= max(1, s if settled_from is None else settled_from))
+    settled = (block == 0) & (step >= (s if settled_from is None else settled_from)) & (step > 0)
     learned = (step < options.grad_steps) & ~settled
     constant = jax.lax.stop_gradient((lora, frozen))
     flat = chunked.fold(states, 4, p, g, w * s)
