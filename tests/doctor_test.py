@@ -35,8 +35,9 @@ def rows(count, rising=True, **fields):
     ]
 
 
-def diagnose(config, metrics):
-    return doctor.diagnose(config, metrics)
+def diagnose(config, *records):
+    """name -> what is said."""
+    return {found.name: found.text for found in doctor.examine(config, *records)}
 
 
 def test_a_healthy_run_has_no_trouble(config):

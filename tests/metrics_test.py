@@ -200,6 +200,7 @@ def test_an_iteration_leaves_a_record_per_prompt(recorder_of, tmp_path):
         "probability": [1.1, 1.2],
         "ratio": [91.1, 91.2],
         "gate_open": False,
+        "weight": 1.5,
     }
     rows = [json.loads(line) for line in found.splitlines()]
     assert rows[1] == expected and list(rows[1]) == list(expected)

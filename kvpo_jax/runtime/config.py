@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from kvpo_jax.algorithm import flow, objective, replay, routing
 from kvpo_jax.errors import UsageError, nearest, shortened
 from kvpo_jax.models import attention, layers, wan, wan_vae
+from kvpo_jax.runtime.records import with_tuples
 
 PACKAGE = Path(__file__).resolve().parents[1]
 TINY = "configs/tiny.py"  # what runs when nothing else is asked for
@@ -236,13 +237,6 @@ def _say_defaults(path: str, fields: str) -> None:
 def _is_weight(name: str) -> bool:
     """Whether a field is a component in reward.weights, which are the scorers' business."""
     return name.startswith("reward.weights.")
-
-
-def with_tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
-    if isinstance(value, dict):
-        return {key: with_tuples(inner) for key, inner in value.items()}
-    return tuple(value) if isinstance(value, list) else value
 
 
 # ---------------------------------------------------------------- sizes that follow from it

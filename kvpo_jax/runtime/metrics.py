@@ -119,6 +119,7 @@ def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any
         "probability": _listed(replayed.probability),
         "ratio": _listed(replayed.ratio),
         "gate_open": _listed(judged.gate_open),
+        "weight": _listed(replayed.weight),
     }
     rows = zip(*columns.values(), strict=True)
     return [
@@ -380,10 +381,12 @@ class Recorder:
     def record(self, iteration: int, metrics: Mapping[str, float], groups: Sequence[Group]) -> None:
         """Reports an iteration, numbered from 0."""
         pivot = int(metrics["pivot"])
-        self._records.write(iteration, branch_records(self._config, pivot, groups))
+        records = branch_records(self._config, pivot, groups)
+        self._records.write(iteration, records)
         self._writer.write_scalars(iteration, metrics)
         self._progress.show(iteration, metrics)
-        for line in self._doctor.visit(metrics):
+        numbered = [{"iteration": iteration, **x} for x in (metrics, *records)]
+        for line in self._doctor.visit(numbered[0], numbered[1:]):
             print(line, flush=True)
         clips, shown = groups[0].judged.clips, groups[0].judged.shown
         if clips is not None and shown is not None:

@@ -37,8 +37,8 @@ from kvpo_jax.runtime.config import (
     prompts_at_once,
     shipped,
     with_resumable,
-    with_tuples,
 )
+from kvpo_jax.runtime.records import with_tuples
 
 
 def has_checkpoint(workdir: Path) -> bool:
