@@ -133,6 +133,11 @@ def scored_clips(
     return composite.segment_clips(total, len(video.switch_frames) + 1, clipping)
 
 
+def scored_frames(config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]) -> int:
+    """How many frames the clips have together; they are the first ones of `Pixels`."""
+    return sum(clip.end - clip.start for clip in scored_clips(config, to_pixel))
+
+
 def block_clips(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
 ) -> list[composite.Clip]:

@@ -29,6 +29,7 @@ from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
 from kvpo_jax.data import prompts
 from kvpo_jax.errors import DivergedError, UsageError
+from kvpo_jax.programs import APPEARANCE
 from kvpo_jax.rewards import composite, scorers, video_files
 from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
@@ -53,12 +54,14 @@ class Heldout(struct.PyTreeNode):
       components: name -> float[n], of what is optimised and of what is only watched
         (config.eval.scorer).
       blocks: float[n, B], the composite reward of each block alone; [n, 0] unless eval.by_block.
+      appearance: name -> float[n], of the pixels that are scored, see `programs.appearance`.
     """
 
     pixels: np.ndarray
     reward: np.ndarray
     components: dict[str, np.ndarray]
     blocks: np.ndarray
+    appearance: dict[str, np.ndarray] = struct.field(default_factory=dict)
 
 
 def evaluate(run: Run, lora: PyTree) -> Heldout:
@@ -86,8 +89,9 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
     alone = range(len(backbone_lib.block_clips(config, run.backbone.to_pixel)))
     blocks = np.array([merged.pop(_block(b)) for b in alone]).reshape(-1, config.eval.prompts).T
+    appearance = {name: merged.pop(_look(name)) for name in APPEARANCE}
     reward = np.asarray(composite.composite(merged, config.reward.weights))
-    return Heldout(np.array(pixels), reward, merged, blocks)
+    return Heldout(np.array(pixels), reward, merged, blocks, appearance)
 
 
 def _pixels(run: Run, lora: PyTree, batch: PromptBatch, shown: Iterable[int]) -> Pixels:
@@ -112,7 +116,7 @@ def _pixels(run: Run, lora: PyTree, batch: PromptBatch, shown: Iterable[int]) ->
 
 
 class _Scores:
-    """() -> component -> float[P, 1], of what is optimised and what is watched, and of blocks."""
+    """() -> name -> float[P, 1]: components, optimised and watched, blocks, and appearance."""
 
     def __init__(self, run: Run, pixels: Pixels, sentences: Sequence[Sequence[str]]):
         self._run, self._pixels, self._sentences = run, pixels, sentences
@@ -126,7 +130,10 @@ class _Scores:
         )
         composite.check_weights(rewards, watched, config.reward.weights)
         alone = enumerate(backbone_lib.block_clips(config, backbone.to_pixel))
-        return rewards | watched | {_block(b): self._composite(clip) for b, clip in alone}
+        blocks = {_block(b): self._composite(clip) for b, clip in alone}
+        count = backbone_lib.scored_frames(config, backbone.to_pixel)
+        looks = self._run.programs.appearance(self._pixels.videos, count)
+        return rewards | watched | blocks | {_look(name): x for name, x in looks.items()}
 
     def _composite(self, clip: composite.Clip) -> Array:
         """float[P, 1], the composite reward of a clip with the sentence of its segment."""
@@ -139,6 +146,11 @@ class _Scores:
 def _block(number: int) -> str:
     """What the score of a block alone is called among the components."""
     return f"block {number}"
+
+
+def _look(name: str) -> str:
+    """What a figure of `programs.appearance` is called among the components."""
+    return f"look {name}"
 
 
 def kept_reference(run: Run, workdir: Path, make: Callable[[], Heldout]) -> Heldout:
@@ -176,6 +188,7 @@ def _save_heldout(path: Path, made_of: str, made: Heldout) -> None:
         "pixels": made.pixels,
         "blocks": made.blocks,
         **{f"component {name}": x for name, x in made.components.items()},
+        **{_look(name): x for name, x in made.appearance.items()},
     }
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
@@ -189,13 +202,14 @@ def _load_heldout(path: Path, made_of: str) -> Heldout | None:
         if str(arrays["made_of"]) != made_of:
             return None
         pixels, reward, blocks = (arrays[name] for name in ("pixels", "reward", "blocks"))
+        appearance = {name: arrays[_look(name)] for name in APPEARANCE}
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
         return None
     start = "component "
     components = {
         name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)
     }
-    return Heldout(pixels, reward, components, blocks)
+    return Heldout(pixels, reward, components, blocks, appearance)
 
 
 def heldout_metrics(
@@ -204,14 +218,19 @@ def heldout_metrics(
     """The mean held-out rewards of the three policies, as metrics.jsonl has them.
 
     With eval.by_block also what the online policy gains in the blocks before every pivot, which no
-    replay ever reads, and in the others.
+    replay ever reads, and in the others. Of every policy, what its videos look like.
     """
     means = {
         "heldout_reference": reference.reward.mean(),
         "heldout_online": online.reward.mean(),
         "heldout_ema": ema.reward.mean(),
     }
-    return means | gains_by_block(reference, online, first_pivot)
+    looks = {
+        f"heldout_{name}_{policy}": values.mean()
+        for policy, made in (("reference", reference), ("online", online), ("ema", ema))
+        for name, values in made.appearance.items()
+    }
+    return means | gains_by_block(reference, online, first_pivot) | looks
 
 
 def gains_by_block(reference: Heldout, policy: Heldout, first_pivot: int) -> dict[str, float]:

@@ -74,6 +74,8 @@ class Programs:
       apply: (TrainState, Gradient) -> TrainState, metrics.
       pixel_std: (pixels [P, G, frames, h, w, 3], how many of the frames count, the first ones) ->
         their std over the branches, the mean, float[].
+      appearance: (pixels [P, T, frames, h, w, 3], how many of the frames count, the first ones) ->
+        name -> float[P, T], see `appearance`.
       all_finite: (latents of a rollout, or of held-out videos) -> whether every number is, bool[].
     """
 
@@ -89,6 +91,7 @@ class Programs:
     accumulate: Callable[[Gradient, Gradient], Gradient]
     apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
     pixel_std: Callable[[Array, int], Array]
+    appearance: Callable[[Array, int], dict[str, Array]]
     all_finite: Callable[[PyTree], Array]
 
     def compilations(self) -> dict[str, int]:
@@ -114,6 +117,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         accumulate=jax.jit(accumulate, donate_argnums=0),
         apply=jax.jit(_make_apply(config), out_shardings=replicated),
         pixel_std=jax.jit(pixel_std, static_argnums=1),
+        appearance=jax.jit(appearance, static_argnums=1),
         all_finite=jax.jit(all_finite, out_shardings=replicated),
     )
 
@@ -428,6 +432,33 @@ def pixel_std(pixels: Array, frames: int) -> Array:
     scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
     pixels = pixels[:, :, :frames].astype(jnp.float32)
     return jax.vmap(objective.group_std)(pixels).mean() / scale
+
+
+APPEARANCE = ("exposure", "saturation", "clipped")  # what `appearance` tells
+
+
+def appearance(pixels: Array, frames: int) -> dict[str, Array]:
+    """How bright and how colourful videos are, name -> float[P, T], means over their pixels.
+
+    Channels are in [0, 1], as they are stored, not linear light.
+
+    exposure: luma, 0.2126 R + 0.7152 G + 0.0722 B (Rec. 709).
+    saturation: the largest channel less the smallest one, 0 for greys.
+    clipped: the share of pixels with a luma of 254/255 or more: white, with no detail left.
+
+    Args:
+      pixels: [P, T, n, h, w, 3], float in [0, 1] or uint8.
+      frames: of the n frames the first so many count.
+    """
+    scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
+    # A channel at a time, so that no float copy of the videos is made.
+    red, green, blue = (pixels[:, :, :frames, :, :, i].astype(jnp.float32) for i in range(3))
+    luma = (0.2126 * red + 0.7152 * green + 0.0722 * blue) / scale
+    largest = jnp.maximum(jnp.maximum(red, green), blue)
+    smallest = jnp.minimum(jnp.minimum(red, green), blue)
+    clipped = luma >= 253.99 / 255  # rounded, 254 of 255 may be a little less
+    maps = (luma, (largest - smallest) / scale, clipped.astype(jnp.float32))
+    return {name: x.mean(axis=(2, 3, 4)) for name, x in zip(APPEARANCE, maps, strict=True)}
 
 
 def all_finite(tree: PyTree) -> Array:

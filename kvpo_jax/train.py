@@ -97,17 +97,17 @@ def judge(
     """
     config = run.config
     pixels = run.decoder.group(rolled.branches, rolled.anchor, pivot, windows)
-    scored = backbone_lib.scored_clips(config, run.backbone.to_pixel)
-    count = sum(clip.end - clip.start for clip in scored)  # the first ones
+    count = backbone_lib.scored_frames(config, run.backbone.to_pixel)
     pixel_std = run.programs.pixel_std(pixels.videos, count)
     pixels = jax.tree.map(sharding.own_part, pixels)
     own = sharding.own_prompts(run.mesh, len(batch.sentences))
     sentences = [batch.sentences[i] for i in own]
 
     def score():
-        return backbone_lib.score_group(config, run.backbone, sentences, pixels, pivot)
+        scores = backbone_lib.score_group(config, run.backbone, sentences, pixels, pivot)
+        return *scores, run.programs.appearance(pixels.videos, count)
 
-    scores, local = sharding.gather(score, run.mesh)
+    scores, local, appearance = sharding.gather(score, run.mesh)
     backbone_lib.release_rewards(config, run.backbone)
     advantages = objective.compute_advantages(
         config.objective, config.reward.weights, scores, local
@@ -127,6 +127,7 @@ def judge(
         advantages=advantages,
         gate_open=objective.open_gates(scores, local),
         pixel_std=pixel_std,
+        appearance=appearance,
         clips=np.concatenate([x[0][:, places] for x in (pixels.anchor, pixels.videos)])
         if show
         else None,

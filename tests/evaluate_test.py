@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from equipment import configure
 
-from kvpo_jax import backbone, evaluate, generate
+from kvpo_jax import backbone, evaluate, generate, programs
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.data import prompts as prompts_lib
@@ -284,9 +284,9 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     def make():
         pixels = rng.normal(size=(2, 36, 8, 8, 3)).astype(np.float32)
         components = {"VQ": rng.normal(size=4).astype(np.float32), "a/b": rng.normal(size=4)}
-        made.append(
-            evaluate.Heldout(pixels, rng.normal(size=4), components, rng.normal(size=(4, 2)))
-        )
+        looks = {name: rng.normal(size=4) for name in programs.APPEARANCE}
+        rewards, blocks = rng.normal(size=4), rng.normal(size=(4, 2))
+        made.append(evaluate.Heldout(pixels, rewards, components, blocks, looks))
         return made[-1]
 
     def kept(**fields):
@@ -303,6 +303,8 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     assert again.components.keys() == first.components.keys()
     for name, value in first.components.items():
         assert again.components[name].tobytes() == value.tobytes()
+    for name, value in first.appearance.items():
+        assert again.appearance[name].tobytes() == value.tobytes()
     assert again.pixels.shape == first.pixels.shape
     assert again.pixels.tobytes() == first.pixels.tobytes()
 

@@ -133,6 +133,16 @@ def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
     assert np.all(np.std(one_device.energies, axis=1) > 1e-3)
 
 
+def test_the_look_of_videos_does_not_depend_on_the_mesh():
+    pixels = np.random.default_rng(0).integers(0, 256, (PROMPTS, 8, 3, 4, 4, 3), np.uint8)
+    alone = programs.appearance(pixels, 2)
+    for data, branch, _ in MESHES:
+        mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
+        placed = sharding.place(pixels, mesh, sharding.TRAJECTORIES)
+        for name, values in jax.jit(programs.appearance, static_argnums=1)(placed, 2).items():
+            np.testing.assert_allclose(values, alone[name], rtol=1e-6)
+
+
 def test_every_shard_carries_the_same_anchor(eight_devices):
     """Branches that are not perturbed are the anchor bit for bit, also those that another device
     holds.

@@ -72,6 +72,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
             "energy_old_std_in_group": objective.mean_spread(group.energies_old),
             **({} if floor is None else {"energy_floor": floor.mean()}),
             **means,
+            **{name: x.mean() for name, x in group.judged.appearance.items()},
         }
 
     batches = [of_batch(group) for group in groups]
