@@ -86,6 +86,8 @@ def test_a_line_that_a_run_is_writing_is_left_out(workdir):
         ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl:1 is damaged: "),
         ("metrics.jsonl", '{"reward": 1}\n', "metrics.jsonl:1 is damaged: there is no iteration"),
         ("metrics.jsonl", '{"iteration": 0, "kl": "x"}\n', 'kl is "x", not a number'),
+        ("metrics.jsonl", '{"iteration": 0, "kl": 1%s}\n' % ("0" * 400), "0, not a number"),
+        ("summary.json", "[" * 100_000, "summary.json is damaged: "),
         ("metrics.jsonl", '{"iteration": true}\n', "iteration is true, not a whole number"),
         ("branches.jsonl", {**BRANCH, "reward": 1}, "branches.jsonl:1 is damaged: reward is no"),
         ("branches.jsonl", {**BRANCH, "ratio": [1]}, "ratio is not of the 2 branches of reward"),

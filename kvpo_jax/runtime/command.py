@@ -9,12 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-import jax
 from absl import app, flags, logging
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import progress
-from kvpo_jax.runtime.config import local_path
 
 flags.disclaim_key_flags()  # what define_path defines is a flag of the module that calls it
 
@@ -99,6 +97,8 @@ class _PathParser(flags.ArgumentParser):
     """Of a flag that is a local path; a leading ~ is the home directory, as in a shell."""
 
     def parse(self, argument: str) -> str:
+        from kvpo_jax.runtime.config import local_path  # imports JAX, which not every command needs
+
         return local_path(argument)
 
     def flag_type(self) -> str:
@@ -170,6 +170,8 @@ def use_compilation_cache() -> None:
     All of them: most of a toy's programs are small, and take seconds together. JAX's own variables
     override the folder and the compile time from which a program is kept.
     """
+    import jax
+
     if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/kvpo_jax/xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -125,7 +125,7 @@ def _parsed(text: bytes, place: str, kind: Mapping[str, Any]) -> dict[str, Any]:
     """An object of this kind; UsageError that begins with its `place` if it is none."""
     try:
         value = json.loads(text)
-    except ValueError as error:  # no JSON, or not even text
+    except (ValueError, RecursionError) as error:  # no JSON, or not even text
         raise UsageError(f"{place} is damaged: {error}; remove it or put it right") from error
     fault = _fault(value, kind, "")
     if not fault and kind is BRANCHES:
@@ -161,8 +161,8 @@ def _fault(value: Any, kind: Any, name: str) -> str:
         found = (_fault(x, kind[0], f"{name}[{i}]") for i, x in enumerate(value))
         return next(filter(None, found), "")
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if type(value) in kinds:
+    if type(value) in kinds and not (type(value) is int and abs(value) >= 2**63):
         return ""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    words = {int: "a whole number", str: "text", bool: "true or false"}
     expected = "a number" if kind is NUMBER else words[kind]
     return f"{name} is {json.dumps(value)[:40]}, not {expected}"
