@@ -451,14 +451,18 @@ def appearance(pixels: Array, frames: int) -> dict[str, Array]:
       frames: of the n frames the first so many count.
     """
     scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
-    # A channel at a time, so that no float copy of the videos is made.
-    red, green, blue = (pixels[:, :, :frames, :, :, i].astype(jnp.float32) for i in range(3))
-    luma = (0.2126 * red + 0.7152 * green + 0.0722 * blue) / scale
-    largest = jnp.maximum(jnp.maximum(red, green), blue)
-    smallest = jnp.minimum(jnp.minimum(red, green), blue)
-    clipped = luma >= 253.99 / 255  # rounded, 254 of 255 may be a little less
-    maps = (luma, (largest - smallest) / scale, clipped.astype(jnp.float32))
-    return {name: x.mean(axis=(2, 3, 4)) for name, x in zip(APPEARANCE, maps, strict=True)}
+
+    def of_frame(index: Array) -> list[Array]:
+        frame = jax.lax.dynamic_index_in_dim(pixels, index, axis=2, keepdims=False)
+        frame = frame.astype(jnp.float32) / scale
+        luma = jnp.sum(frame * jnp.array([0.2126, 0.7152, 0.0722]), axis=-1)
+        clipped = luma >= 253.99 / 255  # rounded, 254 of 255 may be a little less
+        maps = (luma, frame.max(axis=-1) - frame.min(axis=-1), clipped.astype(jnp.float32))
+        return [x.mean(axis=(2, 3)) for x in maps]
+
+    # A frame at a time, so that no float copy of the videos is made.
+    by_frame = jax.lax.map(of_frame, jnp.arange(frames))
+    return {name: x.mean(axis=0) for name, x in zip(APPEARANCE, by_frame, strict=True)}
 
 
 def all_finite(tree: PyTree) -> Array:

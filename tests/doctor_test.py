@@ -376,12 +376,12 @@ def test_first_blocks_that_get_worse_are_found(config, online, named):
 
 
 def test_the_look_of_videos_by_hand():
-    """Of white, black, red and 254 of 255, in bytes and in floats; only the first frame counts."""
-    frame = np.array([[[255, 255, 255], [0, 0, 0]], [[255, 0, 0], [254, 254, 254]]], np.uint8)
+    """Of white, black, a red and 254 of 255, in bytes and in floats; only the first frame counts."""
+    frame = np.array([[[255, 255, 255], [0, 0, 0]], [[255, 0, 51], [254, 254, 254]]], np.uint8)
     video = np.stack([frame, 0 * frame + 100])
     videos = np.stack([video, 0 * video])[None]  # [1, 2, 2, 2, 2, 3]
     expected = {
-        "exposure": [(1 + 0 + 0.2126 + 254 / 255) / 4, 0],
+        "exposure": [(1 + 0 + 0.2126 + 0.2 * 0.0722 + 254 / 255) / 4, 0],
         "saturation": [1 / 4, 0],
         "clipped": [2 / 4, 0],
     }
