@@ -209,6 +209,14 @@ def test_an_iteration_leaves_a_record_per_prompt(recorder_of, tmp_path):
     assert [row["gate_open"] for row in rows] == [True, False, True]
 
 
+def test_the_doctor_of_the_loop_names_the_prompt_that_owns_the_gradient(recorder_of, capsys):
+    recorder = recorder_of(0)
+    found = {"pivot": 6, **dict.fromkeys(UPDATE, 0.5), **metrics.group_metrics(groups())}
+    recorder.record(0, {**found, "prompt_weight_max": 0.9}, groups())
+    recorder.close()
+    assert "doctor: one of 3 prompts, 'a dog, 2' and 1 more, has 90%" in capsys.readouterr().out
+
+
 def test_no_record_has_a_number_that_is_not_finite(config):
     first, second = groups()
     second = second.replace(energies_ref=jnp.array([[jnp.nan, -jnp.inf]]))
