@@ -263,6 +263,7 @@ def heldout(done, gain=0.0, spread=0.0, prompts=8, optimised=("VQ",), **componen
 def test_a_policy_below_the_reference_is_found(config, gain, named):
     found = doctor.examine(config, rows(30), (), [heldout(10, 0.0), heldout(20, gain, 0.1)])
     assert [x[::2] for x in found] == [("worse", 19)] * named
+    assert not named or "+0.4230 instead of +0.5000" in found[0].text
 
 
 def test_a_policy_below_the_reference_is_found_in_the_metrics_of_an_older_run(config):
@@ -314,11 +315,12 @@ def test_a_component_without_weight_that_falls_in_training_is_found(rise, fall, 
         | {"reward_VQ": 0.0}
         for i, (sign, step) in enumerate(zip(signs, steps, strict=True))
     ]
-    found = doctor.examine(config, trained)
+    branches = [{"iteration": 19, "reward": [0, 1], "components": {"VQ": {}, "MQ": {}}}]
+    found = doctor.examine(config, trained, branches)
     assert [x[::2] for x in found] == [("watched", 2 * doctor.PATIENCE - 1)] * named
     assert not named or "MQ (-0.1450 in training)" in found[0].text
-    assert doctor.examine(config, trained[:-1]) == []
-    assert doctor.examine({}, trained) == []  # nobody knows what counts
+    assert doctor.examine(config, trained[:-1], branches) == []
+    assert doctor.examine({}, trained, branches) == []  # nobody knows what counts
 
 
 # ---------------------------------------------------------------- the videos
@@ -376,7 +378,7 @@ def test_first_blocks_that_get_worse_are_found(config, online, named):
 
 
 def test_the_look_of_videos_by_hand():
-    """Of white, black, a red and 254 of 255, in bytes and in floats; only the first frame counts."""
+    """Of white, black, a red and 254 of 255, in bytes and in floats; one frame of two counts."""
     frame = np.array([[[255, 255, 255], [0, 0, 0]], [[255, 0, 51], [254, 254, 254]]], np.uint8)
     video = np.stack([frame, 0 * frame + 100])
     videos = np.stack([video, 0 * video])[None]  # [1, 2, 2, 2, 2, 3]

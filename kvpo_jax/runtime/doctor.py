@@ -388,9 +388,11 @@ def _worse(history: History) -> np.ndarray:
 
 
 def _tell_worse(history: History, first: int) -> str:
-    before, after = (
-        history.evaluated(f"heldout_{policy}")[-1] for policy in ("reference", "online")
-    )
+    policies = "reference", "online"
+    before, after = (history.evaluated(f"heldout_{policy}")[-1] for policy in policies)
+    if history.heldout:
+        rewards = history.heldout[-1]["reward"]
+        before, after = (_floats(rewards[policy]).mean() for policy in policies)
     return (
         f"on held-out prompts the policy is worse than the reference, {after:+.4f} instead of"
         f" {before:+.4f}. Try a smaller train.learning_rate, or a larger objective.beta; take the"
@@ -410,9 +412,7 @@ def _watched(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
 
 def _unweighted(history: History) -> list[str]:
     """The components that are scored in training and do not count in the reward."""
-    start, others = "reward_", ("reward_anchor", "reward_std_in_group")
-    metrics = [name for name in history.rows[-1] if name.startswith(start) and name not in others]
-    scored = [name.removeprefix(start) for name in metrics]
+    scored = sorted({name for x in history.branches[-1:] for name in x.get("components", ())})
     weight = {name: history.field(f"reward.weights.{name}", 0.0) for name in scored}
     return [name for name, value in weight.items() if not value] if any(weight.values()) else []
 
