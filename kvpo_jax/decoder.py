@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.models import layers
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import progress, sharding
 from kvpo_jax.types import Array, Pixels, PyTree, Windows
 
 
@@ -134,12 +134,12 @@ class VideoDecoder:
         prefix, state = self._blocks(anchor, 0, pivot, None, windows)
         shards = self._mesh.shape["branch"]
         at_once, out = 1 if g % shards else shards, None
-        for turn in range(g // at_once):
+        for turn in progress.steps(range(g // at_once), "decoding branches"):
             videos, forked = self._pick(branches, turn, at_once), self._fork(state, at_once)
             own, _ = self._blocks(videos, pivot, blocks, forked, windows)
             if out is None:
                 out = self._blank([*prefix, *own], at_once, g // at_once, windows)
-            out = self._filled(out, [*prefix, *own], turn)
+            out = jax.block_until_ready(self._filled(out, [*prefix, *own], turn))
         own, _ = self._blocks(anchor, pivot, blocks, state, windows)
         of_anchor = self._filled(self._blank([*prefix, *own], 1, 1, windows), [*prefix, *own], 0)
         fork = self._backbone.to_pixel(pivot * self._frames)
@@ -150,7 +150,7 @@ class VideoDecoder:
     ) -> tuple[list[Read], Any]:
         """What is read of the blocks first ... end - 1, and the decoder's state after them."""
         depth, read = self._backbone.depths(windows, latents.shape[2]), []
-        for block in range(first, end):
+        for block in progress.steps(range(first, end), "decoding blocks"):
             start, stop = block * self._frames, (block + 1) * self._frames
             # What runs later has a state, which the first block makes.
             if depth[start:stop].any() or (state is None and depth[stop:].any()):

@@ -75,7 +75,8 @@ def evaluate(run: Run, lora: PyTree) -> Heldout:
     pictured = backbone_lib.heldout_shown(config, run.backbone)
     pixels: list[np.ndarray] = []
     components = []
-    for first in range(0, config.eval.prompts, count):
+    batches = range(0, config.eval.prompts, count)
+    for first in progress.steps(batches, "held-out prompts", size=count):
         numbers = np.arange(first, first + count, dtype=np.int32)
         batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "heldout", 0, numbers)
         made = _pixels(run, lora, batch, pictured if first < PICTURED else ())
@@ -296,9 +297,10 @@ def finish(
     first = run.pivots[0]
     if gains := tuple(gains_by_block(reference, online, first).values()):
         early = f"{gains[0]:+.4f} in blocks 0 to {first - 1}, which no replay reads"
-        print(f"\nonline gains {early}, and {gains[1]:+.4f} in the later ones", flush=True)
+        progress.say(f"\nonline gains {early}, and {gains[1]:+.4f} in the later ones")
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
-    print(f"\nseconds: {seconds['total']:.1f} in all ({parts})\n\n{picture} shows it", flush=True)
+    progress.say(f"\nseconds: {seconds['total']:.1f} in all ({parts})")
+    print(f"\n{picture} shows it", flush=True)
     return summary
 
 
@@ -333,11 +335,15 @@ def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
     config_lib.check(config)
     backbone_lib.check_files(config)
     command.use_compilation_cache()
-    config = fitting.fitted(config)
-    state = newest_state(workdir, config, run_lib.make_mesh(config))
-    run = run_lib.load(config)
+    with progress.bar("preparing"):
+        config = fitting.fitted(config)
+        state = newest_state(workdir, config, run_lib.make_mesh(config))
+        run = run_lib.load(config)
     policies = ("reference", "online", "ema")
-    results = {policy: evaluate(run, policy_of(state, policy)) for policy in policies}
+    results = {}
+    for policy in policies:
+        with progress.bar(policy):
+            results[policy] = evaluate(run, policy_of(state, policy))
     print(f"iteration {int(state.iteration)} of {workdir}", flush=True)
     print_table(results)
 

@@ -16,12 +16,12 @@ than it plays, so that there is time to type.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -174,9 +174,22 @@ def name_of(index: int, videos: int, sentence: str) -> str:
 
 
 def write_video(
-    run: Run, path: Path, latents: Iterator[Array], blocks: int, speaker: Speaker
+    run: Run,
+    path: Path,
+    latents: Iterator[Array],
+    blocks: int,
+    speaker: Speaker,
+    typed: bool = False,
 ) -> int:
-    """Decodes and writes the blocks of a video as they come, with a progress line.
+    """Decodes and writes the blocks of a video as they come, and says how fast that was.
+
+    Args:
+      run: its decoder.
+      path: the file.
+      latents: the blocks.
+      blocks: how many there are.
+      speaker: of the video.
+      typed: whether its prompts are typed. Then there is no bar, but a line for every prompt.
 
     Returns:
       The number of pixel frames.
@@ -184,10 +197,13 @@ def write_video(
     Raises:
       UsageError, OSError: see `video.writing`.
     """
-    state, frames, begin = None, 0, time.monotonic()
-    with contextlib.ExitStack() as stack:
-        show = stack.enter_context(progress.line())
+    state, frames, sentence = None, 0, None
+    begin, uncounted = time.monotonic(), 0
+    with progress.bar(path.name, blocks, live=not typed) as advance, ExitStack() as stack:
         for block, x in enumerate(latents):
+            if typed and speaker.sentence != sentence:
+                sentence = speaker.sentence
+                progress.say(f"block {block + 1}/{blocks}: {sentence!r}")
             pixels, state = run.decoder.block(x, state)
             images = enlarge(np.asarray(pixels[0]))
             if block == 0:
@@ -196,15 +212,11 @@ def write_video(
             for image in images:
                 write(image)
             frames += len(images)
-            seconds = time.monotonic() - begin
-            if block == 0:
-                first = seconds  # compiles
-            rate = (seconds - first) / block if block else seconds
-            show(
-                f"block {block + 1}/{blocks}  {frames} frames  {rate:.2f} s/block "
-                f" {frames / seconds:.1f} frames/s  {rate * (blocks - block - 1):.0f} s left "
-                f" {speaker.sentence!r}"
-            )
+            advance()
+            if block == 0 and blocks > 1:  # it compiles
+                begin, uncounted = time.monotonic(), frames
+    rate = (frames - uncounted) / (time.monotonic() - begin)
+    progress.say(f"wrote {path}: {frames} frames, {rate:.1f} frames/s")
     return frames
 
 
@@ -327,7 +339,8 @@ def main(arguments: list[str]) -> None:
     checkpoint = Path(given.checkpoint) if given.checkpoint else None
     checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     spoken = [sentence for v in videos for sentence in v.sentences]
-    run, variables = load_run(config, checkpoint, given.lora, given.ema, spoken)
+    with progress.bar("preparing"):
+        run, variables = load_run(config, checkpoint, given.lora, given.ema, spoken)
     for index, (sentences, switch_frames) in enumerate(videos):
         if sentences:
             sentence_at = sentence_schedule(sentences, switch_frames)
@@ -339,8 +352,7 @@ def main(arguments: list[str]) -> None:
         number = np.zeros(1, np.int32)
         noise = keys.NoiseKey(keys.draw_key(given.seed, "heldout", index), number)
         latents = (x for x, _ in stream(run, variables, speaker, noise, blocks))
-        write_video(run, output / names[index], latents, blocks, speaker)
-        print(f"wrote {output / names[index]}", flush=True)
+        write_video(run, output / names[index], latents, blocks, speaker, given.interactive)
 
 
 def define_flags() -> None:

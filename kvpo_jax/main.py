@@ -14,10 +14,9 @@ import jax
 from absl import flags
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import command, sharding, workdir
+from kvpo_jax.runtime import command, progress, sharding, workdir
 from kvpo_jax.runtime.config import prompts_at_once
 from kvpo_jax.runtime.process import STOPPED, ending_together
-from kvpo_jax.runtime.progress import legend
 
 # Least threads of XLA's CPU client, which otherwise has as many as the process may use cores. With
 # as few as the process has devices it waits for ever: one device's next program holds a thread
@@ -25,7 +24,7 @@ from kvpo_jax.runtime.progress import legend
 # wait for it.
 CPU_THREADS = 16
 
-__doc__ = f"{__doc__}\nThe words in the line of an iteration:\n\n{legend()}\n"
+__doc__ = f"{__doc__}\nThe words in the line of an iteration:\n\n{progress.legend()}\n"
 
 
 def main(arguments: list[str]) -> None:
@@ -36,6 +35,8 @@ def main(arguments: list[str]) -> None:
     )
     if distributed is not None and not given.workdir:
         raise UsageError("several processes need --workdir=DIR, a directory that all of them see")
+    if distributed and distributed["process_id"]:
+        progress.mute()
     directory = workdir.run_directory(given.config, given.workdir, given.resume)
     config = workdir.resolve(given.config, directory, arguments[1:])
 
@@ -51,11 +52,12 @@ def main(arguments: list[str]) -> None:
                 evaluate.print_finished(directory, summary)
             return
         command.use_compilation_cache()
-        fitted = fitting.fitted(config)
-        # What cannot work is an error before the run directory is made.
-        equipment = run.load(fitted)
-        run.eligible_pivots(fitted, equipment.backbone.to_pixel)
-        equipment.initial_lora()
+        with progress.bar("preparing"):
+            fitted = fitting.fitted(config)
+            # What cannot work is an error before the run directory is made.
+            equipment = run.load(fitted)
+            run.eligible_pivots(fitted, equipment.backbone.to_pixel)
+            equipment.initial_lora()
         with workdir.locked(directory):
             if sharding.is_main():
                 at_once = prompts_at_once(fitted)
@@ -79,6 +81,8 @@ def join(distributed: dict[str, Any]) -> None:
             "--num_processes and --process_id, or --num_processes=1 if it is a run of its own "
             "(docs/cluster.md)"
         ) from error
+    if not sharding.is_main():
+        progress.mute()
 
 
 def define_flags() -> None:

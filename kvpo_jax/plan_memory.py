@@ -240,7 +240,9 @@ def main(arguments: list[str]) -> None:
     # What was compiled for devices that are not there cannot be read again.
     jax.config.update("jax_enable_compilation_cache", given.target == "cpu")
     make = report_work if given.work else report
-    make(workdir.resolve(given.config, None, arguments[1:]), given)
+    config = workdir.resolve(given.config, None, arguments[1:])
+    with progress.bar("planning"):
+        make(config, given)
 
 
 def define_flags() -> None:

@@ -362,7 +362,7 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
         share = len(losses) / config.train.prompts_per_iteration
         return share * jnp.mean(losses), (share, diagnostics, current, floor)
 
-    def run(lora, params, experience, wanted):
+    def replay_groups(lora, params, experience, wanted):
         value, pull, (share, diagnostics, current, floor) = jax.vjp(
             lambda lora: loss(lora, params, experience, wanted), lora, has_aux=True
         )
@@ -380,7 +380,7 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
         )
         return Gradient(of_lora, counted, {"loss": value, **means}), replayed
 
-    return run
+    return replay_groups
 
 
 def accumulate(total: Gradient, share: Gradient) -> Gradient:

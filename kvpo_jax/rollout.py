@@ -13,7 +13,7 @@ from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import kv_cache, replay, routing
 from kvpo_jax.algorithm.keys import NoiseKey, block_noise
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import progress, sharding
 from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, segment_of
 from kvpo_jax.types import Array, KVCache, PromptBatch, PyTree, Rollout, TextKV
 
@@ -102,6 +102,11 @@ def stream(
         yield x, history
 
 
+def _wait(latents: Sequence[Array]) -> None:
+    """Waits for the block before the newest, so that a loop is one block ahead of what is made."""
+    jax.block_until_ready(latents[-2:-1])
+
+
 def prefix(
     run: Run, variables: PyTree, prompt_at: Callable[[int], Spoken], noise: NoiseKey, blocks: int
 ) -> tuple[list[Array], KVCache]:
@@ -110,9 +115,11 @@ def prefix(
     Arguments as in `stream`.
     """
     latents, history = [], None
-    for x, after in stream(run, variables, prompt_at, noise, blocks):
+    made = stream(run, variables, prompt_at, noise, blocks)
+    for x, after in progress.steps(made, "shared blocks", blocks):
         latents.append(x)
         history = after
+        _wait(latents)
     if history is None:
         history = run.programs.blank(len(noise.prompts))
     frame = blocks * run.config.video.block_frames
@@ -125,7 +132,11 @@ def generate(
     """The first blocks of videos of P prompts without perturbation, float[P, F, Y, X, C] each."""
     text = run.programs.encode_text(variables, batch.embeddings)
     prompt_at = script(run.config, text, batch.changed)
-    return [x for x, _ in stream(run, variables, prompt_at, noise, blocks)]
+    made, latents = stream(run, variables, prompt_at, noise, blocks), []
+    for x, _ in progress.steps(made, "blocks", blocks):
+        latents.append(x)
+        _wait(latents)
+    return latents
 
 
 # ---------------------------------------------------------------- a group
@@ -192,7 +203,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
     window_blocks = (pivot, pivot + config.rollout.window_blocks)
     recorded = range(pivot, pivot + recorded_blocks(config))
     records, banks, anchor_page = [], [], page
-    for block in range(pivot, fork.blocks):
+    for block in progress.steps(range(pivot, fork.blocks), "blocks of branches"):
         frame = block * config.video.block_frames
         text, segment, changed = fork.prompt_at(frame)
         if block > pivot and changed.any():
@@ -222,6 +233,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
             frame,
         )
         latents.append(record.x_clean)
+        _wait(latents)
         if block in recorded:
             records.append(record)
             banks.append(kv_cache.trajectory(page, 0).bank)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import abstract_variables
-from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime import checkpoint, progress, sharding
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import Array, PyTree
 
@@ -89,7 +89,8 @@ def newest_state(workdir: Path, config: ml_collections.ConfigDict, mesh: Mesh) -
     Raises:
       UsageError: there is none yet, or it is not of this config (see `checkpoint.restore_latest`).
     """
-    restored = checkpoint.read_latest(workdir / "checkpoints", abstract_state(config, mesh))
+    with progress.bar("reading the newest checkpoint"):
+        restored = checkpoint.read_latest(workdir / "checkpoints", abstract_state(config, mesh))
     if restored is None:
         raise UsageError(f"{workdir / 'checkpoints'} has no checkpoint yet")
     return restored[1]

@@ -27,7 +27,7 @@ from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics, kept_r
 from kvpo_jax.rewards import composite
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import checkpoint, pictures, sharding
+from kvpo_jax.runtime import checkpoint, pictures, progress, sharding
 from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
@@ -238,7 +238,7 @@ def explore_and_learn(
         rolled = explore(run, state.old, batch, iteration, pivot, windows)
     with clock.time("reward"):
         judged = judge(run, rolled, batch, iteration, pivot, windows)
-    with clock.time("update"):
+    with clock.time("update"), progress.bar("replay"):
         experience = remember(run, state, rolled, batch, judged, on_policy)
         routed_frames = rolled.routed_frames
         del rolled  # the latents; the experience keeps what the replay needs
@@ -274,7 +274,7 @@ def calibrate(run: Run, state: TrainState, clock: Clock) -> TrainState:
         with clock.time("rollout"):
             batch = prompts_of(run, 0, numbers)
             rolled = explore(run, state.old, batch, 0, run.draw_pivot(0), windows=())
-        with clock.time("update"):
+        with clock.time("update"), progress.bar("energies"):
             experience = unjudged(run, state, rolled, batch, on_policy=True)
             old.append(np.asarray(energies(run, state.old, experience)))
     spread = np.asarray(objective.mean_spread(np.concatenate(old)))
@@ -349,17 +349,17 @@ def train_and_evaluate(
 
 def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | None:
     """`train_and_evaluate` with equipment that is assembled already."""
-    say = partial(print, flush=True) if sharding.is_main() else None
-    config, clock = run.config, Clock(say)
+    config, clock = run.config, Clock()
     checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
-    state = init_state(config, run.mesh, run.initial_lora())
-    if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:
-        _, state, extra = restored
-        clock.add(extra["seconds"])
+    with progress.bar("reading the newest checkpoint"):
+        state = init_state(config, run.mesh, run.initial_lora())
+        if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:
+            _, state, extra = restored
+            clock.add(extra["seconds"])
     first, iterations = int(state.iteration), config.train.iterations
     recorder = Recorder(config, workdir, first) if sharding.is_main() else None
     if recorder:
-        print(f"{run.describe(state.lora)}; iteration {first} of {iterations}", flush=True)
+        progress.say(f"{run.describe(state.lora)}; iteration {first} of {iterations}")
 
     def evaluation(lora: PyTree) -> Heldout:
         with clock.time("evaluation"):
@@ -376,7 +376,12 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
 
     online = ema = None  # evaluations of the state's policies, if there are any
     good = state  # the last state whose update was finite and that has not failed to make videos
-    with stop_signal() as stop, saved_on_error(checkpoints, save_good):
+    with (
+        progress.bar("training", iterations, steady=False) as advance,
+        stop_signal() as stop,
+        saved_on_error(checkpoints, save_good),
+    ):
+        advance(first)
         before = kept_reference(run, workdir, partial(evaluation, state.reference))
         trace = workdir / "profile" if profile else None
         for iteration in until_stopped(first, iterations, stop, trace):
@@ -396,6 +401,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             record |= {f"seconds_{name}": value for name, value in clock.lap().items()}
             if recorder:
                 recorder.record(iteration, record, groups)
+            advance()
             checkpoint.look_after(checkpoints)
             if last or done % config.train.checkpoint_every == 0:
                 save(state)

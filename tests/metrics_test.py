@@ -177,6 +177,17 @@ def record(recorder, iteration):
     recorder.record(iteration, found, groups())
 
 
+def test_the_best_branch_is_compared_with_its_own_anchor():
+    """The best branches are 10.2, 11.2 and 12.2, the anchors 20.5, 21.5 and 22.5."""
+    first, second = groups()
+    assert metrics.group_metrics([first])["best_minus_anchor"] == pytest.approx(-10.3)
+    anchor = jnp.array([12.0])
+    scores = second.judged.scores.replace(anchor=anchor)
+    second = second.replace(judged=second.judged.replace(scores=scores))
+    found = metrics.group_metrics([first, second])["best_minus_anchor"]
+    assert found == pytest.approx((-10.3 + 0.2) / 2)
+
+
 def test_an_iteration_leaves_a_record_per_prompt(recorder_of, tmp_path):
     recorder = recorder_of(0)
     record(recorder, 0)

@@ -1,15 +1,11 @@
 """How a training process stops: what the signals do, and what is saved on the way out."""
 
 import os
-import queue
 import signal
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from kvpo_jax.errors import SaveError
-from kvpo_jax.runtime import process
 from kvpo_jax.runtime.process import STOP_SIGNALS, saved_on_error, stop_signal
 
 
@@ -94,32 +90,3 @@ def test_a_save_that_has_failed_is_not_made_again():
         with saved_on_error(checkpoints, lambda: saved.append(1)):
             raise SaveError("no room")
     assert not saved and checkpoints.waited == 1
-
-
-# ---------------------------------------------------------------- compilation
-
-
-def test_compiling_is_said_once_in_an_iteration_if_it_takes_long(monkeypatch):
-    said = queue.Queue()
-    clock = process.Clock(said.put)
-
-    def compile_one(number):
-        """A program that takes a tenth of a second."""
-
-        def function(x):
-            for i in range(100):
-                x = jnp.sin(x @ x) * number + i
-            return x
-
-        jax.jit(function)(jnp.ones((8, 8)))
-
-    monkeypatch.setattr(process, "SLOW", 60.0)
-    compile_one(2.0)
-    assert said.empty() and clock._waiting.finished.is_set()  # it has been called off
-    monkeypatch.setattr(process, "SLOW", 0.001)
-    for iteration in range(2):
-        for number in range(3):
-            compile_one(3.0 + number + 10 * iteration)
-            clock._waiting.join(10)
-        assert said.get_nowait() == "compiling ..." and said.empty()
-        assert clock.lap()["compile"] > 0

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import NotFiniteError, UsageError
+from kvpo_jax.runtime import progress
 from kvpo_jax.types import Array, Pixels, Scores, Windows
 
 
@@ -219,7 +220,7 @@ def segment_rewards(
         score_clip(
             scorer, pixels, clip.start, clip.end, [sequence[clip.segment] for sequence in prompts]
         )
-        for clip in clips
+        for clip in progress.steps(clips, "scoring clips")
     ]
     zero = jnp.zeros(())
     for other in scores[1:]:

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from kvpo_jax.errors import SaveError, UsageError, shortened
-from kvpo_jax.runtime import sharding, sums, weight_file
+from kvpo_jax.runtime import progress, sharding, sums, weight_file
 from kvpo_jax.types import PyTree
 
 # ---------------------------------------------------------------- train state
@@ -285,9 +285,11 @@ def load_weights(path: Path | str, like: PyTree, unread: Collection[str] = ()) -
     def load(keys: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
         tensor = jnp.asarray(file.read(_name(keys, "/"))).astype(x.dtype)
         placement = getattr(x, "sharding", None)
+        advance()
         return tensor if placement is None else sharding.put(tensor, placement)
 
-    return jax.tree_util.tree_map_with_path(load, like)
+    with progress.bar(f"loading {file.path.name}, tensors", len(wanted)) as advance:
+        return jax.tree_util.tree_map_with_path(load, like)
 
 
 def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:

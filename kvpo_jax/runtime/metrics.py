@@ -26,7 +26,7 @@ from kvpo_jax.errors import DivergedError, NotFiniteError, shortened
 from kvpo_jax.runtime.atomic import naming, replacing
 from kvpo_jax.runtime.doctor import Doctor
 from kvpo_jax.runtime.pictures import sheet
-from kvpo_jax.runtime.progress import Progress
+from kvpo_jax.runtime.progress import Progress, warn
 from kvpo_jax.types import Array, Judged, Replayed
 
 # ---------------------------------------------------------------- what is reported of an iteration
@@ -66,6 +66,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
             "reward": scores.branches.mean(),
             "reward_anchor": scores.anchor.mean(),
             "reward_std_in_group": jax.vmap(objective.reward_std)(scores.branches).mean(),
+            "best_minus_anchor": (scores.branches.max(1) - scores.anchor).mean(),
             "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
             "pixel_std_in_group": group.judged.pixel_std,
             "gate_open": group.judged.gate_open.mean(),
@@ -388,7 +389,7 @@ class Recorder:
         self._progress.show(iteration, metrics)
         numbered = [{"iteration": iteration, **x} for x in (metrics, *records)]
         for line in self._doctor.visit(numbered[0], numbered[1:]):
-            print(line, flush=True)
+            warn(line)
         clips, shown = groups[0].judged.clips, groups[0].judged.shown
         if clips is not None and shown is not None:
             names = ("anchor", *(f"branch {g}" for g in range(self._config.rollout.branches)))

@@ -19,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from kvpo_jax.errors import SaveError, SharedError, UsageError
-from kvpo_jax.runtime import checkpoint, command, sharding
+from kvpo_jax.runtime import checkpoint, command, progress, sharding
 
 STOPPED = 75  # exit status of a run that was stopped and can be continued: "try again" in sysexits
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -152,6 +152,7 @@ def _watch(client: Any, done: threading.Event) -> None:
 
 def _end(client: Any, what: str) -> None:
     """Ends this process with status 1, as soon as the others know that they have to end too."""
+    progress.show_cursor()
     print(f"error: {what}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     with suppress(jax.errors.JaxRuntimeError):  # one does not come: it was killed
@@ -164,46 +165,23 @@ def _end(client: Any, what: str) -> None:
 # ---------------------------------------------------------------- seconds
 
 
-SLOW = 1.0  # seconds of compiling that are worth a word
-
-
 class Clock:
     """Seconds of a run by stage, over all the processes that it took.
 
     Compilation is counted as a stage of its own, apart from the stage that it happens in.
-
-    Args:
-      say: is told, at most once per lap, that a program has been compiling for SLOW seconds.
     """
 
-    def __init__(self, say: Callable[[str], None] | None = None):
+    def __init__(self):
         self._before: dict[str, float] = {}
         self._stages: dict[str, float] = {}
         self._lap: dict[str, float] = {}
         self._begin, self._compiling = time.monotonic(), 0.0
-        self._say, self._said = say, False
-        self._waiting = threading.Timer(0, lambda: None)
-        jax.monitoring.register_event_listener(self._on_request)
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_request(self, event: str, **_) -> None:
-        if event.endswith("compile_requests_use_cache"):
-            self._waiting.cancel()
-            self._waiting = threading.Timer(SLOW, self._say_so)
-            self._waiting.daemon = True
-            self._waiting.start()
-
-    def _say_so(self) -> None:
-        if self._say and not self._said:
-            self._said = True
-            self._say("compiling ...")
 
     def _on_event(self, event: str, duration_secs: float, **_) -> None:
         # Not tracing: its events are nested (one per inner jit) and would be counted twice.
         if event.endswith(("backend_compile_duration", "jaxpr_to_mlir_module_duration")):
             self._compiling += duration_secs
-        if event.endswith("backend_compile_duration"):
-            self._waiting.cancel()
 
     def add(self, seconds: Mapping[str, float]) -> None:
         """Counts the seconds of an earlier process."""
@@ -219,7 +197,6 @@ class Clock:
 
     def lap(self) -> dict[str, float]:
         """Seconds of every stage since the last lap."""
-        self._said = False
         now = {**self._stages, "compile": self._compiling}
         lap = {name: value - self._lap.get(name, 0.0) for name, value in now.items()}
         self._lap = now

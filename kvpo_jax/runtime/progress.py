@@ -1,35 +1,53 @@
-"""Tables, bars, and the line of a training iteration.
+"""What a command shows: tables, the stages under way, and the line of a training iteration.
 
-They fit the terminal's width; where there is no terminal, COLUMNS or 80, and they have no colours.
+All of it fits the terminal's width. Where there is no terminal it is plain text, as wide as COLUMNS
+or 80, and a stage that takes long is announced by a line now and then.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager, nullcontext, suppress
+from typing import NamedTuple, TextIO, TypeVar
 
-from rich import progress as live
+import jax
 from rich.box import Box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.table import Column, Table
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 RULE = Box("    \n    \n -- \n" + 5 * "    \n", ascii=True)  # a line under the header
 GAP = 2  # spaces between two columns
 Rows = Sequence[Sequence[object]]
+T = TypeVar("T")
+
+
+class _Console(Console):
+    """One that raises BrokenPipeError, as print does, and does not end the process."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # noqa: PLE0704
 
 
 def console(stream: TextIO | None = None) -> Console:
-    """Makes the console of a stream, by default stdout. What its encoding lacks is escaped."""
+    """Makes the console of a stream, by default stdout. What its encoding lacks is escaped.
+
+    While a bar is on stdout, its console is the one that knows how to print above it.
+    """
+    if stream is None and STAGES.terminal is not None:
+        return STAGES.terminal
     stream = stream or sys.stdout
     escape_unencodable(stream)
-    return Console(
+    return _Console(
         file=stream,
         force_terminal=stream.isatty(),
         width=None if stream.isatty() else int(os.environ.get("COLUMNS") or 80),
@@ -91,100 +109,324 @@ def _encodable(value: object, out: Console) -> str:
     return str(value).encode(out.encoding, "backslashreplace").decode(out.encoding)
 
 
-@contextmanager
-def line(stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """Shows the newest state of a stage, cut to the width of the terminal; a pipe gets the last.
+def say(text: str, style: str = "") -> None:
+    """Prints a line. A terminal gets it wrapped between words."""
+    out = console()
+    STAGES.heard()
+    out.print(Text(_encodable(text, out), style=style), soft_wrap=not out.is_terminal)
+
+
+def warn(text: str) -> None:
+    """Prints a line that a user should not overlook: in yellow on a terminal."""
+    say(text, "yellow")
+
+
+# ---------------------------------------------------------------- stages
+
+YOUNG = 60.0  # seconds of a process in which it is never silent for longer than FIRST
+FIRST = 5.0  # seconds of silence after which a stage is announced for the first time
+LATER = 30.0  # and again
+TICK = 1.0  # seconds between two looks at it
+SETTLED = 0.5  # seconds from which on an inner stage is worth showing
+
+
+class Stage:
+    """Something that takes long.
 
     Args:
-      stream: where to show it, by default stdout.
+      name: what it is called.
+      total: how many steps it has; None if that is not known.
+      steady: whether its steps take equally long, so that the time left can be told.
+      clock: seconds, monotonic.
 
-    Yields:
-      show(text), which replaces the text before.
+    Attributes:
+      shown: its name at the moment.
+      done: its steps so far.
+      begin: when it began.
+      moved: when it made its last step, or began.
     """
-    out, shown = console(stream), ""
 
-    def show(text: str) -> None:
-        nonlocal shown
-        shown = set_cell_size(_encodable(text, out), out.width - 1)
-        if out.is_terminal:
-            print(f"\r{shown}", end="", file=out.file, flush=True)
+    def __init__(self, name: str, total: int | None, steady: bool, clock: Callable[[], float]):
+        self.name, self.total, self.steady, self._clock = name, total, steady, clock
+        self.shown, self.done = name, 0
+        self.begin = self.moved = clock()
 
-    try:
-        yield show
-    finally:
-        if shown:
-            print("" if out.is_terminal else shown.rstrip(), file=out.file, flush=True)
+    def advance(self, steps: int = 1, description: str | None = None) -> None:
+        """Counts steps; `description` is the new name."""
+        self.done += steps
+        self.moved = self._clock()
+        self.shown = description or self.shown
+
+    def text(self) -> str:
+        """The name, and how far the stage has come."""
+        count = "" if self.total is None else f"/{self.total}"
+        return f"{self.shown} {self.done}{count}" if count or self.done else self.shown
+
+
+class Stages:
+    """The stages under way, the outermost first, and when a pipe has to be told of them.
+
+    Args:
+      clock: seconds, monotonic.
+
+    Attributes:
+      shown: whether there is a `bar`, inside of which every stage is shown.
+      terminal: the console of a bar at the bottom of a terminal, if there is one.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._begin, self._heard = clock, clock(), clock()
+        self._stages: list[Stage] = []
+        self.shown = False
+        self.terminal: Console | None = None
+        self._announced: set[tuple[str, ...]] = set()
+
+    def enter(self, name: str, total: int | None = None, steady: bool = True) -> Stage:
+        """Begins a stage inside of those under way."""
+        stage = Stage(name, total, steady, self._clock)
+        if not self._stages:
+            self.heard()
+        self._stages.append(stage)
+        return stage
+
+    def leave(self, stage: Stage) -> None:
+        """Ends a stage, and those inside of it."""
+        if stage in self._stages:
+            del self._stages[self._stages.index(stage) :]
+
+    def heard(self) -> None:
+        """Notes that the user has been told something."""
+        self._heard = self._clock()
+
+    def announcement(self) -> str | None:
+        """The line that a pipe gets now; None if it has not been silent for long enough."""
+        stages, now = [*self._stages], self._clock()
+        known = tuple(stage.name for stage in stages)
+        young = now - self._begin < YOUNG or known not in self._announced
+        if not stages or now - self._heard < (FIRST if young else LATER):
+            return None
+        self._heard = now
+        self._announced.add(known)
+        texts = [stage.text() for stage in stages]
+        return ", ".join([*texts, duration(now - stages[0].moved)])
+
+    def bar(self, out: Console) -> Table:
+        """The line at the bottom of a terminal: what is done, a bar, and a time.
+
+        The bar is that of the outermost stage that has steps. The time is what is left of it or, if
+        that is not known, since when the outermost stage has made no step. Stages that have just
+        begun are not shown: they would flicker.
+        """
+        now = self._clock()
+        inner = [stage for stage in self._stages[1:] if now - stage.begin >= SETTLED]
+        stages = [*self._stages[:1], *inner]
+        line = Table.grid(padding=(0, 1, 0, 0), expand=True)
+        if not stages:
+            return line
+        barred = next((stage for stage in stages if stage.total), None)
+        seconds = duration(now - stages[0].moved)
+        if barred is stages[-1] and barred.total and barred.done and barred.steady:
+            each = (barred.moved - barred.begin) / barred.done
+            seconds = f"{duration(each * (barred.total - barred.done))} left"
+        cells: list[Text | ProgressBar] = []
+        room = out.width - 1 - len(seconds)
+        if barred is not None:
+            width = min(20, out.width // 4)
+            cells.append(
+                ProgressBar(
+                    barred.total,
+                    barred.done,
+                    width=width,
+                    style="bright_black",
+                    complete_style="default",
+                    finished_style="default",
+                )
+            )
+            room -= width + 1
+        texts = [_encodable(stage.text(), out) for stage in stages]
+        while len(texts) > 2 and cell_len(", ".join(texts)) > room:
+            del texts[1]
+        text = set_cell_size(", ".join(texts), max(room, 0))
+        line.add_row(Text(text, no_wrap=True), *cells, Text(seconds, no_wrap=True))
+        return line
+
+
+STAGES = Stages()  # of this process
+COMPILES = "/jax/core/compile/"  # how the names of JAX's events begin
+_compiling: list[Stage] = []  # the same one for every level of nesting
 
 
 @contextmanager
 def bar(
-    description: str, total: int | None, stream: TextIO | None = None, *, period: float = 30.0
+    name: str, total: int | None = None, *, steady: bool = True, live: bool = True
 ) -> Iterator[Callable[..., None]]:
-    """Shows how far a long stage has come: a bar on a terminal, else a line now and then.
+    """Shows a stage while it runs: a bar at the bottom of a terminal, else a line now and then.
+
+    A stage that begins inside of another one is shown beside it. No bar remains at the end. It is
+    on stdout, as what a command says of its work, so that stderr has errors alone.
 
     Args:
-      description: what is done.
+      name: what is done.
       total: how many steps it has; None if that is not known.
-      stream: where to show it, by default stderr.
-      period: seconds between two lines where there is no terminal. A shorter stage prints none.
+      steady: see `Stage`.
+      live: whether a terminal gets a bar. It would be in the way of what is typed.
 
     Yields:
       advance(steps=1, description=None), to call after every step.
     """
-    out = console(stream or sys.stderr)
-    if not out.is_terminal:
-        yield _lines(description, total, out, period)
-        return
-    column = Column(ratio=1, no_wrap=True, overflow="crop")
-    with live.Progress(
-        live.TextColumn("{task.description}", markup=False, table_column=column),
-        live.BarColumn(bar_width=20),
-        live.MofNCompleteColumn(),
-        live.TimeRemainingColumn(),
+    stage = STAGES.enter(name, total, steady)
+    try:
+        with nullcontext() if STAGES.shown else _shown(live):
+            yield stage.advance
+    finally:
+        STAGES.leave(stage)
+
+
+def steps(items: Iterable[T], name: str, total: int | None = None, size: int = 1) -> Iterator[T]:
+    """Goes through items, the steps of a stage that is shown if it is inside of a `bar`.
+
+    Args:
+      items: of any kind.
+      name: what is done.
+      total: how many items there are; None if they know.
+      size: steps of an item.
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    stage = STAGES.enter(name, None if total is None else size * total)
+    try:
+        for item in items:
+            yield item
+            stage.advance(size)
+    finally:
+        STAGES.leave(stage)
+
+
+@contextmanager
+def _shown(live: bool) -> Iterator[None]:
+    """Shows the stages under way, at the bottom of a terminal if `live`."""
+    out = console()
+    at_bottom = live and out.is_terminal and not out.is_dumb_terminal
+    STAGES.shown = True
+    try:
+        with _drawn(out) if at_bottom else _told(out):
+            yield
+    finally:
+        STAGES.shown = False
+
+
+@contextmanager
+def _drawn(out: Console) -> Iterator[None]:
+    """Draws the stages under way, four times a second. What is printed appears above them."""
+    with Live(
+        get_renderable=lambda: STAGES.bar(out),
         console=out,
-        expand=True,
-    ) as shown:
-        task = shown.add_task(_encodable(description, out), total=total)
-
-        def advance(steps: int = 1, description: str | None = None) -> None:
-            text = None if description is None else _encodable(description, out)
-            shown.update(task, advance=steps, description=text)
-
-        yield advance
-
-
-def _lines(name: str, total: int | None, out: Console, period: float) -> Callable[..., None]:
-    """Makes the `advance` of a bar that prints a line, at most one per `period` seconds."""
-    done, due = 0, time.monotonic() + period
-
-    def advance(steps: int = 1, description: str | None = None) -> None:
-        nonlocal name, done, due
-        name, done = description or name, done + steps
-        if time.monotonic() >= due:
-            due = time.monotonic() + period
-            text = f"{name}: {done}/{total}" if total else f"{name}: {done}"
-            out.print(_encodable(text, out), soft_wrap=True)
-
-    return advance
+        transient=True,
+        redirect_stderr=sys.stderr.isatty(),  # a file gets what is meant for it
+    ):
+        STAGES.terminal = out
+        try:
+            yield
+        finally:
+            STAGES.terminal = None
 
 
-# Metric -> its text in a line, and its meaning. The first ones are shown where there is room.
+@contextmanager
+def _told(out: Console) -> Iterator[None]:
+    """Prints what is under way when nothing else has been printed for long."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(TICK):
+            if (text := STAGES.announcement()) is not None:
+                with suppress(OSError):  # what cannot be written, the command itself meets too
+                    out.print(_encodable(text, out), soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
+def show_cursor() -> None:
+    """Brings back what a bar hides, in a process that ends without leaving it."""
+    if STAGES.terminal is not None:
+        STAGES.terminal.show_cursor(True)
+
+
+def mute() -> None:
+    """Prints nothing on stdout from now on: of several processes, the main one speaks."""
+    sys.stdout = open(os.devnull, "w")
+
+
+def show_compilation() -> None:
+    """From now on the compilation of a program is a stage, with the name of the program."""
+    jax.monitoring.register_scalar_listener(_compilation_begins)
+    jax.monitoring.register_event_duration_secs_listener(_compilation_ends)
+
+
+def _compilation_begins(event: str, value: float, **details: object) -> None:
+    # Tracing, lowering, or compiling; tracing is nested, and each of them ends, also if it fails.
+    if event.startswith(COMPILES):
+        program = str(details.get("fun_name")).removeprefix("jit(").removesuffix(")")
+        _compiling.append(_compiling[0] if _compiling else STAGES.enter(f"compiling {program}"))
+
+
+def _compilation_ends(event: str, duration_secs: float, **details: object) -> None:
+    if event.startswith(COMPILES) and _compiling:
+        stage = _compiling.pop()
+        if not _compiling:
+            STAGES.leave(stage)
+
+
+# ---------------------------------------------------------------- the line of an iteration
+
+
+class Column(NamedTuple):
+    """A word in the line of an iteration.
+
+    Attributes:
+      text: how its number is shown.
+      width: characters that are kept for it, so that the lines of a run are aligned.
+      meaning: of the word.
+    """
+
+    text: str
+    width: int
+    meaning: str
+
+
+# Metric -> its column. The first ones are shown where there is room.
 COLUMNS = {
-    "reward": ("reward {:+.3f}", "mean reward of the branches"),
-    "reward_std_in_group": ("std {:.0e}", "standard deviation of the rewards in a group"),
-    "gate_open": ("gate {:4.0%}", "share of prompts with a branch above the anchor"),
-    "kl": ("KL {:.0e}", "divergence from the reference policy"),
-    "reward_anchor": ("anchor {:+.3f}", "reward of the anchor"),
-    "grad_norm": ("grad {:.0e}", "norm of the gradient"),
-    "win_rate": ("win {:4.0%}", "share of branches with a higher reward than their anchor"),
-    "log_ratio_std": ("ratio {:.0e}", "standard deviation of the log ratio to the old policy"),
-    "clip_fraction": ("clip {:4.0%}", "share of the ratios that are clipped"),
+    "reward": Column("reward={:+.3f}", 13, "mean reward of the branches"),
+    "best_minus_anchor": Column("best={:+.0e}", 10, "reward of the best branch minus the anchor's"),
+    "reward_std_in_group": Column("std={:.0e}", 8, "standard deviation of the rewards in a group"),
+    "gate_open": Column("gate={:.0%}", 9, "share of prompts with a branch above the anchor"),
+    "kl": Column("KL={:.0e}", 7, "divergence from the reference policy"),
+    "grad_norm": Column("grad={:.0e}", 9, "norm of the gradient"),
+    "seconds": Column("took={:.1f}s", 10, "seconds of the iteration"),
+    "win_rate": Column("win={:.0%}", 8, "share of branches with a higher reward than the anchor"),
+    "reward_anchor": Column("anchor={:+.3f}", 13, "mean reward of the anchors"),
+    "log_ratio_std": Column(
+        "ratio={:.0e}", 10, "standard deviation of the log ratio to the old policy"
+    ),
+    "clip_fraction": Column("clip={:.0%}", 9, "share of the ratios that are clipped"),
 }
+SHUT = "gate shut"  # for every prompt
 
 
 def legend() -> str:
     """Explains the words of a progress line, a line each."""
-    return "\n".join(f"  {text.split()[0]:6s}  {meaning}" for text, meaning in COLUMNS.values())
+    words = {column.text.partition("=")[0]: column.meaning for column in COLUMNS.values()}
+    words |= {
+        SHUT: "no branch of any prompt beats its anchor",
+        "no update": "the gate leaves nothing to learn: the policy stays as it is",
+        "eta": "time that is left, from the second iteration on",
+    }
+    return "\n".join(f"  {word:9s}  {meaning}" for word, meaning in words.items())
 
 
 class Progress:
@@ -197,33 +439,58 @@ class Progress:
 
     def __init__(self, iterations: int, clock: Callable[[], float] = time.monotonic):
         self._iterations, self._clock, self._begin, self._took = iterations, clock, clock(), 0.0
-        self._recent: deque[float] = deque(maxlen=20)  # seconds, without those of compilation
+        # Seconds without those of compilation. The first iteration also traces the programs, or
+        # reads them from disk, which nothing counts: it says nothing of the others.
+        self._recent: deque[float] = deque(maxlen=20)
         self._laps = 0
 
     def show(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Ends the iteration, numbered from 0, and prints its line."""
         self.lap(metrics.get("seconds_compile", 0.0))
-        print(self.line(iteration, metrics, console().width), flush=True)
+        line = self.line(iteration, metrics, console().width)
+        if SHUT in line:
+            warn(line)
+        else:
+            say(line)
 
     def lap(self, compiling: float = 0.0) -> None:
         """Ends an iteration, of which `compiling` seconds will not come again."""
         now = self._clock()
         self._took, self._begin = now - self._begin, now
         self._laps += 1
-        if self._laps == 2:
-            self._recent.clear()  # the first one has traced the programs, and read them from disk
-        self._recent.append(max(0.0, self._took - compiling))
+        if self._laps > 1:
+            self._recent.append(max(0.0, self._took - compiling))
 
     def line(self, iteration: int, metrics: Mapping[str, float], width: int = 80) -> str:
         """Formats the iteration that the last lap has ended: as many metrics as `width` allows."""
-        left = sum(self._recent) / len(self._recent) * (self._iterations - iteration - 1)
+        end = ""
+        if self._recent:
+            left = sum(self._recent) / len(self._recent) * (self._iterations - iteration - 1)
+            end = f" eta={rough(left)}"
         line = f"{iteration + 1:{len(str(self._iterations))}d}/{self._iterations}"
-        end = f"  {self._took:6.1f} s  {duration(left):>7s} left"
-        for part in (text.format(metrics[m]) for m, (text, _) in COLUMNS.items() if m in metrics):
-            if len(line) + GAP + len(part) + len(end) > width:
+        metrics = {**metrics, "seconds": self._took}
+        for name, column in COLUMNS.items():
+            if name not in metrics:
+                continue
+            part = _short(column.text.format(metrics[name]))
+            if name == "gate_open" and not metrics[name]:
+                part = f"{SHUT}: no update" if metrics.get("skipped_update") else SHUT
+            if name == "grad_norm" and metrics.get("skipped_update"):
+                continue  # it is 0
+            if len(line) + 1 + len(part) + len(end) > width:
                 break
-            line += f"  {part}"
-        return line + end
+            line += f" {part:{min(column.width, width - len(line) - 1 - len(end))}s}"
+        return (line + end).rstrip()
+
+
+def _short(text: str) -> str:
+    """Shortens exponents: 2e-03 to 2e-3, and 2e+00 to 2e0."""
+    return re.sub(r"e\+?(-?)0?(?=\d)", r"e\1", text)
+
+
+def rough(seconds: float) -> str:
+    """Formats seconds as m:ss or, from an hour on, as hours: 0:59, 13.3h."""
+    return f"{seconds / 3600:.1f}h" if round(seconds) >= 3600 else duration(seconds)
 
 
 def duration(seconds: float) -> str:
