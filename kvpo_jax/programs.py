@@ -475,8 +475,11 @@ def all_finite(tree: PyTree) -> Array:
 
 def fresh_lora(config: ml_collections.ConfigDict, key: Array) -> PyTree:
     """The collection `lora` of a new adapter, which changes nothing: its B is 0."""
-    init = jax.jit(lambda key: init_variables(wan_config(config), key)["lora"])
-    return init(key)
+
+    def init_lora(key):
+        return init_variables(wan_config(config), key)["lora"]
+
+    return jax.jit(init_lora)(key)
 
 
 def text_encoder(cfg: umt5.UMT5Config) -> Callable[[PyTree, Array, Array], Array]:
