@@ -340,17 +340,12 @@ def test_compiling_is_a_stage_with_the_name_of_the_program(monkeypatch):
         note()
         raise ZeroDivisionError
 
-    progress.show_compilation()
-    try:
-        with progress.bar("scoring"):
-            jax.jit(slow_program)(1.0)
-            note()
-            with pytest.raises(ZeroDivisionError):
-                jax.jit(broken_program)(1.0)
-            note()
-    finally:
-        jax.monitoring.unregister_scalar_listener(progress._compilation_begins)
-        jax.monitoring.unregister_event_duration_listener(progress._compilation_ends)
+    with progress.bar("scoring"):
+        jax.jit(slow_program)(1.0)
+        note()
+        with pytest.raises(ZeroDivisionError):
+            jax.jit(broken_program)(1.0)
+        note()
     assert seen == [
         ["scoring", "compiling slow_program"],
         ["scoring"],

@@ -40,7 +40,6 @@ def run(module: str, define_flags: Callable[[], None], main: Callable[[list[str]
     for stream in (sys.stdout, sys.stderr):
         progress.escape_unencodable(stream)
     quieten_libraries()
-    progress.show_compilation()
 
     def quiet_main(arguments: list[str]) -> None:
         # Orbax logs thirty lines for a checkpoint, a warning for one that is only read, and a

@@ -6,6 +6,7 @@ or 80, and a stage that takes long is announced by a line now and then.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Siz
 from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple, TextIO, TypeVar
 
-import jax
 from rich.box import Box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
@@ -308,6 +308,8 @@ def _shown(live: bool) -> Iterator[None]:
     out = console()
     at_bottom = live and out.is_terminal and not out.is_dumb_terminal
     STAGES.shown = True
+    if "jax" in sys.modules:
+        _show_compilation()
     try:
         with _drawn(out) if at_bottom else _told(out):
             yield
@@ -362,8 +364,11 @@ def mute() -> None:
     sys.stdout = open(os.devnull, "w")
 
 
-def show_compilation() -> None:
+@functools.cache
+def _show_compilation() -> None:
     """From now on the compilation of a program is a stage, with the name of the program."""
+    import jax  # which not every command needs
+
     jax.monitoring.register_scalar_listener(_compilation_begins)
     jax.monitoring.register_event_duration_secs_listener(_compilation_ends)
 
