@@ -130,6 +130,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     c.train = t = ConfigDict()
     t.iterations = 40
+    # Ends a run before it would have spent more passes (kvpo_jax/budget.py); 0 = no limit.
+    t.budget_passes = 0
     t.prompts_per_iteration = 4  # P
     t.held_out = 32  # sequences of the prompt file that are never trained on; the toy makes its own
     # Prompts at a time, their gradients summed; a divisor of P. 0 = the most that fit the devices,

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from absl import flags
 from flax import struct
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import fitting
+from kvpo_jax import budget, fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
@@ -266,6 +267,7 @@ def finish(
     """
     reference, online = results["reference"], results["online"]
     shown = range(min(PICTURED, len(reference.pixels)))
+    spent = budget.of_first(run, iterations)
     components = {
         policy: {name: float(np.mean(value)) for name, value in result.components.items()}
         for policy, result in results.items()
@@ -279,6 +281,8 @@ def finish(
             policy: result.blocks.mean(axis=0).tolist() for policy, result in results.items()
         },
         "iterations": iterations,
+        **spent.metrics(),
+        "passes_with_another_iteration": (spent + budget.of_next(run, iterations)).passes,
         "eval": run.config.eval.to_dict(),
         "seconds": dict(seconds),
     }
@@ -300,6 +304,7 @@ def finish(
         progress.say(f"\nonline gains {early}, and {gains[1]:+.4f} in the later ones")
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     progress.say(f"\nseconds: {seconds['total']:.1f} in all ({parts})")
+    progress.say(f"spent: {spent.passes:,} passes, {spent.videos_scored:,} scored videos")
     print(f"\n{picture} shows it", flush=True)
     return summary
 
@@ -313,12 +318,15 @@ def print_table(results: Mapping[str, Heldout]) -> None:
     progress.table(_title(count), *statistics.heldout_table(rewards))
 
 
-def print_finished(workdir: Path, summary: Mapping[str, Any]) -> None:
+def print_finished(
+    workdir: Path, summary: Mapping[str, Any], config: ml_collections.ConfigDict
+) -> None:
     """Says that a run has nothing left to do, and prints the table that it ended with."""
     done = summary["iterations"]
+    limit = "iterations" if done >= config.train.iterations else "budget_passes"
     print(f"{workdir}: finished; iteration {done} of {done} is done", flush=True)
     progress.table(_title(summary["heldout"]["num_prompts"]), *statistics.summary_table(summary))
-    print("\nto go on, raise --config.train.iterations", flush=True)
+    print(f"\nto go on, raise --config.train.{limit}", flush=True)
 
 
 def _title(count: int) -> str:

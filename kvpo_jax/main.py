@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> None:
     config = workdir.resolve(given.config, directory, arguments[1:])
 
     # These take seconds that a mistyped flag should not.
-    from kvpo_jax import backbone, evaluate, fitting, run, train
+    from kvpo_jax import backbone, budget, evaluate, fitting, run, train
 
     backbone.check_files(config)
     if distributed is not None:
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     with ending_together():
         if (summary := workdir.finished(config, directory)) is not None:
             if sharding.is_main():
-                evaluate.print_finished(directory, summary)
+                evaluate.print_finished(directory, summary, config)
             return
         command.use_compilation_cache()
         with progress.bar("preparing"):
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> None:
             # What cannot work is an error before the run directory is made.
             equipment = run.load(fitted)
             run.eligible_pivots(fitted, equipment.backbone.to_pixel)
+            equipment = budget.limited(equipment)
             equipment.initial_lora()
         with workdir.locked(directory):
             if sharding.is_main():

@@ -33,7 +33,7 @@ from kvpo_jax.models import umt5
 from kvpo_jax.models.layers import exact
 from kvpo_jax.models.wan import Wan, init_variables
 from kvpo_jax.runtime import sharding
-from kvpo_jax.runtime.config import always_on_policy, branches_at_once, recorded_blocks, wan_config
+from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, settled_from, wan_config
 from kvpo_jax.state import TrainState, make_optimiser
 from kvpo_jax.types import (
     Array,
@@ -308,7 +308,7 @@ def make_energies(
     caches = caches or _Caches(config, mesh)
     model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
     energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
-    settled_from = config.rollout.perturbed_steps if always_on_policy(config) else None
+    first_settled = settled_from(config)
     replay.ENERGIES[config.replay.energy]  # an unknown name is an error now, not while tracing
 
     def policy(frozen, lora):
@@ -321,7 +321,9 @@ def make_energies(
         text = jax.tree.map(sharding.vary_over_branch, text)
         frozen = sharding.vary(params), embeddings, text
         lora, wanted = sharding.vary((lora, wanted))
-        return energies(policy, config.replay, schedule, lora, frozen, tuples, wanted, settled_from)
+        return energies(
+            policy, config.replay, schedule, lora, frozen, tuples, wanted, first_settled
+        )
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
     replayed = sharding.replay_spec(caches.history_spec)

@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import fitting
+from kvpo_jax import budget, fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys, objective
 from kvpo_jax.errors import DivergedError
@@ -344,7 +344,7 @@ def train_and_evaluate(
       NotFiniteError: a reward, energy or gradient is not finite; the last good state has been
         saved.
     """
-    return train(run_lib.load(fitting.fitted(config)), Path(workdir), profile)
+    return train(budget.limited(run_lib.load(fitting.fitted(config))), Path(workdir), profile)
 
 
 def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | None:
@@ -357,6 +357,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             _, state, extra = restored
             clock.add(extra["seconds"])
     first, iterations = int(state.iteration), config.train.iterations
+    spent = budget.of_first(run, first)
     recorder = Recorder(config, workdir, first) if sharding.is_main() else None
     if recorder:
         progress.say(f"{run.describe(state.lora)}; iteration {first} of {iterations}")
@@ -393,12 +394,15 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
                 raise
             record = {**jax.device_get(metrics), **group_metrics(groups)}
             record["pivot"] = run.draw_pivot(iteration)
+            spent += budget.of_next(run, iteration)
+            record |= spent.metrics()
             online = ema = None
             done, last = iteration + 1, iteration + 1 == iterations
             if last or (config.eval.every and done % config.eval.every == 0):
                 online, ema = evaluation(state.lora), evaluation(state.ema)
                 record |= heldout_metrics(before, online, ema, run.pivots[0])
             record |= {f"seconds_{name}": value for name, value in clock.lap().items()}
+            record["seconds_total"] = clock.seconds["total"]
             if recorder:
                 recorder.record(iteration, record, groups)
             advance()

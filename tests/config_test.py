@@ -435,7 +435,8 @@ def test_which_files_a_run_depends_on(tmp_path, monkeypatch):
 
 def test_a_run_is_finished_if_its_summary_is_of_its_last_checkpoint(tmp_path):
     config = overridden("--config.train.iterations=7")
-    summary = {"iterations": 7, "eval": config.eval.to_dict()}
+    evaluated = {"eval": config.eval.to_dict()}
+    summary = {"iterations": 7, **evaluated}
     assert workdir_lib.finished(config, tmp_path) is None
     atomic.write_json(summary, tmp_path / "summary.json")
     assert workdir_lib.finished(config, tmp_path) is None  # there is no checkpoint
@@ -448,6 +449,11 @@ def test_a_run_is_finished_if_its_summary_is_of_its_last_checkpoint(tmp_path):
     write_checkpoint(tmp_path, 8, {})  # continued, and killed before its evaluation
     assert workdir_lib.finished(config, tmp_path) is None
     assert workdir_lib.finished(longer, tmp_path) is None
+    for limit, further, over in (70, 71, True), (71, 71, False), (0, 71, False):
+        summary = {"iterations": 8, "passes_with_another_iteration": further, **evaluated}
+        atomic.write_json(summary, tmp_path / "summary.json")
+        limited = overridden("--config.train.iterations=9", f"--config.train.budget_passes={limit}")
+        assert (workdir_lib.finished(limited, tmp_path) is not None) == over
     for damaged in ("{", "[]", '{"iterations": "8", "eval": {}}', "{}"):
         (tmp_path / "summary.json").write_text(damaged)
         assert workdir_lib.finished(longer, tmp_path) is None

@@ -8,6 +8,7 @@ for themselves, from the run's seed and checkpoints.
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -96,6 +97,7 @@ class Batch:
       routing: (key, numbers of the prompts, fork frame) of the CHR draws.
       trained: fingerprint of the LoRA tree at which the gradient was taken.
       experience: what the gradient read; None for held-out prompts.
+      calls: how often each program was called; the replay is "gradient" or "energies".
     """
 
     prompts: list[tuple[str, int]] = dataclasses.field(default_factory=list)
@@ -104,6 +106,7 @@ class Batch:
     routing: set[tuple] = dataclasses.field(default_factory=set)
     trained: str = ""
     experience: Experience | None = None
+    calls: Counter[str] = dataclasses.field(default_factory=Counter)
 
     @property
     def split(self) -> str:
@@ -123,7 +126,8 @@ def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[Heldout]]:
         batches[-1].prompts.append((split, index))
         return read(split, index)
 
-    def program(compiled, *arguments):
+    def program(name, compiled, *arguments):
+        batches[-1].calls[name] += 1
         for argument in arguments:
             if isinstance(argument, keys.NoiseKey):
                 batches[-1].noise.add((numbers(argument.key), numbers(argument.prompts)))
@@ -136,6 +140,7 @@ def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[Heldout]]:
         return compiled(key, prompts, fork_frame)
 
     def replay(compiled, lora, params, experience, wanted):
+        batches[-1].calls["gradient" if wanted else "energies"] += 1
         if wanted:
             batches[-1].trained, batches[-1].experience = fingerprint(lora), experience
         return compiled(lora, params, experience, wanted)
@@ -148,7 +153,7 @@ def watch(patch: pytest.MonkeyPatch) -> tuple[list[Batch], list[Heldout]]:
         batches.clear()  # a prompt that is read before there are programs checks the files only
         programs = original(config, mesh)
         names = ("encode_text", "shared_block", "shared_recache", "branch_block", "branch_recache")
-        watched = {name: partial(program, getattr(programs, name)) for name in names}
+        watched = {name: partial(program, name, getattr(programs, name)) for name in names}
         watched["draw"] = partial(draw, programs.draw)
         watched["replay"] = partial(replay, programs.replay)
         return dataclasses.replace(programs, **watched)
@@ -286,6 +291,35 @@ def test_every_second_rollout_is_on_policy(run):
     flags = [{bool(batch.experience.on_policy) for batch in group} for group in run.training]
     assert flags == [{True}, {False}, {True}]
     assert [row["ratio_deviation"] > 0 for row in run.metrics] == [False, True, False]
+
+
+def test_the_passes_are_those_of_the_programs_that_were_called(run):
+    """A block takes 5 passes, a recache of 12 frames as many as 4 blocks, with 4 trajectories from
+    the fork on. A replay has a row for the first step, and 3 for each of 3 branches.
+    """
+    passes = {
+        "encode_text": 0,
+        "shared_block": 5,
+        "shared_recache": 4,
+        "branch_block": 4 * 5,
+        "branch_recache": 4 * 4,
+        "energies": 10,
+        "gradient": 2 * 10,  # the second one is for the gradient
+    }
+    backward = forward = 0
+    for done, (batches, row) in enumerate(zip(run.training, run.metrics, strict=True), 1):
+        for batch in [*batches, *(run.calibration if done == 1 else ())]:
+            assert batch.calls.keys() <= passes.keys()
+            forward += sum(passes[name] * count for name, count in batch.calls.items())
+            backward += 2 * 10 * batch.calls["gradient"]
+        assert (row["passes_forward"], row["passes_backward"]) == (forward, backward)
+        assert row["videos_scored"] == done * PROMPTS * 4
+    assert {name: run.summary[name] for name in ("passes_forward", "videos_scored")} == {
+        "passes_forward": forward,
+        "videos_scored": ITERATIONS * PROMPTS * 4,
+    }
+    seconds = [row["seconds_total"] for row in run.metrics]
+    assert seconds == sorted(seconds) and seconds[-1] <= run.summary["seconds"]["total"]
 
 
 @pytest.fixture(scope="module")

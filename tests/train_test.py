@@ -20,7 +20,7 @@ import pytest
 from equipment import SMALL, configure
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import programs, rollout, train
+from kvpo_jax import budget, programs, rollout, train
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys, objective
@@ -30,6 +30,7 @@ from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.process import STOPPED
 from kvpo_jax.state import TrainState
@@ -673,6 +674,37 @@ def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
         saved_state(tmp_path / "killed", config, 6), saved_state(tmp_path / "whole", config, 6)
     )
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+def test_a_run_ends_when_its_budget_is_used_and_goes_on_with_a_larger_one(weights, tmp_path):
+    """The budget is what two iterations take, to the last pass; then one less than four take."""
+    fields = {"train__iterations": 50, "train__checkpoint_every": 30}
+    run = run_lib.load(make_config(weights, **fields))
+    two, three, four = (budget.of_first(run, iterations).passes for iterations in (2, 3, 4))
+    for limit, iterations, passes, further in (two, 2, two, three), (four - 1, 3, three, four):
+        config = make_config(weights, **fields, train__budget_passes=limit)
+        assert workdir_lib.finished(config, tmp_path) is None
+        workdir_lib.start_run(config, tmp_path)
+        summary = train.train_and_evaluate(config, tmp_path)
+        assert (summary["iterations"], lines(tmp_path)[-1]["iteration"]) == (
+            iterations,
+            iterations - 1,
+        )
+        assert summary["passes_forward"] + summary["passes_backward"] == passes
+        assert summary["passes_with_another_iteration"] == further
+        assert "heldout_online" in lines(tmp_path)[-1]
+        assert workdir_lib.finished(config, tmp_path) == summary
+    assert [row["passes_forward"] + row["passes_backward"] for row in lines(tmp_path)][1:] == [
+        two,
+        three,
+    ]
+    saved_state(tmp_path, config, 3)
+    enough = make_config(weights, **fields, train__budget_passes=four)
+    unlimited = make_config(weights, **fields)
+    assert (
+        workdir_lib.finished(enough, tmp_path) is workdir_lib.finished(unlimited, tmp_path) is None
+    )
+    assert workdir_lib.trained_config(tmp_path).train.iterations == 50
 
 
 def test_which_iterations_are_pictured(weights):

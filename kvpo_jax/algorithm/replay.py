@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import chex
 import jax
@@ -220,6 +221,31 @@ def first_step_energies(
 # ---------------------------------------------------------------- the context of the replay
 
 
+class Later(NamedTuple):
+    """The steps of a branch after the first of each block, as masks bool[W * S].
+
+    Attributes:
+      learned: with gradient.
+      plain: without.
+      settled: whose residual and gradient are 0.
+    """
+
+    learned: np.ndarray
+    plain: np.ndarray
+    settled: np.ndarray
+
+
+def later_steps(
+    options: ml_collections.ConfigDict, blocks: int, steps: int, settled_from: int | None
+) -> Later:
+    """How `anchor_energies` treats the steps of a branch, with its arguments."""
+    block, step = np.divmod(np.arange(blocks * steps), steps)
+    settled = (block == 0) & (step >= (steps if settled_from is None else settled_from))
+    learned = (step < options.grad_steps) & ~settled
+    later = step > 0
+    return Later(later & learned, later & ~learned & ~settled, later & settled)
+
+
 def anchor_energies(
     policy: Policy,
     options: ml_collections.ConfigDict,
@@ -254,24 +280,22 @@ def anchor_energies(
     states = replay_states(schedule, tuples)
     frames = jnp.broadcast_to(tuples.frames, (p, *tuples.frames.shape))
     context = kv_cache.read(frames, tuples.history, tuples.page)
-    block, step = np.divmod(np.arange(w * s), s)
-    settled = (block == 0) & (step >= (s if settled_from is None else settled_from)) & (step > 0)
-    learned = (step < options.grad_steps) & ~settled
+    steps = later_steps(options, w, s, settled_from)
     constant = jax.lax.stop_gradient((lora, frozen))
     flat = chunked.fold(states, 4, p, g, w * s)
 
-    def energies_of(steps: np.ndarray, lora: PyTree, frozen: PyTree, wanted: Array | bool) -> Array:
-        chosen = flat[:, :, np.flatnonzero(steps)]
+    def energies_of(which: np.ndarray, lora: PyTree, frozen: PyTree, wanted: Array | bool) -> Array:
+        chosen = flat[:, :, np.flatnonzero(which)]
         return branch_energies(policy, options, lora, frozen, context, chosen, wanted)
 
     total = first_step_energies(policy, options, lora, frozen, context, states[:, :, :, 0])
-    if (steps := learned & (step > 0)).any():
-        total += energies_of(steps, lora, frozen, wanted)
-    if (steps := ~learned & ~settled).any():
-        total += energies_of(steps, *constant, False)
-    if not settled.any():
+    if steps.learned.any():
+        total += energies_of(steps.learned, lora, frozen, wanted)
+    if steps.plain.any():
+        total += energies_of(steps.plain, *constant, False)
+    if not steps.settled.any():
         return total, None
-    floor = energies_of(settled, *constant, False)
+    floor = energies_of(steps.settled, *constant, False)
     return total + floor, floor
 
 
@@ -392,3 +416,54 @@ def rollout_text(encode: Callable[[], TextKV], text: TextKV) -> TextKV:
 TEXTS: Registry[ReplayText] = Registry(
     "replay.text", {"policy": policy_text, "rollout": rollout_text}
 )
+
+
+# ---------------------------------------------------------------- what a replay costs
+
+
+class Rows(NamedTuple):
+    """How many blocks a replay passes through the network for one prompt.
+
+    Attributes:
+      learned: with gradient, where one is wanted.
+      plain: forward alone.
+    """
+
+    learned: int
+    plain: int
+
+
+class Extent(NamedTuple):
+    """What is replayed for one prompt; `settled_from` as in `anchor_energies`."""
+
+    branches: int
+    blocks: int
+    steps: int
+    settled_from: int | None
+
+
+CountRows = Callable[[ml_collections.ConfigDict, Extent], Rows]  # of section `replay`
+
+
+def anchor_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
+    """Of `anchor_energies`: the branches share the first step of a block."""
+    branches, blocks, steps, settled_from = extent
+    later = later_steps(options, blocks, steps, settled_from)
+    learned, plain = later.learned.sum(), (later.plain | later.settled).sum()
+    return Rows(blocks + branches * int(learned), branches * int(plain))
+
+
+def self_rolled_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
+    """Of `self_rolled_energies`.
+
+    Pass 1 replays the steps without gradient of every block, or the last step that its page needs,
+    and writes the page of every block but the last.
+    """
+    branches, blocks, steps, _ = extent
+    learned = min(options.grad_steps, steps)
+    rolled = (steps - learned) * blocks or blocks - 1
+    return Rows(branches * blocks * learned, branches * (rolled + blocks - 1))
+
+
+# Of an alternative that is not here, every state is taken to be replayed once with its gradient.
+ROWS: dict[str, CountRows] = {"anchor": anchor_rows, "self_rolled": self_rolled_rows}

@@ -84,6 +84,7 @@ MINIMUM = {
     "reward.clip_spacing": 0,
     "reward.min_behind": 0.0,
     "train.iterations": 1,
+    "train.budget_passes": 0,
     "train.micro_batch": 0,
     "train.prompts_per_iteration": 1,
     "train.epochs": 1,
@@ -108,6 +109,7 @@ POSITIVE = ("sampler.shift", "objective.tau", "lora.alpha", "train.grad_clip")
 # be the same ones.
 RESUMABLE = (
     "train.iterations",
+    "train.budget_passes",
     "train.checkpoint_every",
     "train.keep",
     "train.video_every",
@@ -297,6 +299,11 @@ def is_on_policy(config: ConfigDict, iteration: int) -> bool:
 def always_on_policy(config: ConfigDict) -> bool:
     """Whether pi_old is pi_theta in every gradient of a run."""
     return config.train.rollouts_per_sync == config.train.epochs == 1
+
+
+def settled_from(config: ConfigDict) -> int | None:
+    """The first solver step that is not routed, if every gradient is on policy; None if not."""
+    return config.rollout.perturbed_steps if always_on_policy(config) else None
 
 
 def micro_batches(config: ConfigDict) -> Iterator[np.ndarray]:

@@ -246,16 +246,19 @@ def start_run(
 def finished(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
     """What summary.json holds, if the run has nothing left to do.
 
-    That is so if it is of the newest checkpoint, which has config.train.iterations, and of the same
-    held-out evaluation.
+    That is so if it is of the newest checkpoint and of the same held-out evaluation, and if it has
+    config.train.iterations, or has no passes left of config.train.budget_passes for another one.
     """
     try:
         summary = json.loads((workdir / "summary.json").read_text())
         done, evaluated = summary["iterations"], with_tuples(summary["eval"])
+        # A version that counted no passes had no budget to end a run.
+        spent = 0 < config.train.budget_passes < summary.get("passes_with_another_iteration", 0)
+        whole = done >= config.train.iterations or spent
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or not a whole one
         return None
-    whole = done == max(_steps(workdir), default=0) and done >= config.train.iterations
-    return summary if whole and evaluated == config.eval.to_dict() else None
+    newest = done == max(_steps(workdir), default=0)
+    return summary if whole and newest and evaluated == config.eval.to_dict() else None
 
 
 def versions() -> dict[str, Any]:
