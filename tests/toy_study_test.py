@@ -41,14 +41,18 @@ def runs(tmp_path_factory) -> Path:
                 f"--config.seed={seed}",
                 *([f"--config.objective.{flag}"] if flag else []),
             ]
-            workdir.start_run(workdir.resolve(None, None, arguments), run)
+            config = workdir.resolve(None, None, arguments)
+            workdir.start_run(config, run)
+            (run / "checkpoints" / f"{config.train.iterations}").mkdir(parents=True)
             summary = {
+                "iterations": config.train.iterations,
+                "eval": config.eval.to_dict(),
                 "heldout": heldout | {"gain": 0.2 + seed},
                 "components": {},
                 "seconds": {"total": 30},
             }
             (run / "summary.json").write_text(json.dumps(summary))
-            (run / "metrics.jsonl").write_text(json.dumps(metrics))
+            (run / "metrics.jsonl").write_text(json.dumps({"iteration": 0, **metrics}) + "\n")
     return folder
 
 

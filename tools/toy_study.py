@@ -9,7 +9,6 @@ gains on the held-out prompts, and diversity, KL, gate and time.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -18,14 +17,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import study
 from absl import flags
-from ml_collections import ConfigDict
 
-from kvpo_jax import train
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import command
+from kvpo_jax.runtime import command, records
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.runtime.statistics import mean_interval, show_interval
 
@@ -36,48 +33,17 @@ KINDS = {
 }
 
 
-def configure(
-    kind: str, seed: int, runs: Path, arguments: Sequence[str]
-) -> tuple[Path, ConfigDict]:
-    """The directory and the configuration of one run.
-
-    Raises:
-      UsageError: the directory has a run of another configuration.
-    """
-    workdir, fields = runs / f"{kind.replace(' ', '_')}-{seed}", {"seed": seed, **KINDS[kind]}
-    own = [f"--config.{name}={value}" for name, value in fields.items()]
-    config = workdir_lib.resolve(config_lib.TINY, workdir, [*arguments, *own])
-    # Even what a continued run may change, its length for example, changes the numbers of a study.
-    if (record := workdir / "config.json").exists():
-        before, now = config_lib.flat(config_lib.load_saved(record)), config_lib.flat(config)
-        if changed := [name for name in sorted(before | now) if before.get(name) != now.get(name)]:
-            raise UsageError(
-                f"{workdir} has a run with another {changed[0]}; choose another directory with"
-                " --runs"
-            )
-    return workdir, config
-
-
-def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict[str, Any]:
-    """The summary of one run, with the means of its metrics over the iterations.
-
-    Raises:
-      UsageError: the run has been stopped.
-    """
-    if not (workdir / "summary.json").exists():
-        workdir_lib.start_run(config, workdir)
-        print(f"\n=== {kind}, seed {seed}", flush=True)
-        if not train.train_and_evaluate(config, workdir):
-            raise UsageError(f"{workdir} is not finished; the same command continues the study")
-    summary = json.loads((workdir / "summary.json").read_text())
-    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def read(trial: study.Trial) -> dict[str, Any]:
+    """The summary of a finished run, with the means of its metrics over the iterations."""
+    found = records.read_run(trial.workdir)
+    summary, metrics = found.summary, found.metrics
 
     def mean(name: str) -> float:
         return float(np.mean([m[name] for m in metrics]))
 
     return {
-        "kind": kind,
-        "seed": seed,
+        "kind": trial.name,
+        "seed": trial.seed,
         **summary["heldout"],
         "components": summary["components"],
         "diversity": mean("reward_std_in_group"),
@@ -87,14 +53,6 @@ def run(kind: str, seed: int, workdir: Path, config: ConfigDict) -> dict[str, An
         "energy_std": (metrics[0]["energy_std"], metrics[-1]["energy_std"]),
         "seconds": summary["seconds"]["total"],
     }
-
-
-def table(runs: Sequence[dict[str, Any]]) -> str:
-    """The markdown table of all runs."""
-    cells = [_cells(summary) for summary in runs]
-    lines = [f"| {' | '.join(cells[0])} |", f"|{'---|' * len(cells[0])}"]
-    lines += [f"| {' | '.join(row.values())} |" for row in cells]
-    return "\n".join(lines)
 
 
 def _cells(summary: dict[str, Any]) -> dict[str, str]:
@@ -137,21 +95,25 @@ def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
     seeds = range(given.seeds)
-    study = [(kind, seed) for kind in ("KVPO", "shuffled advantages") for seed in seeds]
-    study.append(("negated advantages", 0))
-    command.use_compilation_cache()
-    configured = [
-        (kind, seed, *configure(kind, seed, Path(given.runs), arguments[1:]))
-        for kind, seed in study
+    asked = [(kind, seed) for kind in ("KVPO", "shuffled advantages") for seed in seeds]
+    asked.append(("negated advantages", 0))
+    runs = Path(given.runs)
+    trials = [
+        study.configure(kind, seed, config_lib.TINY, KINDS[kind], runs, arguments[1:])
+        for kind, seed in asked
     ]
-    summaries = [run(*each) for each in configured]
+    for trial in trials:
+        if fault := study.carry_out(trial):
+            raise UsageError(f"{trial.workdir} has failed: {fault}")
+    summaries = [read(trial) for trial in trials]
     called = " ".join(["python tools/toy_study.py", *arguments[1:]])
+    table = study.markdown([_cells(summary) for summary in summaries])
     text = (
         "# The toy study\n\n"
         f"Written by `{called}` with jax {jax.__version__} on {os.cpu_count()} CPU cores"
         f" ({platform.machine()}). All runs start from the shipped generator and are judged on"
         f" the same {summaries[0]['num_prompts']} held-out prompt sequences, from the same"
-        f" noise.\n\n{conclusion(summaries)}\n\n{table(summaries)}\n"
+        f" noise.\n\n{conclusion(summaries)}\n\n{table}\n"
     )
     output = Path(given.output or Path(given.runs) / "study.md")
     with replacing(output) as temporary:
