@@ -145,7 +145,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     t.grad_clip = 1.0  # global norm
     t.ema_decay = 0.9
     t.checkpoint_every = 10  # iterations
-    t.keep = 2  # checkpoints kept
+    t.keep = 2  # checkpoints kept, the newest
+    # Kept besides: the best by the online policy's held-out reward. An evaluation then saves one.
+    t.keep_best = 1
     t.video_every = 20  # iterations between pictures of the branches
 
     c.eval = ConfigDict()

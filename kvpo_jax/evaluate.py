@@ -1,6 +1,6 @@
 """Held-out rewards of a run, or the scores of video files.
 
-    python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--config.eval.prompts=64 ...]
+    python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--iteration=40] [--config.eval.prompts=64]
     python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion \\
         [--hpsv3=FILE] [--videoalign=FILE]
 
@@ -34,12 +34,12 @@ from kvpo_jax.programs import APPEARANCE
 from kvpo_jax.rewards import composite, scorers, video_files
 from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import command, progress, sharding, statistics, sums
+from kvpo_jax.runtime import checkpoint, command, progress, sharding, statistics, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.pictures import PICTURED, before_after
-from kvpo_jax.state import newest_state, policy_of
+from kvpo_jax.state import policy_of, saved_state
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
 # ---------------------------------------------------------------- held-out evaluation
@@ -336,16 +336,16 @@ def _title(count: int) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def evaluate_run(workdir: Path, arguments: Sequence[str]) -> None:
-    """Prints the held-out table of a run's newest checkpoint."""
+def evaluate_run(workdir: Path, which: checkpoint.Which, arguments: Sequence[str]) -> None:
+    """Prints the held-out table of one of a run's checkpoints."""
     # The run is looked at and not continued, so any field may differ here.
-    config = config_lib.override(workdir_lib.trained_config(workdir), arguments)
+    config = config_lib.override(workdir_lib.trained_config(workdir, which), arguments)
     config_lib.check(config)
     backbone_lib.check_files(config)
     command.use_compilation_cache()
     with progress.bar("preparing"):
         config = fitting.fitted(config)
-        state = newest_state(workdir, config, run_lib.make_mesh(config))
+        state = saved_state(workdir, config, run_lib.make_mesh(config), which)
         run = run_lib.load(config)
     policies = ("reference", "online", "ema")
     results = {}
@@ -399,7 +399,9 @@ def main(arguments: list[str]) -> None:
             raise UsageError(
                 f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE says"
             )
-        evaluate_run(Path(given.workdir), arguments[1:])
+        evaluate_run(Path(given.workdir), given.iteration, arguments[1:])
+    elif given["iteration"].present:
+        raise UsageError("--iteration names a checkpoint of --workdir; --videos have none")
     elif arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
     else:
@@ -409,6 +411,7 @@ def main(arguments: list[str]) -> None:
 def define_flags() -> None:
     """The flags of the command."""
     command.define_path("workdir", None, "run directory")
+    command.define_iteration()
     command.define_path("videos", None, "folder of video files to score instead")
     command.define_path("prompts", None, "file of their prompt sequences")
     flags.DEFINE_string(

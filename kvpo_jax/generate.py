@@ -39,8 +39,9 @@ from kvpo_jax.rollout import Spoken, stream
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import command, progress, sharding, video, workdir
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.checkpoint import NEWEST, Which
 from kvpo_jax.runtime.config import wan_config
-from kvpo_jax.state import newest_state, policy_of
+from kvpo_jax.state import policy_of, saved_state
 from kvpo_jax.types import Array, PyTree
 
 SMALLEST = 128  # pixels; smaller videos are enlarged by a whole factor, or no player shows them
@@ -241,6 +242,7 @@ def load_run(
     lora: str,
     ema: bool,
     sentences: Sequence[str],
+    which: Which = NEWEST,
 ) -> tuple[Run, PyTree]:
     """The equipment on one device, and the variables of the policy, to generate these sentences.
 
@@ -252,7 +254,9 @@ def load_run(
     if lora:
         policy = backbone_lib.load_lora(lora, wan_config(config))
     elif checkpoint is not None:
-        policy = policy_of(newest_state(checkpoint, config, mesh), "ema" if ema else "online")
+        state = saved_state(checkpoint, config, mesh, which)
+        progress.say(f"iteration {int(state.iteration)} of {checkpoint}")
+        policy = policy_of(state, "ema" if ema else "online")
     else:
         policy = run.initial_lora()
     return run, run.variables(sharding.place(policy, mesh))
@@ -266,12 +270,15 @@ def find_config(given: flags.FlagValues, arguments: Sequence[str]) -> ml_collect
         raise UsageError(
             f"--checkpoint={path}: there is no such run directory or converted checkpoint"
         )
-    if given.ema and run is None:
-        raise UsageError("--ema needs --checkpoint to be a run directory")
+    for name, asked in (("ema", given.ema), ("iteration", given.iteration != NEWEST)):
+        if asked and run is None:
+            raise UsageError(f"--{name} needs --checkpoint to be a run directory")
+        if asked and given.lora:
+            raise UsageError(f"--{name} is of the run, and --lora={given.lora} replaces its policy")
     overrides = [*arguments, *([f"--config.weights={path}"] if path and run is None else [])]
     if run is not None and not given.config:
         # Made with that run's configuration; what differs is this video's own business.
-        config = config_lib.override(workdir.trained_config(run), overrides)
+        config = config_lib.override(workdir.trained_config(run, given.iteration), overrides)
         config_lib.check(config)
     else:
         config = workdir.resolve(given.config, None, overrides)
@@ -340,7 +347,9 @@ def main(arguments: list[str]) -> None:
     checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     spoken = [sentence for v in videos for sentence in v.sentences]
     with progress.bar("preparing"):
-        run, variables = load_run(config, checkpoint, given.lora, given.ema, spoken)
+        run, variables = load_run(
+            config, checkpoint, given.lora, given.ema, spoken, given.iteration
+        )
     for index, (sentences, switch_frames) in enumerate(videos):
         if sentences:
             sentence_at = sentence_schedule(sentences, switch_frames)
@@ -363,6 +372,7 @@ def define_flags() -> None:
         "FILE[:PRESET]; default: configs/tiny.py, or that of the run in --checkpoint",
     )
     command.define_path("checkpoint", None, "run directory, or converted base model")
+    command.define_iteration()
     command.define_path("lora", "", "converted LoRA to use instead of the run's")
     flags.DEFINE_bool("ema", False, "the averaged policy of the run")
     flags.DEFINE_multi_string("prompt", [], "a sentence; once per segment")

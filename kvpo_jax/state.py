@@ -83,14 +83,20 @@ def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
 
 
-def newest_state(workdir: Path, config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
-    """The state in a run's newest checkpoint, to read; the run may be under way.
+def saved_state(
+    workdir: Path,
+    config: ml_collections.ConfigDict,
+    mesh: Mesh,
+    which: checkpoint.Which = checkpoint.NEWEST,
+) -> TrainState:
+    """The state in one of a run's checkpoints, to read; the run may be under way.
 
     Raises:
-      UsageError: there is none yet, or it is not of this config (see `checkpoint.restore_latest`).
+      UsageError: there is none yet, not this one, or it is not of this config (see
+        `checkpoint.restore`).
     """
-    with progress.bar("reading the newest checkpoint"):
-        restored = checkpoint.read_latest(workdir / "checkpoints", abstract_state(config, mesh))
+    with progress.bar("reading a checkpoint"):
+        restored = checkpoint.read(workdir / "checkpoints", abstract_state(config, mesh), which)
     if restored is None:
         raise UsageError(f"{workdir / 'checkpoints'} has no checkpoint yet")
     return restored[1]

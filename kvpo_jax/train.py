@@ -350,7 +350,9 @@ def train_and_evaluate(
 def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | None:
     """`train_and_evaluate` with equipment that is assembled already."""
     config, clock = run.config, Clock()
-    checkpoints = checkpoint.manager(workdir / "checkpoints", config.train.keep)
+    checkpoints = checkpoint.manager(
+        workdir / "checkpoints", config.train.keep, config.train.keep_best
+    )
     with progress.bar("reading the newest checkpoint"):
         state = init_state(config, run.mesh, run.initial_lora())
         if (restored := checkpoint.restore_latest(checkpoints, state)) is not None:
@@ -366,9 +368,10 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
         with clock.time("evaluation"):
             return evaluate(run, lora)
 
-    def save(state: TrainState) -> None:
+    def save(state: TrainState, evaluated: Heldout | None = None) -> None:
         extra = {"seconds": clock.seconds, "config": config.to_dict(), "files": run.files}
-        checkpoint.save(checkpoints, int(state.iteration), state, extra)
+        reward = None if evaluated is None else float(evaluated.reward.mean())
+        checkpoint.save(checkpoints, int(state.iteration), state, extra, reward)
 
     def save_good() -> None:
         checkpoint.forget_after(checkpoints, int(good.iteration))
@@ -407,10 +410,11 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
                 recorder.record(iteration, record, groups)
             advance()
             checkpoint.look_after(checkpoints)
-            if last or done % config.train.checkpoint_every == 0:
-                save(state)
+            choice = online is not None and config.train.keep_best > 0
+            if last or choice or done % config.train.checkpoint_every == 0:
+                save(state, online)
         if int(state.iteration) < iterations:
-            save(state)
+            save(state, online)
     checkpoints.close()
     if recorder:
         recorder.close()

@@ -280,7 +280,7 @@ def test_a_reader_goes_on_to_the_newer_checkpoint_if_a_run_deletes_its_own(tmp_p
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ocp.CheckpointManager, "restore", overtaken)
-            step, tree, _ = checkpoint.read_latest(tmp_path, like)
+            step, tree, _ = checkpoint.read(tmp_path, like)
         opened, times = checkpoint.reader, []
 
         def vanished(directory):  # as it is opened
@@ -293,12 +293,12 @@ def test_a_reader_goes_on_to_the_newer_checkpoint_if_a_run_deletes_its_own(tmp_p
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "reader", vanished)
-            assert checkpoint.read_latest(tmp_path, like)[0] == 3
+            assert checkpoint.read(tmp_path, like)[0] == 3
     assert step == 2
     assert_bitwise_equal(tree, train_state(2))
     flip(tmp_path / "3" / "state" / "_METADATA", 0)
     with pytest.raises(UsageError, match="3 cannot be read"):  # and not for ever
-        checkpoint.read_latest(tmp_path, like)
+        checkpoint.read(tmp_path, like)
 
 
 def test_later_checkpoints_are_forgotten(tmp_path):
@@ -311,6 +311,55 @@ def test_later_checkpoints_are_forgotten(tmp_path):
         assert_bitwise_equal(
             checkpoint.restore_latest(checkpoints, train_state(0.0))[1], train_state(9)
         )
+
+
+def save_all(directory, rewards, **keep):
+    """Saves a checkpoint for each step -> reward, and says which are left."""
+    with checkpoint.manager(directory, **keep) as checkpoints:
+        for step, reward in rewards.items():
+            checkpoint.save(checkpoints, step, train_state(step), {}, reward)
+    return checkpoint.steps(directory)
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path):
+    """Also those of an earlier process; of equal ones the newest; and no one without a reward."""
+    rewards = {1: None, 2: -0.5, 3: 0.9, 4: 0.1, 5: None, 6: 0.2}
+    assert save_all(tmp_path, rewards, keep=2, keep_best=1) == [3, 5, 6]
+    assert save_all(tmp_path, {7: 0.9, 8: 0.3, 9: None}, keep=1, keep_best=2) == [3, 7, 9]
+    assert save_all(tmp_path, {10: 0.9}, keep=1, keep_best=1) == [10]
+    assert save_all(tmp_path / "none", dict.fromkeys((1, 2, 3)), keep=1, keep_best=3) == [3]
+    assert save_all(tmp_path / "newest", {1: 0.9, 2: 0.1}, keep=1, keep_best=0) == [2]
+
+
+def test_a_better_checkpoint_that_is_forgotten_counts_no_more(tmp_path):
+    with checkpoint.manager(tmp_path, keep=2, keep_best=1) as checkpoints:
+        for step, reward in {2: None, 3: 0.2, 4: 0.9}.items():
+            checkpoint.save(checkpoints, step, train_state(step), {}, reward)
+        checkpoint.forget_after(checkpoints, 3)
+        for step, reward in {4: None, 5: 0.1, 6: None}.items():
+            checkpoint.save(checkpoints, step, train_state(step), {}, reward)
+    assert checkpoint.steps(tmp_path) == [3, 5, 6]
+
+
+def test_a_checkpoint_is_chosen_by_its_number_or_its_reward(tmp_path):
+    assert checkpoint.chosen(tmp_path, 7) is None  # there are none
+    save_all(tmp_path, {2: 0.5, 4: 0.9, 6: 0.1, 8: None}, keep=9)
+    for which, step in (("newest", 8), ("best", 4), (2, 2)):
+        found, tree, _ = checkpoint.read(tmp_path, train_state(0.0), which)
+        assert found == step
+        assert_bitwise_equal(tree, train_state(step))
+    there = f"{tmp_path} has the iterations 2, 4, 6, 8; the best of them is 4"
+    with pytest.raises(UsageError) as error:
+        checkpoint.read(tmp_path, train_state(0.0), 3)
+    assert str(error.value) == f"--iteration=3: {there}"
+    # A record that has changed says no reward.
+    record = tmp_path / "6" / "extra" / "metadata"
+    record.write_text(record.read_text().replace("0.1", "9.1"))
+    assert checkpoint.chosen(tmp_path, "best") == 4
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / str(step))
+    with pytest.raises(UsageError, match="=best: .* iterations 6, 8; none of them has been eval"):
+        checkpoint.chosen(tmp_path, "best")
 
 
 def test_reading_where_nothing_is_makes_nothing(tmp_path):

@@ -231,14 +231,16 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
     saved.model.num_layers = 4  # edited by hand: not what was trained
     workdir_lib.start_run(saved, tmp_path)
     here = ["--config.mesh.data=1", "--config.mesh.branch=1", "--config.paths.lora="]
-    evaluate.evaluate_run(tmp_path, here)
+    evaluate.evaluate_run(tmp_path, "newest", here)
     out = capsys.readouterr().out
     assert f"iteration 3 of {tmp_path}" in out
     assert "config.json was changed, model.num_layers=4 is not 3; the configuration of" in out
     with pytest.raises(
         ValueError, match="paths.lora=/elsewhere/lora.safetensors: there is no such file"
     ):
-        evaluate.evaluate_run(tmp_path, here[:2])
+        evaluate.evaluate_run(tmp_path, 3, here[:2])
+    with pytest.raises(ValueError, match="--iteration=2: .*checkpoints has the iterations 3; none"):
+        evaluate.evaluate_run(tmp_path, 2, here)
 
 
 def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
@@ -344,6 +346,7 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
         ),
         (["--workdir={dir}", "--rewards=motion"], "--rewards is for --videos"),
         (["--workdir={dir}", "--clip_frames=36"], "--clip_frames is for --videos"),
+        (["--videos={dir}", "--iteration=2"], "--iteration names a checkpoint of --workdir"),
         (["--workdir={dir}", "--config=configs/tiny.py"], "the configuration is the run's own"),
         (["--workdir={dir}/none"], "none is not the directory of a run"),
     ],

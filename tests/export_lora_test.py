@@ -305,8 +305,12 @@ def workdir(tmp_path_factory) -> tuple[Path, state_lib.TrainState]:
     rng = np.random.default_rng(4)
     state = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), state)
     state = state.replace(iteration=jnp.int32(3))
-    with checkpoint.manager(workdir / "checkpoints", keep=1) as checkpoints:
-        checkpoint.save(checkpoints, 3, sharding.place(state, mesh), {"config": config.to_dict()})
+    before = jax.tree.map(lambda x: 2 * x, state).replace(iteration=jnp.int32(2))
+    with checkpoint.manager(workdir / "checkpoints", keep=2) as checkpoints:
+        for saved, reward in ((before, 0.7), (state, 0.6)):
+            extra = {"config": config.to_dict()}
+            step, placed = int(saved.iteration), sharding.place(saved, mesh)
+            checkpoint.save(checkpoints, step, placed, extra, reward)
     return workdir, state
 
 
@@ -321,6 +325,16 @@ def test_a_policy_of_a_run(workdir, tmp_path, policy, field):
     assert_same(tensors_of(tmp_path / "back.safetensors"), lora)
     config = json.loads(metadata_of(tmp_path / "back.safetensors")["config"])
     assert config == {"dim": 96, "ffn_dim": 384, "num_layers": 3, "rank": 8, "alpha": 8.0}
+
+
+@pytest.mark.parametrize("iteration, times", [("newest", 1), (3, 1), (2, 2), ("best", 2)])
+def test_a_checkpoint_of_a_run(workdir, tmp_path, iteration, times):
+    workdir, state = workdir
+    export(tmp_path / "lora.pt", "peft", workdir=workdir, iteration=iteration)
+    convert([tmp_path / "lora.pt"], tmp_path / "back.safetensors")
+    lora = flax.traverse_util.flatten_dict(jax.device_get(state.lora), sep="/")
+    expected = {name: times * x for name, x in lora.items()}
+    assert_same(tensors_of(tmp_path / "back.safetensors"), expected)
 
 
 def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
@@ -352,6 +366,10 @@ def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
         (
             {"format": "peft", "output": "a.safetensors", "lora": "lora"},
             "a.safetensors: peft has a folder, or LongLive",
+        ),
+        (
+            {"format": "peft", "output": "a", "lora": "lora", "iteration": "best"},
+            "--iteration=best is of --workdir; --lora is a file",
         ),
         (
             {"format": "comfyui", "output": "a.pt", "lora": "lora"},

@@ -237,6 +237,14 @@ def test_a_video_that_cannot_be_written_whole_is_an_error_and_does_not_take_its_
             ["--prompt=a red disk moves left", "--ema"],
             "--ema needs --checkpoint to be a run directory",
         ),
+        (
+            ["--prompt=a red disk moves left", "--iteration=best"],
+            "--iteration needs --checkpoint to be a run directory",
+        ),
+        (
+            ["--prompt=a red disk moves left", "--iteration=last"],
+            "expected the number of an iteration, newest, or best by its held-out reward",
+        ),
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
@@ -256,7 +264,9 @@ def test_a_run_generates_with_the_configuration_of_its_checkpoint(tmp_path):
     extra = tmp_path / "checkpoints" / "3" / "extra"
     extra.mkdir(parents=True)
     atomic.write_json({"config": trained.to_dict()}, extra / "metadata")
-    given = SimpleNamespace(checkpoint=str(tmp_path), config=None, ema=False, output="videos")
+    given = SimpleNamespace(
+        checkpoint=str(tmp_path), config=None, ema=False, iteration="newest", output="videos"
+    )
     assert generate.find_config(given, []) == trained
 
 

@@ -20,7 +20,7 @@ import pytest
 from equipment import SMALL, configure
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import budget, programs, rollout, train
+from kvpo_jax import budget, evaluate, programs, rollout, train
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys, objective
@@ -564,6 +564,25 @@ def test_an_infinite_update_of_a_finite_gradient_names_the_learning_rate(weights
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_every_evaluation_is_a_checkpoint_to_choose_from(weights, tmp_path, capsys):
+    fields = {"train__checkpoint_every": 100, "train__keep": 1, "eval__every": 2}
+    small = {"eval__prompts": 2, "eval__batch": 2, "eval__by_block": False, "eval__scorer": ""}
+    config = make_config(weights, **fields, **small, train__iterations=5, train__keep_best=2)
+    workdir_lib.start_run(config, tmp_path)
+    train.train_and_evaluate(config, tmp_path)
+    evaluated = [row for row in lines(tmp_path) if "heldout_online" in row]
+    rewards = {row["iteration"] + 1: row["heldout_online"] for row in evaluated}
+    assert list(rewards) == [2, 4, 5]
+    kept = sorted({5, *sorted(rewards, key=rewards.__getitem__)[-2:]})
+    assert checkpoint.steps(tmp_path / "checkpoints") == kept
+    best = max(rewards, key=rewards.__getitem__)
+    capsys.readouterr()
+    evaluate.evaluate_run(tmp_path, "best", [])
+    said = capsys.readouterr().out
+    assert f"iteration {best} of {tmp_path}\n" in said
+    assert f"{rewards[best]:.4f}" in said
+
+
 @pytest.mark.parametrize("iterations", [3, 4])
 def test_a_diverged_policy_is_not_what_is_left(weights, tmp_path, monkeypatch, iterations):
     """The third update is finite, and so large that its policy makes no finite video.
@@ -717,4 +736,4 @@ def test_which_iterations_are_pictured(weights):
 def test_a_run_without_a_checkpoint_is_an_error_that_names_the_folder(weights, tmp_path):
     config = make_config(weights)
     with pytest.raises(UsageError, match="checkpoints has no checkpoint yet"):
-        state_lib.newest_state(tmp_path, config, sharding.make_mesh(1, 1, PROMPTS, BRANCHES))
+        state_lib.saved_state(tmp_path, config, sharding.make_mesh(1, 1, PROMPTS, BRANCHES))

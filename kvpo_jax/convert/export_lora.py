@@ -2,6 +2,7 @@
 
     kvpo-export --workdir=runs/longlive-... --format=peft --output=lora.pt      # for LongLive
     kvpo-export --workdir=runs/longlive-... --format=peft --output=lora_folder  # for peft
+    kvpo-export --workdir=runs/longlive-... --iteration=best --format=peft --output=lora.pt
     kvpo-export --workdir=runs/longlive-... --policy=ema --format=merged --output=generator.pt
     kvpo-export --lora=weights/lora.safetensors --format=diffusers --output=lora.safetensors
 
@@ -34,7 +35,7 @@ from kvpo_jax.runtime import checkpoint, command, sharding, weight_file
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.weight_file import Stored, write_safetensors
 from kvpo_jax.runtime.workdir import has_checkpoint, trained_config
-from kvpo_jax.state import newest_state, policy_of
+from kvpo_jax.state import policy_of, saved_state
 
 POLICIES = ("online", "ema", "reference")
 FORMATS = (*LORA_NAMES, "merged")
@@ -58,15 +59,15 @@ class LoRA:
 # ---------------------------------------------------------------- reading
 
 
-def from_run(workdir: Path, policy: str) -> LoRA:
-    """The LoRA of a policy in a run's newest checkpoint."""
+def from_run(workdir: Path, policy: str, which: checkpoint.Which = checkpoint.NEWEST) -> LoRA:
+    """The LoRA of a policy in one of a run's checkpoints."""
     if not has_checkpoint(workdir):
         raise UsageError(
             f"{workdir} is not the directory of a run with checkpoints: there is none in"
             f" {workdir / 'checkpoints'}"
         )
-    config = trained_config(workdir)
-    state = newest_state(workdir, config, sharding.make_mesh(1, 1, 1, 1))
+    config = trained_config(workdir, which)
+    state = saved_state(workdir, config, sharding.make_mesh(1, 1, 1, 1), which)
     print(f"{policy} policy of {workdir} after iteration {int(state.iteration)}", flush=True)
     lora, model = jax.device_get(policy_of(state, policy)), config.model
     cfg = LoRAConfig(
@@ -240,6 +241,7 @@ def export(
     lora: Path | None = None,
     policy: str = "online",
     base: Path | None = None,
+    iteration: checkpoint.Which = checkpoint.NEWEST,
 ) -> None:
     """Exports the LoRA of a run or of a converted file; the arguments are the flags.
 
@@ -248,6 +250,8 @@ def export(
     """
     if (workdir is None) == (lora is None):
         raise UsageError("expected either --workdir or --lora")
+    if lora is not None and iteration != checkpoint.NEWEST:
+        raise UsageError(f"--iteration={iteration} is of --workdir; --lora is a file")
     if format == "peft" and output.suffix not in ("", ".pt"):
         raise UsageError(f"--output={output}: peft has a folder, or LongLive a .pt")
     if format == "merged" and output.suffix not in (".pt", ".safetensors"):
@@ -257,7 +261,7 @@ def export(
     if format in ("diffusers", "comfyui") and output.suffix != ".safetensors":
         raise UsageError(f"--output={output} does not end in .safetensors")
     if workdir is not None:
-        adapter = from_run(workdir, policy)
+        adapter = from_run(workdir, policy, iteration)
     else:
         assert lora is not None  # one of the two is given
         adapter = from_file(lora)
@@ -286,7 +290,8 @@ def main(arguments: list[str]) -> None:
     workdir, lora, base = (
         Path(path) if path is not None else None for path in (given.workdir, given.lora, given.base)
     )
-    export(Path(given.output), given.format, workdir, lora, given.policy, base)
+    output = Path(given.output)
+    export(output, given.format, workdir, lora, given.policy, base, given.iteration)
 
 
 def define_flags() -> None:
@@ -304,7 +309,8 @@ def define_flags() -> None:
         "what is written; merged is the base with the LoRA in it",
         required=True,
     )
-    command.define_path("workdir", None, "run directory, whose newest checkpoint is read")
+    command.define_path("workdir", None, "run directory")
+    command.define_iteration()
     command.define_path("lora", None, "or a LoRA that kvpo-convert wrote")
     flags.DEFINE_enum("policy", "online", list(POLICIES), "the policy of the run")
     command.define_path(

@@ -8,12 +8,13 @@ missing, left over or of another shape is an error.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import json
 import os
 import textwrap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from kvpo_jax.errors import SaveError, UsageError, shortened
 from kvpo_jax.runtime import progress, sharding, sums, weight_file
@@ -28,10 +30,15 @@ from kvpo_jax.types import PyTree
 
 # ---------------------------------------------------------------- train state
 
-LEAVES = "sums"  # in a checkpoint's JSON record: name of a leaf -> its checksum
+# In a checkpoint's JSON record:
+LEAVES = "sums"  # name of a leaf -> its checksum
+REWARD = "heldout_reward"  # what its policy got, if it was evaluated
+
+NEWEST, BEST = "newest", "best"
+Which = int | str  # a checkpoint: the number of its iteration, NEWEST, or BEST by its reward
 
 
-def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
+def manager(directory: Path | str, keep: int, keep_best: int = 0) -> ocp.CheckpointManager:
     """Opens the checkpoints of a run and clears away what a killed save has left.
 
     A save is written beside the others and committed at the end, so a kill at any moment leaves the
@@ -42,9 +49,14 @@ def manager(directory: Path | str, keep: int) -> ocp.CheckpointManager:
     Args:
       directory: made if it does not exist.
       keep: how many checkpoints are kept, the newest.
+      keep_best: how many are kept besides, if they are not among those: the best by their rewards.
     """
+    kept = policies.AnyPreservationPolicy(
+        [policies.LatestN(keep), _Best(Path(directory), keep_best)]
+    )
     return _open(
-        directory, ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        directory,
+        ocp.CheckpointManagerOptions(preservation_policy=kept, cleanup_tmp_directories=True),
     )
 
 
@@ -60,13 +72,96 @@ def _open(directory: Path | str, options: ocp.CheckpointManagerOptions) -> ocp.C
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Best(policies.PreservationPolicy):
+    """Keeps the `n` best checkpoints of a directory by their rewards.
+
+    Orbax's own BestN reads them from a file without a checksum, and if that is damaged, it opens
+    no checkpoint at all.
+    """
+
+    directory: Path
+    n: int
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: policies.PreservationContext
+    ) -> list[bool]:
+        # The newest one may not have been written yet.
+        saved = {x.step: (x.metrics or {}).get(REWARD) for x in checkpoints}
+        found = {x: _reward(self.directory, x) if saved[x] is None else saved[x] for x in saved}
+        ranked = _ranked(found)
+        kept = ranked[-self.n :] if self.n else []
+        return [x.step in kept for x in checkpoints]
+
+
+def _reward(directory: Path, step: int) -> float | None:
+    """What the policy of a checkpoint got; None if that is not known."""
+    try:
+        return record(directory / str(step)).get(REWARD)
+    except (OSError, ValueError):
+        return None
+
+
+def _ranked(rewards: Mapping[int, float | None]) -> list[int]:
+    """The steps that have a reward, the best last; of equal ones the newest."""
+    known = [(reward, step) for step, reward in rewards.items() if reward is not None]
+    return [step for _, step in sorted(known)]
+
+
+def steps(directory: Path) -> list[int]:
+    """The checkpoints that there are, in order. A save under way has a longer name."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def record(path: Path) -> dict[str, Any]:
+    """The JSON record of the checkpoint in the folder `path`, as it was saved; read without orbax.
+
+    Raises:
+      OSError, ValueError: there is none, or a damaged one.
+    """
+    saved = json.loads((path / "extra" / "metadata").read_text())
+    return sums.opened(saved) if sums.SEAL in saved else saved
+
+
+def chosen(directory: Path, which: Which) -> int | None:
+    """The step of the checkpoint that is asked for; None if there are no checkpoints at all.
+
+    Raises:
+      UsageError: it is not among them; the message lists what is there.
+    """
+    there = steps(directory)
+    if not there or which == NEWEST:
+        return there[-1] if there else None
+    ranked = _ranked({step: _reward(directory, step) for step in there})
+    if which == BEST and ranked:
+        return ranked[-1]
+    if which in there:
+        return int(which)
+    best = f"the best of them is {ranked[-1]}" if ranked else "none of them has been evaluated"
+    raise UsageError(
+        f"--iteration={which}: {directory} has the iterations {shortened(there, 20)}; {best}"
+    )
+
+
 def save(
-    checkpoints: ocp.CheckpointManager, step: int, tree: PyTree, extra: Mapping[str, Any]
+    checkpoints: ocp.CheckpointManager,
+    step: int,
+    tree: PyTree,
+    extra: Mapping[str, Any],
+    reward: float | None = None,
 ) -> None:
     """Saves arrays `tree` and JSON `extra` as `step`, in the background.
 
     A step that is saved already stays as it is. The first one in a directory is waited for and
     read back: where nothing can be read, that is an error now, and not when the run is continued.
+
+    Args:
+      checkpoints: from `manager`.
+      step: which.
+      tree: the arrays.
+      extra: what JSON can hold.
+      reward: of the policy in it on held-out prompts, by which the best are kept and found; None if
+        it has not been evaluated.
 
     Raises:
       SaveError: this save, or the one before, has failed.
@@ -75,10 +170,12 @@ def save(
     if step in checkpoints.all_steps():
         return
     first = checkpoints.latest_step() is None
-    record = sums.sealed({**extra, LEAVES: sums.of_arrays(_named(tree))})
-    state, extra_item = ocp.args.StandardSave(tree), ocp.args.JsonSave(record)
+    evaluated = {} if reward is None else {REWARD: reward}
+    sealed = sums.sealed({**extra, **evaluated, LEAVES: sums.of_arrays(_named(tree))})
+    state, extra_item = ocp.args.StandardSave(tree), ocp.args.JsonSave(sealed)
+    items = ocp.args.Composite(state=state, extra=extra_item)
     with _writable(checkpoints):
-        checkpoints.save(step, args=ocp.args.Composite(state=state, extra=extra_item))
+        checkpoints.save(step, args=items, metrics=evaluated)
     if first:
         restore_latest(checkpoints, tree)
 
@@ -114,10 +211,20 @@ def wait(checkpoints: ocp.CheckpointManager) -> None:
 def restore_latest(
     checkpoints: ocp.CheckpointManager, like: PyTree
 ) -> tuple[int, PyTree, dict[str, Any]] | None:
-    """(step, tree, extra) of the newest checkpoint, bit for bit as saved, or None if there is none.
+    """`restore` of the newest checkpoint; None if there is none."""
+    wait(checkpoints)
+    step = checkpoints.latest_step()
+    return None if step is None else restore(checkpoints, step, like)
+
+
+def restore(
+    checkpoints: ocp.CheckpointManager, step: int, like: PyTree
+) -> tuple[int, PyTree, dict[str, Any]]:
+    """(step, tree, extra) of a checkpoint, bit for bit as saved.
 
     Args:
-      checkpoints: from `manager`.
+      checkpoints: from `manager` or `reader`.
+      step: which.
       like: structure, shapes, dtypes and placement of the result: arrays or jax.ShapeDtypeStruct.
         A leaf that is not committed to devices here (or has no sharding) is not committed there.
 
@@ -125,10 +232,6 @@ def restore_latest(
       UsageError: the saved state has other leaves, shapes or dtypes, cannot be read, or is not what
         was saved; the message names the checkpoint, and the leaves or the checkpoint before it.
     """
-    wait(checkpoints)
-    step = checkpoints.latest_step()
-    if step is None:
-        return None
 
     def signature(x):
         return f"{np.dtype(x.dtype).name}{list(x.shape)}"
@@ -154,16 +257,23 @@ def restore_latest(
     return step, jax.tree.map(place, restored.state, like), extra
 
 
-def read_latest(directory: Path | str, like: PyTree) -> tuple[int, PyTree, dict[str, Any]] | None:
-    """`restore_latest` of a run that may be under way.
+def read(
+    directory: Path, like: PyTree, which: Which = NEWEST
+) -> tuple[int, PyTree, dict[str, Any]] | None:
+    """`restore` of a checkpoint of a run that may be under way; None if there are none.
 
     If the run deletes or saves a checkpoint meanwhile and the reading fails, it is tried again.
+
+    Raises:
+      UsageError: see `chosen` and `restore`.
     """
     while True:
         files = list(os.walk(directory))
         try:
+            if (step := chosen(directory, which)) is None:
+                return None
             with reader(directory) as checkpoints:
-                return restore_latest(checkpoints, like)
+                return restore(checkpoints, step, like)
         except (UsageError, OSError):
             if list(os.walk(directory)) == files:
                 raise

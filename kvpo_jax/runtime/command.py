@@ -6,7 +6,7 @@ import logging as python_logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
@@ -114,6 +114,34 @@ def define_path(
         flags.DEFINE_multi(_PathParser(), serializer, name, default, help, required=required)
     else:
         flags.DEFINE(_PathParser(), name, default, help, serializer=serializer, required=required)
+
+
+class _WhichParser(flags.ArgumentParser):
+    """Of a flag that names a checkpoint of a run."""
+
+    syntactic_help = "the number of an iteration, newest, or best by its held-out reward"
+
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+
+    def parse(self, argument: int | str) -> int | str:
+        text = str(argument)
+        if text in self._names:
+            return text
+        if not text.isdecimal():
+            raise ValueError(f"expected {self.syntactic_help}")
+        return int(text)
+
+    def flag_type(self) -> str:
+        return "checkpoint"
+
+
+def define_iteration() -> None:
+    """Defines --iteration, which of a run's checkpoints is read: a `checkpoint.Which`."""
+    from kvpo_jax.runtime.checkpoint import BEST, NEWEST  # as in _PathParser
+
+    parser, help = _WhichParser((NEWEST, BEST)), "which checkpoint of the run"
+    flags.DEFINE(parser, "iteration", NEWEST, help, serializer=flags.ArgumentSerializer())
 
 
 def fail(error: UsageError | OSError) -> NoReturn:

@@ -21,8 +21,10 @@ from ml_collections import ConfigDict
 
 import kvpo_jax
 from kvpo_jax.errors import UsageError, shortened
-from kvpo_jax.runtime import sharding, sums
+from kvpo_jax.runtime import checkpoint as checkpoint_lib
+from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.atomic import naming, write_json
+from kvpo_jax.runtime.checkpoint import NEWEST, Which
 from kvpo_jax.runtime.config import (
     PACKAGE,
     TINY,
@@ -43,50 +45,44 @@ from kvpo_jax.runtime.records import with_tuples
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether there is a checkpoint to continue from."""
-    return bool(_steps(workdir))
+    return bool(checkpoint_lib.steps(workdir / "checkpoints"))
 
 
-def _steps(workdir: Path) -> list[int]:
-    """The steps of the checkpoints. A save under way has a longer name."""
-    names = [path.name for path in (workdir / "checkpoints").glob("*")]
-    return [int(name) for name in names if name.isdigit()]
-
-
-def _record(workdir: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint and its JSON record; None if there is none, or a damaged one.
+def _record(workdir: Path, which: Which = NEWEST) -> tuple[Path, dict[str, Any]] | None:
+    """A checkpoint and its JSON record; None if there are none, or if it is a damaged one.
 
     It is read without orbax, because processes may still have to join.
     """
-    while steps := _steps(workdir):
-        path = workdir / "checkpoints" / str(max(steps))
+    folder = workdir / "checkpoints"
+    while (step := checkpoint_lib.chosen(folder, which)) is not None:
+        path = folder / str(step)
         try:
-            record = json.loads((path / "extra" / "metadata").read_text())
-            return path, sums.opened(record) if sums.SEAL in record else record
+            return path, checkpoint_lib.record(path)
         except (OSError, ValueError):
-            if _steps(workdir) == steps:  # else a run has deleted it meanwhile
+            if checkpoint_lib.chosen(folder, which) == step:  # else a run has deleted it meanwhile
                 return None  # damage is named when the checkpoint is restored
     return None
 
 
-def _checkpoint_config(workdir: Path) -> tuple[Path, ConfigDict] | None:
-    """The newest checkpoint, and the configuration that it was made with; None if it has none."""
-    if (found := _record(workdir)) is None or "config" not in found[1]:
+def _checkpoint_config(workdir: Path, which: Which = NEWEST) -> tuple[Path, ConfigDict] | None:
+    """A checkpoint, and the configuration that it was made with; None if it has none."""
+    if (found := _record(workdir, which)) is None or "config" not in found[1]:
         return None
     path, record = found
     return path, from_record(record["config"], path)
 
 
-def trained_config(workdir: Path) -> ConfigDict:
+def trained_config(workdir: Path, which: Which = NEWEST) -> ConfigDict:
     """The configuration of a run, to look at what it has trained.
 
-    That of its newest checkpoint, for config.json may have been edited or lost. A line says how it
+    That of its checkpoint, for config.json may have been edited or lost. A line says how it
     differs. Fields in which a continued run may differ, as where its files are, are config.json's.
 
     Raises:
-      UsageError: there is no run in `workdir`.
+      UsageError: there is no run in `workdir`, or not this checkpoint of it.
     """
     written = workdir / "config.json"
-    if (found := _checkpoint_config(workdir)) is None:
+    if (found := _checkpoint_config(workdir, which)) is None:
         return load_saved(written)
     checkpoint, trained = found
     try:
@@ -257,7 +253,7 @@ def finished(config: ConfigDict, workdir: Path) -> dict[str, Any] | None:
         whole = done >= config.train.iterations or spent
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or not a whole one
         return None
-    newest = done == max(_steps(workdir), default=0)
+    newest = done == (checkpoint_lib.chosen(workdir / "checkpoints", NEWEST) or 0)
     return summary if whole and newest and evaluated == config.eval.to_dict() else None
 
 
