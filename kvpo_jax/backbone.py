@@ -94,13 +94,21 @@ def prompt_batch(
       start: position in the split that the iteration begins at.
       numbers: int32[P], the number of each prompt in its iteration.
     """
-    sentences = tuple(tuple(backbone.prompts(split, start + int(n))) for n in numbers)
+    return batch_of(
+        backbone, mesh, [tuple(backbone.prompts(split, start + int(n))) for n in numbers], numbers
+    )
+
+
+def batch_of(
+    backbone: Backbone, mesh: Mesh, sentences: Sequence[tuple[str, ...]], numbers: np.ndarray
+) -> PromptBatch:
+    """P sequences of M sentences, on the mesh; `numbers` as in `prompt_batch`."""
     own = sharding.own_prompts(mesh, len(sentences))
     flat = sharding.together(lambda: backbone.embed([s for i in own for s in sentences[i]]))
     own_embeddings = flat.reshape(len(own), -1, *flat.shape[1:])
     embeddings = sharding.from_own_prompts(own_embeddings, mesh, len(sentences))
     changed = np.array([[m == 0 or s[m] != s[m - 1] for m in range(len(s))] for s in sentences])
-    return PromptBatch(embeddings, changed, numbers, sentences)
+    return PromptBatch(embeddings, changed, numbers, tuple(sentences))
 
 
 def pixel_shape(config: ml_collections.ConfigDict, backbone: Backbone) -> tuple[int, int, int]:

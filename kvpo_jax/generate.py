@@ -6,22 +6,29 @@
         --lora=lora.safetensors --config.paths.vae=... --config.paths.umt5=... \\
         --config.paths.tokenizer=... --interactive
 
+    python -m kvpo_jax.generate --branches=8 --pivot=6 --prompt="a red disk moves left"
+
 --checkpoint is a run directory (its online policy, or with --ema its average) or a converted base
 model. A prompt sequence switches at --switch_frames, or evenly.
 
 With --interactive every line that is typed, or comes from a pipe, is a prompt. Each takes over at
 the next block, one per block in their order, and the last one stays. The video is made no faster
 than it plays, so that there is time to type.
+
+With --branches=K the video is an anchor, from which K branches part at block --pivot as in training
+(Causal History Routing). branches.jsonl beside the videos says how far apart they are.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +37,7 @@ import numpy as np
 from absl import flags
 
 from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import diversity
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.data import prompts
@@ -174,42 +182,40 @@ def name_of(index: int, videos: int, sentence: str) -> str:
     return f"{index:0{max(3, len(str(videos - 1)))}d}_{prompts.slug(sentence)[:48]}.mp4"
 
 
+def decoded(run: Run, latents: Iterable[Array]) -> Iterator[np.ndarray]:
+    """The pixels [frames, h, w, 3] of a video's blocks float[1, F, Y, X, C] as they come."""
+    state = None
+    for x in latents:
+        pixels, state = run.decoder.block(x, state)
+        yield np.asarray(pixels[0])
+
+
 def write_video(
-    run: Run,
-    path: Path,
-    latents: Iterator[Array],
-    blocks: int,
-    speaker: Speaker,
-    typed: bool = False,
-) -> int:
-    """Decodes and writes the blocks of a video as they come, and says how fast that was.
+    path: Path, pixels: Iterator[np.ndarray], fps: float, blocks: int, typed: Speaker | None = None
+) -> None:
+    """Writes the blocks of a video as they come, and says how fast that was.
 
     Args:
-      run: its decoder.
       path: the file.
-      latents: the blocks.
+      pixels: of each block, from `decoded`.
+      fps: frames per second.
       blocks: how many there are.
-      speaker: of the video.
-      typed: whether its prompts are typed. Then there is no bar, but a line for every prompt.
-
-    Returns:
-      The number of pixel frames.
+      typed: of a video whose prompts are typed. Then there is no bar, but a line for every prompt.
 
     Raises:
       UsageError, OSError: see `video.writing`.
     """
-    state, frames, sentence = None, 0, None
+    frames, sentence = 0, None
     begin, uncounted = time.monotonic(), 0
-    with progress.bar(path.name, blocks, live=not typed) as advance, ExitStack() as stack:
-        for block, x in enumerate(latents):
-            if typed and speaker.sentence != sentence:
-                sentence = speaker.sentence
+    with progress.bar(path.name, blocks, live=typed is None) as advance, ExitStack() as stack:
+        for block, made in enumerate(pixels):
+            if typed is not None and typed.sentence != sentence:
+                sentence = typed.sentence
                 progress.say(f"block {block + 1}/{blocks}: {sentence!r}")
-            pixels, state = run.decoder.block(x, state)
-            images = enlarge(np.asarray(pixels[0]))
+            images = enlarge(made)
             if block == 0:
                 height, width = images.shape[1:3]
-                write = stack.enter_context(video.writing(path, height, width, run.backbone.fps))
+                write = stack.enter_context(video.writing(path, height, width, fps))
             for image in images:
                 write(image)
             frames += len(images)
@@ -218,7 +224,57 @@ def write_video(
                 begin, uncounted = time.monotonic(), frames
     rate = (frames - uncounted) / (time.monotonic() - begin)
     progress.say(f"wrote {path}: {frames} frames, {rate:.1f} frames/s")
-    return frames
+
+
+def write_branches(
+    run: Run,
+    variables: PyTree,
+    videos: Sequence[Video],
+    names: Sequence[Mapping[str, str]],
+    pivots: Sequence[int],
+    seed: int,
+    output: Path,
+) -> None:
+    """Writes anchor and branches of each prompt sequence, what they are, and how they differ.
+
+    Args:
+      run: of `diversity.config_of`.
+      variables: of the generating policy.
+      videos: the prompt sequences.
+      names: of each, "anchor", "branch_0", ... -> file.
+      pivots: of each, the first perturbed block.
+      seed: of noise and draws.
+      output: the folder.
+    """
+    rows = []
+    for index, (sentences, switch_frames) in enumerate(videos):
+        pivot, files = pivots[index], names[index]
+        one = replace(run, config=diversity.switching(run.config, switch_frames))
+        rolled = diversity.sample(one, variables, sentences, seed, index, pivot)
+        fork = run.backbone.to_pixel(pivot * run.config.video.block_frames)
+        kept = []
+        for name, latents in diversity.videos(rolled):
+            made: list[np.ndarray] = []
+            blocks = decoded(run, diversity.blocks_of(run.config, latents))
+            write_video(
+                output / files[name],
+                keeping(blocks, made),
+                run.backbone.fps,
+                run.config.video.blocks,
+            )
+            kept.append(np.concatenate(made)[fork:])
+        scores = diversity.scored(one, sentences, rolled, pivot)
+        sampled = diversity.Sampled(sentences, rolled, kept, scores)
+        rows.append(diversity.record(run.config, sampled, pivot, files, seed))
+        diversity.write_records(rows, output)
+        diversity.print_tables(rows[-1])
+
+
+def keeping(items: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The items, each of which is also put into `kept`."""
+    for item in items:
+        kept.append(item)
+        yield item
 
 
 # ---------------------------------------------------------------- the command
@@ -330,17 +386,36 @@ def frames_of(given: flags.FlagValues, config: ml_collections.ConfigDict) -> int
     return frames
 
 
+def find_pivots(
+    given: flags.FlagValues, config: ml_collections.ConfigDict, videos: Sequence[Video]
+) -> list[int]:
+    """The pivot of each video; empty unless there are --branches."""
+    if given.branches is None:
+        if given.pivot is not None:
+            raise UsageError("--pivot is where --branches part; give their number")
+        return []
+    if given.interactive:
+        raise UsageError("--branches: they share their prompts, so --interactive has no use")
+    switched = [diversity.switching(config, v.switch_frames) for v in videos]
+    return [diversity.check_pivot(config, given.pivot) for config in switched]
+
+
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
     config = find_config(given, arguments[1:])
     videos = find_videos(given, config)
+    if given.branches is not None:
+        config = diversity.config_of(config, given.branches, frames_of(given, config))
+    pivots = find_pivots(given, config, videos)
     video.ffmpeg()  # without it nothing can be written
     blocks = frames_of(given, config) // config.video.block_frames
     firsts = [v.sentences[0] if v.sentences else "interactive" for v in videos]
     names = [name_of(index, len(videos), first) for index, first in enumerate(firsts)]
+    of_branches = [diversity.file_names(name, given.branches) for name in names if pivots]
     output = Path(given.output)
-    if replaced := [name for name in names if (output / name).exists()]:
+    files = [diversity.RECORDS, *itertools.chain(*(x.values() for x in of_branches))]
+    if replaced := [name for name in (files if pivots else names) if (output / name).exists()]:
         print(f"to be replaced in {output}: {listed(replaced)}", flush=True)
     command.use_compilation_cache()
     checkpoint = Path(given.checkpoint) if given.checkpoint else None
@@ -350,6 +425,9 @@ def main(arguments: list[str]) -> None:
         run, variables = load_run(
             config, checkpoint, given.lora, given.ema, spoken, given.iteration
         )
+    if pivots:
+        write_branches(run, variables, videos, of_branches, pivots, given.seed, output)
+        return
     for index, (sentences, switch_frames) in enumerate(videos):
         if sentences:
             sentence_at = sentence_schedule(sentences, switch_frames)
@@ -361,7 +439,9 @@ def main(arguments: list[str]) -> None:
         number = np.zeros(1, np.int32)
         noise = keys.NoiseKey(keys.draw_key(given.seed, "heldout", index), number)
         latents = (x for x, _ in stream(run, variables, speaker, noise, blocks))
-        write_video(run, output / names[index], latents, blocks, speaker, given.interactive)
+        typing = speaker if given.interactive else None
+        pixels = decoded(run, latents)
+        write_video(output / names[index], pixels, run.backbone.fps, blocks, typing)
 
 
 def define_flags() -> None:
@@ -383,6 +463,10 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_frames", 0, "latent frames; default: as long as the config's videos")
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=config_lib.SEEDS - 1)
+    flags.DEFINE_integer(
+        "branches", None, "also so many branches that part from the video at a block", lower_bound=1
+    )
+    flags.DEFINE_integer("pivot", None, "that block; default: the first that can be it")
     command.define_path("output", "videos", "folder for the mp4 files")
 
 

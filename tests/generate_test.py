@@ -1,7 +1,9 @@
 """Streaming generation: the same video as the rollout's prefix, files that play, prompts that are
-typed.
+typed, and branches of a fork.
 """
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -17,10 +19,11 @@ import numpy as np
 import pytest
 from equipment import batch_of, configure
 
-from kvpo_jax import generate, rollout
+from kvpo_jax import diversity, generate, rollout
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.data import toy_world
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import atomic, sharding
@@ -29,6 +32,7 @@ from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import PyTree
 
 BLOCKS = 7
+PIVOT = 5  # of branches
 SENTENCES = ("a red disk moves left", "a blue cross moves up")
 
 
@@ -191,9 +195,139 @@ def test_a_video_that_cannot_be_written_whole_is_an_error_and_does_not_take_its_
         assert not list(tmp_path.glob("*.mp4"))
 
 
+# ---------------------------------------------------------------- branches
+
+
+def branched(branches: int) -> tuple[Run, PyTree]:
+    """A run of `BLOCKS + 1` blocks that switches prompts in the middle of them."""
+    config = diversity.config_of(config_lib.load("configs/tiny.py"), branches, 3 * (BLOCKS + 1))
+    run = run_lib.load(diversity.switching(config, (12,)), sharding.make_mesh(1, 1, 1, 1))
+    return run, run.variables(init_variables(wan_config(config), jax.random.key(0))["lora"])
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """Three branches, and what came of them with the seed 5."""
+    run, variables = branched(3)
+    return run, variables, diversity.sample(run, variables, SENTENCES, 5, 0, PIVOT)
+
+
+def test_branches_part_from_the_video_that_is_made_without_them(fork):
+    run, variables, rolled = fork
+    noise = keys.NoiseKey(keys.draw_key(5, "heldout", 0), jnp.arange(1))
+    alone = jnp.concatenate(video((run, variables), SENTENCES, (12,), BLOCKS + 1, noise), axis=1)
+    frame = 3 * PIVOT
+    # Other batch sizes round otherwise, from the fork on.
+    np.testing.assert_array_equal(rolled.anchor[:, :frame], alone[:, :frame])
+    np.testing.assert_allclose(rolled.anchor, alone, atol=1e-4)
+    made = [np.asarray(x[0]) for _, x in diversity.videos(rolled)]
+    assert len(made) == 4
+    for i, x in enumerate(made):
+        np.testing.assert_array_equal(x[:frame], made[0][:frame])
+        assert all(np.abs(x - y).max() > 1e-3 for y in made[:i])
+
+
+def test_every_branch_remembers_other_frames_and_a_seed_says_which(fork):
+    run, variables, rolled = fork
+    routed = {tuple(map(int, row)) for row in rolled.routed_frames[0]}
+    assert len(routed) == 3
+    assert all(3 <= frame < 12 for row in routed for frame in row)  # neither sink nor near
+    again = diversity.sample(run, variables, SENTENCES, 5, 0, PIVOT)
+    for a, b in zip(jax.tree.leaves(rolled), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    others = [diversity.sample(run, variables, SENTENCES, *x, PIVOT) for x in ((6, 0), (5, 1))]
+    for other in others:
+        assert not np.array_equal(other.routed_frames, rolled.routed_frames)
+        assert not np.array_equal(other.anchor, rolled.anchor)
+
+
+def test_command_writes_branches_and_how_far_apart_they_are(tmp_path, fork):
+    _, _, rolled = fork
+    arguments = [f"--prompt={sentence}" for sentence in SENTENCES]
+    done = run_command(
+        *arguments, "--branches=3", "--num_frames=24", "--seed=5", f"--output={tmp_path}"
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = map(json.loads, (tmp_path / "branches.jsonl").read_text().splitlines())
+    assert (row["prompt"], row["pivot"]) == (list(SENTENCES), PIVOT)  # the first that can be it
+    assert (row["fork_frame"], row["window"]) == (15, [5, 7])
+    assert row["routed"] == rolled.routed_frames[0].tolist()
+    assert len(row["reward"]) == 3 and row["components"]["MQ"].keys() == {"branches", "anchor"}
+    for name in ("anchor", "branch_0", "branch_1", "branch_2"):
+        assert row["videos"][name] == f"000_a_red_disk_moves_left_{name}.mp4"
+        assert iio.imread(tmp_path / row["videos"][name]).shape == (24, 128, 128, 3)
+    latents = np.concatenate([rolled.anchor[0][None], rolled.branches[0]])[:, 15:]
+    by_hand = np.sqrt(((latents[:, None] - latents[None]) ** 2).mean((2, 3, 4, 5)))
+    found = row["distance"]
+    np.testing.assert_allclose(found["latents"]["matrix"], by_hand, atol=1e-5)
+    np.testing.assert_allclose(found["latents"]["to_anchor"], by_hand[0, 1:].mean(), atol=1e-5)
+    pairs = [by_hand[1, 2], by_hand[1, 3], by_hand[2, 3]]
+    np.testing.assert_allclose(found["latents"]["mean"], np.mean(pairs), atol=1e-5)
+    assert f"{found['pixels']['matrix'][0][1]:.4f}" in done.stdout
+    assert 0 < found["pixels"]["mean"] < 0.1
+
+
+def test_one_branch_has_no_pairs(capsys):
+    run, variables = branched(1)
+    rolled = diversity.sample(run, variables, SENTENCES, 0, 0, PIVOT)
+    pixels = [np.zeros((3, 2, 2, 3)), np.full((3, 2, 2, 3), 0.5)]
+    sampled = diversity.Sampled(SENTENCES, rolled, pixels, None)
+    row = diversity.record(run.config, sampled, PIVOT, {}, 0)
+    assert row["distance"]["pixels"] == {
+        "matrix": [[0.0, 0.5], [0.5, 0.0]],
+        "mean": None,
+        "to_anchor": 0.5,
+    }
+    assert "reward" not in row
+    diversity.print_tables(row)
+    assert "\nto the anchor 0.5000\n" in capsys.readouterr().out
+
+
+def test_a_module_of_ones_own_is_not_imported_to_generate():
+    run, _ = branched(1)
+    config = run.config.copy_and_resolve_references().unlock()
+    for names in ("motion,my_module:score", "hpsv3", ""):
+        config.reward.scorer = names
+        assert diversity.scored(dataclasses.replace(run, config=config), (), None, PIVOT) is None
+
+
+def test_chunks_of_branches_divide_them():
+    config = configure("configs/tiny.py", {"rollout.branch_chunk": 4})
+    chunks = [diversity.config_of(config, n, 36).rollout.branch_chunk for n in (8, 6, 3, 1)]
+    assert chunks == [4, 2, 1, 1]
+    assert diversity.config_of(config_lib.load("configs/tiny.py"), 5, 36).rollout.branch_chunk == 5
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"pivot": 4}, "--pivot=4: 6 of 6 past frames can be drawn in too few ways; possible are"),
+        ({"pivot": 3}, "--pivot=3: it has 9 past frames, and a context holds 12; possible are 5, "),
+        ({"pivot": 7}, "=7: a prompt switches inside the perturbed blocks; possible are 5, 8 to 9"),
+        ({"pivot": 10}, "--pivot=10: the 3 perturbed blocks must lie in blocks 0 to 11; possible"),
+        ({"pivot": -1}, "--pivot=-1: the 3 perturbed blocks must lie in blocks 0 to 11; possible"),
+        ({"pivot": 5, "branches": 84}, "=5: 6 of 9 past frames can be drawn in too few ways; poss"),
+        ({"frames": 21}, "--branches=3: no block of 7 can be the pivot, with config.rollout"),
+    ],
+)
+def test_blocks_that_cannot_be_the_pivot_are_told_why(arguments, message):
+    asked = {"pivot": None, "branches": 3, "frames": 36} | arguments
+    config = diversity.config_of(
+        config_lib.load("configs/tiny.py"), asked["branches"], asked["frames"]
+    )
+    config = diversity.switching(config, (24,) if asked["frames"] == 36 else ())
+    with pytest.raises(UsageError) as error:
+        diversity.check_pivot(config, asked["pivot"])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt=a red disk moves left", "--branches=0"], "flag --branches=0: "),
+        (["--prompt=a red disk moves left", "--pivot=5"], "--pivot is where --branches part"),
+        (["--interactive", "--branches=2"], "--branches: they share their prompts, so --interac"),
+        (["--prompt=a red disk moves left", "--branches=2", "--pivot=99"], "--pivot=99: the 3 "),
         (
             ["--prompt=a red disk moves left", "--num_frames=7"],
             "--num_frames=7 is not a multiple of 3",

@@ -96,3 +96,17 @@ def test_heldout_table():
 def test_rewards_that_cannot_be_compared(reference, policy, message):
     with pytest.raises(ValueError, match=message):
         statistics.paired_gain(reference, policy)
+
+
+def test_distances_of_arrays_by_hand():
+    """Two frames of one pixel: the differences are 0.3 and 0.4, 0.5 and 0, 0.2 and 0.4."""
+    arrays = [np.array(x)[:, None] for x in ((0.0, 0.0), (0.3, 0.4), (0.5, 0.0))]
+    found = statistics.pairwise(arrays)
+    a, b, c = np.sqrt([0.25 / 2, 0.25 / 2, 0.2 / 2])
+    expected = [[0, a, b], [a, 0, c], [b, c, 0]]
+    np.testing.assert_allclose(found["matrix"], expected, atol=1e-7)
+    np.testing.assert_allclose(found["mean"], c, atol=1e-7)
+    np.testing.assert_allclose(found["to_anchor"], (a + b) / 2, atol=1e-7)
+    bytes_of = [np.uint8(np.round(255 * x)) for x in arrays]
+    np.testing.assert_allclose(statistics.pairwise(bytes_of)["matrix"], expected, atol=2e-3)
+    assert statistics.pairwise(arrays[:2])["mean"] is None

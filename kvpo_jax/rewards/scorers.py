@@ -40,6 +40,8 @@ COMPONENTS = {
     "motion": ("motion", "smoothness"),
     "toy": ("VQ", "MQ", "TA"),
 }
+# Scorers of the package that anybody can use at once.
+WITHOUT_FILES = ("motion", "toy")
 # Scorers of uint8 pixels, of which floats would be a copy four times as large.
 TAKES_BYTES = ("hpsv3", "videoalign")
 # Scorers of single frames, which score a frame of `composite.Shared` clips once.

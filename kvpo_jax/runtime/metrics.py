@@ -27,7 +27,7 @@ from kvpo_jax.runtime.atomic import naming, replacing
 from kvpo_jax.runtime.doctor import Doctor
 from kvpo_jax.runtime.pictures import sheet
 from kvpo_jax.runtime.progress import Progress, warn
-from kvpo_jax.types import Array, Judged, Replayed
+from kvpo_jax.types import Array, Judged, Replayed, Scores
 
 # ---------------------------------------------------------------- what is reported of an iteration
 
@@ -91,29 +91,41 @@ def branch_records(
 
     README.md says what is in it. `window` are the perturbed blocks, the first and the last.
     """
-    place = {
+    place = place_of(config, pivot)
+    return [record for group in groups for record in _group_records(group, place)]
+
+
+def place_of(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Any]:
+    """Where the branches of a record part from the anchor."""
+    return {
         "pivot": pivot,
         "fork_frame": pivot * config.video.block_frames,
         "window": [pivot, pivot + config.rollout.window_blocks - 1],
     }
-    return [record for group in groups for record in _group_records(group, place)]
+
+
+def score_records(scores: Scores) -> list[dict[str, Any]]:
+    """The rewards of each of P prompts as a record has them."""
+    components = {
+        name: [{"branches": x, "anchor": a} for x, a in zip(*map(_listed, pair), strict=True)]
+        for name, pair in scores.components.items()
+    }
+    rewards = zip(_listed(scores.branches), _listed(scores.anchor), strict=True)
+    return [
+        {
+            "reward": branches,
+            "reward_anchor": anchor,
+            "components": {name: of_prompts[i] for name, of_prompts in components.items()},
+        }
+        for i, (branches, anchor) in enumerate(rewards)
+    ]
 
 
 def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`branch_records` of a micro-batch; `place` is what all its records have."""
     judged, replayed = group.judged, group.replayed
-    components = {
-        name: [{"branches": x, "anchor": a} for x, a in zip(*map(_listed, pair), strict=True)]
-        for name, pair in judged.scores.components.items()
-    }
+    routed, scored = _listed(group.routed_frames), score_records(judged.scores)
     columns = {
-        "routed": _listed(group.routed_frames),
-        "reward": _listed(judged.scores.branches),
-        "reward_anchor": _listed(judged.scores.anchor),
-        "components": [
-            {name: of_prompts[i] for name, of_prompts in components.items()}
-            for i in range(len(group.sentences))
-        ],
         "advantage": _listed(judged.advantages),
         "energy": _listed(replayed.energies),
         "energy_old": _listed(group.energies_old),
@@ -125,8 +137,14 @@ def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any
     }
     rows = zip(*columns.values(), strict=True)
     return [
-        {"prompt": sentences, **place, **dict(zip(columns, row, strict=True))}
-        for sentences, row in zip(group.sentences, rows, strict=True)
+        {
+            "prompt": sentences,
+            **place,
+            "routed": routed[i],
+            **scored[i],
+            **dict(zip(columns, row, strict=True)),
+        }
+        for i, (sentences, row) in enumerate(zip(group.sentences, rows, strict=True))
     ]
 
 

@@ -1,9 +1,10 @@
-"""Statistics of held-out rewards: gains, intervals and win rates of policies."""
+"""Statistics of held-out rewards and of videos: gains, intervals, win rates, distances."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,35 @@ def mean_interval(values: np.ndarray) -> tuple[float, list[float] | None]:
         return mean, None
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return mean, [mean - half, mean + half]
+
+
+def pairwise(arrays: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Sums up how far arrays of one shape are apart; the first is the anchor of the others.
+
+    Args:
+      arrays: [n, ...], float, or uint8 of pixels, of which 255 is 1.
+
+    Returns:
+      `matrix`, the RMS differences float[m, m]; `mean` of the pairs of others, None if there is
+      none; `to_anchor`, the mean of the others' differences to it.
+    """
+    matrix = np.zeros((len(arrays), len(arrays)))
+    for i, j in itertools.combinations(range(len(arrays)), 2):
+        matrix[i, j] = matrix[j, i] = _rms_difference(arrays[i], arrays[j])
+    pairs = matrix[1:, 1:][np.triu_indices(len(arrays) - 1, 1)]
+    return {
+        "matrix": matrix.tolist(),
+        "mean": float(pairs.mean()) if pairs.size else None,
+        "to_anchor": float(matrix[0, 1:].mean()),
+    }
+
+
+def _rms_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Frame by frame, because videos are large."""
+    scale = 255.0 if a.dtype == np.uint8 else 1.0
+    frames = zip(a, b, strict=True)
+    squares = [np.mean((x.astype(np.float32) - y.astype(np.float32)) ** 2) for x, y in frames]
+    return float(np.sqrt(np.mean(squares, dtype=np.float64)) / scale)
 
 
 def show_interval(interval: list[float] | None) -> str:
