@@ -65,15 +65,20 @@ class Heldout(struct.PyTreeNode):
     appearance: dict[str, np.ndarray] = struct.field(default_factory=dict)
 
 
-def evaluate(run: Run, lora: PyTree) -> Heldout:
+def evaluate(run: Run, lora: PyTree, shown: np.ndarray | None = None) -> Heldout:
     """Generates and scores every held-out prompt with the policy of this LoRA tree.
 
     The noise depends on the prompt's index alone, so all policies of a run get the same.
+
+    Args:
+      run: of the policy.
+      lora: of the policy.
+      shown: the frames of `Heldout.pixels`; by default those of before_after.png.
     """
     config = run.config
     count = config_lib.heldout_at_once(config, run.mesh.shape["data"])
     own = sharding.own_prompts(run.mesh, count)
-    pictured = backbone_lib.heldout_shown(config, run.backbone)
+    pictured = backbone_lib.heldout_shown(config, run.backbone) if shown is None else shown
     pixels: list[np.ndarray] = []
     components = []
     batches = range(0, config.eval.prompts, count)

@@ -52,6 +52,31 @@ def test_every_segment_is_shown_however_short(tmp_path):
     )  # frames 1 and 3 are shown besides 24 even ones
 
 
+def test_a_moving_picture_has_every_frame_of_every_video(tmp_path):
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 255, (2, 2, 5))  # of a policy, a prompt and a frame
+    clips = np.broadcast_to(levels[..., None, None, None], (2, 2, 5, 8, 8, 3)).astype(np.uint8)
+    rewards = {"before": np.zeros(2), "after": np.ones(2)}
+    prompts = [["one", "two " * 90], ["three", "four"]]
+    path = tmp_path / "new" / "moving.gif"
+    videos = {"before": clips[0], "after": clips[1]}
+    pictures.moving(prompts, (3,), videos, rewards, 8, path)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 5 and gif.info["loop"] == 0
+        shown = []
+        for frame in range(5):
+            gif.seek(frame)
+            shown.append(np.asarray(gif.convert("RGB")).astype(int))
+    # The middles of the videos: rows are policies, columns prompts.
+    height, width, _ = shown[0].shape
+    rows, columns = (46 + 84, height - 34 - 84), (width - 184 - 16 - 84, width - 16 - 84)
+    found = [[[x[row, column, 0] for x in shown] for column in columns] for row in rows]
+    np.testing.assert_allclose(found, levels, atol=2)  # of 255; a GIF has a palette
+    text = [x[:46] for x in shown]
+    assert np.array_equal(text[0], text[2]) and np.array_equal(text[3], text[4])
+    assert not np.array_equal(text[2], text[3])
+
+
 def test_long_prompts_are_cut_to_two_lines():
     font = pictures._font(13)
     assert pictures._wrap("a red disk moves left", font, 400) == ["a red disk moves left"]

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from kvpo_jax.runtime.atomic import replacing
 
 PICTURED = 6  # held-out prompts in before_after.png: the first ones, not the best
+MOVING = 168  # pixels of a video's width in a moving picture
 WIDTH = 1200  # pixels of a strip, about; it shows as many frames as fit, 8 to 24
 INK, FAINT, GOOD, BAD = "#202020", "#8a8a8a", "#1a7f37", "#b42318"
 
@@ -89,6 +90,58 @@ def before_after(
         sheet.save(temporary, format="PNG")
 
 
+def moving(
+    prompts: Sequence[Sequence[str]],
+    switch_frames: Sequence[int],
+    clips: Mapping[str, np.ndarray],
+    rewards: Mapping[str, np.ndarray],
+    fps: float,
+    path: Path,
+) -> None:
+    """Writes a GIF that plays videos of two policies, made from the same noise.
+
+    Args:
+      prompts: n sequences of M prompts, a column each.
+      switch_frames: the M - 1 frames at which the next prompt begins.
+      clips: "before" and "after" -> [n, frames, height, width, 3], float in [0, 1] or uint8.
+      rewards: "before" and "after" -> float[n].
+      fps: frames per second.
+      path: the GIF; its folder is made.
+    """
+    _, frames, height, width, _ = clips["before"].shape
+    scale = MOVING / width
+    size = MOVING, round(scale * height)
+    font, small, left, gap, top = _font(17), _font(14), 92, 16, 46
+    sheet = (left + len(prompts) * (MOVING + gap), top + 2 * (size[1] + 34))
+    rows = (("before", top, FAINT), ("after", top + size[1] + 34, INK))
+
+    def draw_frame(frame: int) -> Image.Image:
+        picture = Image.new("RGB", sheet, "white")
+        draw = ImageDraw.Draw(picture)
+        segment = int(np.searchsorted(switch_frames, frame, side="right"))
+        for name, y, colour in rows:
+            draw.text((gap, y + size[1] // 2), name, colour, font, anchor="lm")
+            for i, sentences in enumerate(prompts):
+                x, reward = left + i * (MOVING + gap), rewards[name][i]
+                said = "\n".join(_wrap(sentences[segment], small, MOVING))
+                draw.multiline_text((x, top - 6), said, INK, small, "ld", spacing=3)
+                video = _image(clips[name][i][frame])
+                picture.paste(video.resize(size, _resampling(height)), (x, y))
+                draw.text((x, y + size[1] + 14), f"reward {reward:.3f}", colour, small, "lm")
+        return picture
+
+    first, *others = map(draw_frame, range(frames))
+    with replacing(path) as temporary:
+        first.save(
+            temporary,
+            format="GIF",
+            save_all=True,
+            append_images=others,
+            duration=round(1000 / fps),
+            loop=0,
+        )
+
+
 def sheet(rows: Sequence[tuple[str, np.ndarray]], frames: np.ndarray) -> Image.Image:
     """One labelled strip per row, with the numbers of the frames, int[shown], above."""
     tile = _tile(rows[0][1][0])
@@ -134,12 +187,18 @@ def _tile_size(height: int, width: int) -> tuple[int, int]:
 
 def _tile(frame: np.ndarray) -> Image.Image:
     """A frame as pictures show it: small ones with their pixels as squares, large ones smoothed."""
+    image = _image(frame)
+    return image.resize(_tile_size(image.height, image.width), _resampling(image.height))
+
+
+def _image(frame: np.ndarray) -> Image.Image:
     if frame.dtype != np.uint8:
         frame = np.round(255 * np.clip(np.asarray(frame, np.float32), 0, 1)).astype(np.uint8)
-    image = Image.fromarray(np.asarray(frame))
-    small = image.height <= 48
-    resampling = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
-    return image.resize(_tile_size(image.height, image.width), resampling)
+    return Image.fromarray(np.asarray(frame))
+
+
+def _resampling(height: int) -> Image.Resampling:
+    return Image.Resampling.NEAREST if height <= 48 else Image.Resampling.LANCZOS
 
 
 def _font(size: int) -> Any:

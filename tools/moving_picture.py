@@ -1,0 +1,73 @@
+"""Makes the moving picture of before and after in README.md from a finished run.
+
+    python -m kvpo_jax.main --workdir=runs/mine
+    python tools/moving_picture.py --workdir=runs/mine --output=docs/before_after.gif
+
+It generates the first held-out prompt sequences with the reference and with the trained policy,
+from the same noise, as the run's evaluations do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import evaluate
+from kvpo_jax import run as run_lib
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import command, pictures
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import workdir as workdir_lib
+from kvpo_jax.state import policy_of, saved_state
+
+
+def main(arguments: list[str]) -> None:
+    """The command: see the module."""
+    given = flags.FLAGS
+    workdir, output = Path(given.workdir), Path(given.output)
+    if output.suffix != ".gif":
+        raise UsageError(f"--output={output} does not end in .gif")
+    overrides = [f"--config.eval.prompts={given.prompts}", "--config.eval.batch=0"]
+    config = config_lib.override(
+        workdir_lib.trained_config(workdir, given.iteration), [*overrides, *arguments[1:]]
+    )
+    config_lib.check(config)
+    backbone_lib.check_files(config)
+    command.use_compilation_cache()
+    run = run_lib.load(config)
+    state = saved_state(workdir, config, run.mesh, given.iteration)
+    frames, _, _ = backbone_lib.pixel_shape(config, run.backbone)
+    results = {
+        name: evaluate.evaluate(run, policy_of(state, policy), np.arange(frames))
+        for name, policy in (("before", "reference"), ("after", "online"))
+    }
+    pictures.moving(
+        [run.backbone.prompts("heldout", i) for i in range(given.prompts)],
+        backbone_lib.switch_pixels(config, run.backbone),
+        {name: result.pixels for name, result in results.items()},
+        {name: result.reward for name, result in results.items()},
+        run.backbone.fps,
+        output,
+    )
+    print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB", flush=True)
+
+
+def define_flags() -> None:
+    """The flags of the command."""
+    command.define_path("workdir", None, "run directory", required=True)
+    command.define_iteration()
+    command.define_path("output", "before_after.gif", "the GIF")
+    flags.DEFINE_integer(
+        "prompts",
+        4,
+        "held-out prompt sequences that are shown",
+        lower_bound=2,
+        upper_bound=pictures.PICTURED,
+    )
+
+
+if __name__ == "__main__":
+    command.run(__name__, define_flags, main)
