@@ -148,7 +148,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     t.keep = 2  # checkpoints kept, the newest
     # Kept besides: the best by the online policy's held-out reward. An evaluation then saves one.
     t.keep_best = 1
-    t.video_every = 20  # iterations between pictures of the branches
+    t.video_every = 20  # iterations between videos of the branches; 0 = a run writes none
 
     c.eval = ConfigDict()
     c.eval.prompts = 32  # held-out prompt sequences; of a prompt file at most train.held_out

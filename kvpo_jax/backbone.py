@@ -6,7 +6,7 @@ Everything else of an iteration is the same for the toy, LongLive and MemFlow.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +180,7 @@ def windows_read(
     config: ml_collections.ConfigDict,
     to_pixel: Callable[[int], int],
     pivot: int | None = None,
-    shown: Iterable[int] = (),
+    whole: bool = False,
 ) -> Windows:
     """The windows [start, end) of pixel frames that are read of a video, in the order of `Pixels`.
 
@@ -188,24 +188,20 @@ def windows_read(
       config: of the run.
       to_pixel: the backbone's.
       pivot: of a group that is scored; None for held-out videos.
-      shown: the frames of a picture.
+      whole: whether the whole video is read besides, to be written to a file.
 
     Returns:
       The clips, what is scored besides (the replayed blocks of a group, the single blocks of
-      held-out videos), and what is shown besides.
+      held-out videos), and the whole video.
     """
-    clips = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
-    scored = list(clips)
+    read = [(clip.start, clip.end) for clip in scored_clips(config, to_pixel)]
     if pivot is None:
-        scored += [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
+        read += [(clip.start, clip.end) for clip in block_clips(config, to_pixel)]
     elif (local := local_window(config, to_pixel, pivot)) is not None:
-        scored.append(local)
-    besides = [
-        (int(frame), int(frame) + 1)
-        for frame in shown
-        if not any(start <= frame < end for start, end in clips)  # as many for every pivot
-    ]
-    return (*scored, *besides)
+        read.append(local)
+    if whole:
+        read.append((0, to_pixel(config.video.blocks * config.video.block_frames)))
+    return tuple(read)
 
 
 def blocks_read(

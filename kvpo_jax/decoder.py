@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.models import layers
+from kvpo_jax.rewards.preprocess import to_uint8
 from kvpo_jax.runtime import progress, sharding
 from kvpo_jax.types import Array, Pixels, PyTree, Windows
 
@@ -96,12 +97,15 @@ class VideoDecoder:
     def __init__(self, backbone: Backbone, mesh: Mesh, block_frames: int):
         self._mesh, self._frames, self._backbone = mesh, block_frames, backbone
         self._weights = backbone.load_decoder(NamedSharding(mesh, sharding.REPLICATED))
+        self._all_stages = np.full(block_frames, np.iinfo(np.int32).max, np.int32)
         self._step = make_step(backbone.decode, mesh, block_frames)
         self._fork = jax.jit(self._repeated, static_argnums=1)
         self._pick = jax.jit(self._picked, static_argnums=2)
         self._new = jax.jit(self._zeros, static_argnums=(0, 1))
         self._put = jax.jit(self._written, donate_argnums=0)
         self._flat = jax.jit(self._flattened, donate_argnums=0)
+        self._of_shards = jax.jit(self._picked_prompts)
+        self._show = jax.jit(self._shown, static_argnums=1)
 
     def videos(self, latents: Array, windows: Windows) -> Pixels:
         """Pixels of latents float[P, T, frames, Y, X, C]; `windows` [start, end) are read."""
@@ -115,8 +119,7 @@ class VideoDecoder:
 
         `state` is that of the block before, None for the first.
         """
-        all_stages = np.full(self._frames, np.iinfo(np.int32).max, np.int32)
-        pixels, state = self._step(self._weights, latents[:, None], 0, all_stages, state)
+        pixels, state = self._step(self._weights, latents[:, None], 0, self._all_stages, state)
         return pixels[:, 0], state
 
     def group(self, branches: Array, anchor: Array, pivot: int, windows: Windows) -> Pixels:
@@ -128,22 +131,117 @@ class VideoDecoder:
           pivot: the first block in which they differ; what is before it is decoded once.
           windows: the pixel frames [start, end) that are read.
         """
+        at_once, turns = self._turns_of(branches.shape[1])
+        of_branches = of_anchor = None
+        decode = partial(self._blocks, windows=windows)
+        for turn, read in self._trajectories(branches, anchor, pivot, decode):
+            if turn is None:
+                of_anchor = self._filled(self._blank(read, 1, 1, windows), read, 0)
+                continue
+            if of_branches is None:
+                of_branches = self._blank(read, at_once, turns, windows)
+            of_branches = jax.block_until_ready(self._filled(of_branches, read, turn))
+        fork = self._backbone.to_pixel(pivot * self._frames)
+        return Pixels(self._flat(of_branches), self._flat(of_anchor), windows, fork)
+
+    def group_films(self, branches: Array, anchor: Array, pivot: int) -> np.ndarray | None:
+        """All frames of the group of the first prompt.
+
+        Every shard of prompts decodes its own first one meanwhile. A block goes to the host as soon
+        as it is decoded, so that this takes less of a device than `group`.
+
+        Args:
+          branches: float[P, G, frames, Y, X, C].
+          anchor: float[P, frames, Y, X, C].
+          pivot: the first block in which they differ.
+
+        Returns:
+          uint8[1 + G, frames', h, w, 3], the anchor first; None on other processes than the main.
+        """
+        branches, anchor = self._of_shards(branches, 0), self._of_shards(anchor[:, None], 0)[:, 0]
+        at_once, turns = self._turns_of(branches.shape[1])
+        out: np.ndarray | None = None
+        decode = partial(self._film, count=1)
+        for turn, shown in self._trajectories(branches, anchor, pivot, decode):
+            if not shown:
+                continue
+            if out is None:
+                frames = sum(block.shape[2] for block in shown)
+                out = np.empty((1 + at_once * turns, frames, *shown[0].shape[3:]), np.uint8)
+            of_branches, end = out[1:].reshape(at_once, turns, *out.shape[1:]), 0  # a view
+            into = out[:1] if turn is None else of_branches[:, turn]
+            for block in shown:
+                start, end = end, end + block.shape[2]
+                into[:, start:end] = block[0]
+        return out
+
+    def films(self, latents: Array, count: int) -> Iterator[tuple[int, np.ndarray]]:
+        """All frames of the videos of the first `count` prompts, one after another.
+
+        Of the latents float[P, 1, frames, Y, X, C] every shard decodes one at a time.
+
+        Yields:
+          (number of the prompt, uint8[frames', h, w, 3]), on the main process.
+        """
+        shards, blocks = self._mesh.shape["data"], latents.shape[2] // self._frames
+        of_shard = latents.shape[0] // shards
+        for first in range(min(of_shard, count)):
+            rows = -(-(count - first) // of_shard)  # shards whose prompt is one of the first
+            videos = self._of_shards(latents, first)
+            shown, _ = self._film(videos, 0, blocks, None, rows)
+            for row in range(rows if shown else 0):
+                yield row * of_shard + first, np.concatenate([x[row, 0] for x in shown])
+
+    def _turns_of(self, branches: int) -> tuple[int, int]:
+        """How many of so many branches are decoded at once, one on every shard, and how often."""
+        shards = self._mesh.shape["branch"]
+        at_once = 1 if branches % shards else shards
+        return at_once, branches // at_once
+
+    def _trajectories(
+        self,
+        branches: Array,
+        anchor: Array,
+        pivot: int,
+        decode: Callable[[Array, int, int, Any], tuple[list, Any]],
+    ) -> Iterator[tuple[int | None, list]]:
+        """Decodes branches and anchor in turns, and what they share once.
+
+        Args:
+          branches: float[P, G, frames, Y, X, C].
+          anchor: float[P, frames, Y, X, C].
+          pivot: the first block in which they differ.
+          decode: (latents, first block, end, state) -> (what is read of these blocks, state).
+
+        Yields:
+          (number of the turn, what is read of its videos), at last (None, that of the anchor).
+        """
         chex.assert_rank([branches, anchor], [6, 5])
         chex.assert_equal_shape([branches[:, 0], anchor])
-        g, blocks, anchor = branches.shape[1], branches.shape[2] // self._frames, anchor[:, None]
-        prefix, state = self._blocks(anchor, 0, pivot, None, windows)
-        shards = self._mesh.shape["branch"]
-        at_once, out = 1 if g % shards else shards, None
-        for turn in progress.steps(range(g // at_once), "decoding branches"):
+        blocks, anchor = branches.shape[2] // self._frames, anchor[:, None]
+        shared, state = decode(anchor, 0, pivot, None)
+        at_once, turns = self._turns_of(branches.shape[1])
+        for turn in progress.steps(range(turns), "decoding branches"):
             videos, forked = self._pick(branches, turn, at_once), self._fork(state, at_once)
-            own, _ = self._blocks(videos, pivot, blocks, forked, windows)
-            if out is None:
-                out = self._blank([*prefix, *own], at_once, g // at_once, windows)
-            out = jax.block_until_ready(self._filled(out, [*prefix, *own], turn))
-        own, _ = self._blocks(anchor, pivot, blocks, state, windows)
-        of_anchor = self._filled(self._blank([*prefix, *own], 1, 1, windows), [*prefix, *own], 0)
-        fork = self._backbone.to_pixel(pivot * self._frames)
-        return Pixels(self._flat(out), self._flat(of_anchor), windows, fork)
+            own, _ = decode(videos, pivot, blocks, forked)
+            yield turn, [*shared, *own]
+        own, _ = decode(anchor, pivot, blocks, state)
+        yield None, [*shared, *own]
+
+    def _film(
+        self, latents: Array, first: int, end: int, state: Any, count: int
+    ) -> tuple[list[np.ndarray], Any]:
+        """All frames of the blocks first ... end - 1 of the first `count` prompts.
+
+        Returns:
+          A uint8[count, T, frames, h, w, 3] per block, on the main process; and the state.
+        """
+        out = []
+        for start in range(first * self._frames, end * self._frames, self._frames):
+            pixels, state = self._step(self._weights, latents, start, self._all_stages, state)
+            shown = self._show(pixels, count)
+            out += [np.asarray(shown)] if sharding.is_main() else []
+        return out, state
 
     def _blocks(
         self, latents: Array, first: int, end: int, state: Any, windows: Windows
@@ -188,6 +286,17 @@ class VideoDecoder:
         rows = branches.reshape(branches.shape[0], at_once, -1, *branches.shape[2:])
         video = jax.lax.dynamic_index_in_dim(rows, turn, axis=2, keepdims=False)
         return sharding.constrain(video, self._mesh, spec_of(self._mesh, at_once))
+
+    def _picked_prompts(self, latents: Array, number: Array) -> Array:
+        """The prompt of this number of every shard: [P, T, ...] -> [data, T, ...]."""
+        shards = self._mesh.shape["data"]
+        prompts = latents.reshape(shards, -1, *latents.shape[1:])
+        picked = jax.lax.dynamic_index_in_dim(prompts, number, axis=1, keepdims=False)
+        return sharding.constrain(picked, self._mesh, spec_of(self._mesh, picked.shape[1]))
+
+    def _shown(self, pixels: Array, count: int) -> Array:
+        """The first `count` of [P, T, ...] as uint8, on every device."""
+        return sharding.constrain(to_uint8(pixels[:count]), self._mesh)
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         zeros = jnp.zeros(shape, dtype)

@@ -13,7 +13,7 @@ named by their prompts belong to those, others to the prompt sequences in the or
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 from flax import struct
+from PIL.Image import Image
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import budget, fitting
@@ -34,11 +35,12 @@ from kvpo_jax.programs import APPEARANCE
 from kvpo_jax.rewards import composite, scorers, video_files
 from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import checkpoint, command, progress, sharding, statistics, sums
+from kvpo_jax.runtime import checkpoint, command, pictures, progress, sharding, statistics, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
-from kvpo_jax.runtime.pictures import PICTURED, before_after
+from kvpo_jax.runtime.metrics import as_lists
+from kvpo_jax.runtime.pictures import PICTURED
 from kvpo_jax.state import policy_of, saved_state
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
@@ -49,8 +51,8 @@ class Heldout(struct.PyTreeNode):
     """Videos of one policy on the held-out prompts.
 
     Attributes:
-      pixels: [m, shown, h, w, 3], m <= PICTURED: the frames that a picture shows, of the first
-        prompts, as many as follow one another on this process's devices.
+      pixels: uint8[m, shown, h, w, 3], the frames that a picture shows of the first m <= PICTURED
+        prompts, on the main process; nothing where no videos are asked for.
       reward: float[n], the composite reward.
       components: name -> float[n], of what is optimised and of what is only watched
         (config.eval.scorer).
@@ -65,32 +67,41 @@ class Heldout(struct.PyTreeNode):
     appearance: dict[str, np.ndarray] = struct.field(default_factory=dict)
 
 
-def evaluate(run: Run, lora: PyTree, shown: np.ndarray | None = None) -> Heldout:
+Film = Callable[[int, np.ndarray], None]
+
+
+def evaluate(run: Run, lora: PyTree, film: Film | None = None) -> Heldout:
     """Generates and scores every held-out prompt with the policy of this LoRA tree.
 
     The noise depends on the prompt's index alone, so all policies of a run get the same.
 
     Args:
-      run: of the policy.
+      run: of the evaluation.
       lora: of the policy.
-      shown: the frames of `Heldout.pixels`; by default those of before_after.png.
+      film: is given each of the first PICTURED prompts and its whole video uint8[frames, h, w, 3],
+        on the main process. Either all processes give one, or none.
     """
-    config = run.config
+    config, to_pixel = run.config, run.backbone.to_pixel
+    windows = backbone_lib.windows_read(config, to_pixel)
     count = config_lib.heldout_at_once(config, run.mesh.shape["data"])
     own = sharding.own_prompts(run.mesh, count)
-    pictured = backbone_lib.heldout_shown(config, run.backbone) if shown is None else shown
-    pixels: list[np.ndarray] = []
+    shown = backbone_lib.heldout_shown(config, run.backbone)
+    pixels: dict[int, np.ndarray] = {}
     components = []
     batches = range(0, config.eval.prompts, count)
     for first in progress.steps(batches, "held-out prompts", size=count):
         numbers = np.arange(first, first + count, dtype=np.int32)
         batch = backbone_lib.prompt_batch(run.backbone, run.mesh, "heldout", 0, numbers)
-        made = _pixels(run, lora, batch, pictured if first < PICTURED else ())
+        filmed = 0 if film is None else min(count, max(0, PICTURED - first))
+        latents = _latents(run, lora, batch, whole=filmed > 0)
+        made = jax.tree.map(sharding.own_part, run.decoder.videos(latents, windows))
         sentences = [batch.sentences[i] for i in own]
         scores = sharding.gather(_Scores(run, made, sentences), run.mesh)
-        if first + own[0] == len(pixels) < PICTURED:
-            places = composite.places_of(made.windows, pictured)
-            pixels.extend(np.asarray(made.videos[: PICTURED - len(pixels), 0, places]))
+        del made
+        if film is not None:
+            for number, video in run.decoder.films(latents, filmed):
+                pixels[first + number] = video[shown]
+                film(first + number, video)
         components.append({name: np.asarray(value)[:, 0] for name, value in scores.items()})
     backbone_lib.release_rewards(config, run.backbone)
     merged = {name: np.concatenate([c[name] for c in components]) for name in components[0]}
@@ -98,17 +109,18 @@ def evaluate(run: Run, lora: PyTree, shown: np.ndarray | None = None) -> Heldout
     blocks = np.array([merged.pop(_block(b)) for b in alone]).reshape(-1, config.eval.prompts).T
     appearance = {name: merged.pop(_look(name)) for name in APPEARANCE}
     reward = np.asarray(composite.composite(merged, config.reward.weights))
-    return Heldout(np.array(pixels), reward, merged, blocks, appearance)
+    pictured = np.array([pixels[i] for i in sorted(pixels)])
+    return Heldout(pictured, reward, merged, blocks, appearance)
 
 
-def _pixels(run: Run, lora: PyTree, batch: PromptBatch, shown: Iterable[int]) -> Pixels:
-    """What rewards, and a picture of the frames `shown`, read of the videos of own prompts.
+def _latents(run: Run, lora: PyTree, batch: PromptBatch, whole: bool = False) -> Array:
+    """float[P, 1, frames, Y, X, C]: videos as far as rewards read them, or whole ones.
 
     A function of its own, so that the KV cache is freed before decoding. DivergedError if they are
     not finite.
     """
     config, to_pixel = run.config, run.backbone.to_pixel
-    windows = backbone_lib.windows_read(config, to_pixel, shown=shown)
+    windows = backbone_lib.windows_read(config, to_pixel, whole=whole)
     noise = keys.NoiseKey(keys.draw_key(0, "heldout", 0), batch.numbers)
     read = backbone_lib.blocks_read(config, to_pixel, windows)
     blocks = generate(run, run.variables(lora), batch, noise, read)
@@ -119,7 +131,7 @@ def _pixels(run: Run, lora: PyTree, batch: PromptBatch, shown: Iterable[int]) ->
             "the held-out videos of a policy are not finite: its weights are at fault, or its "
             f"updates (config.train.learning_rate={config.train.learning_rate})"
         )
-    return jax.tree.map(sharding.own_part, run.decoder.videos(latents, windows))
+    return latents
 
 
 class _Scores:
@@ -251,6 +263,39 @@ def gains_by_block(reference: Heldout, policy: Heldout, first_pivot: int) -> dic
     }
 
 
+def heldout_record(run: Run, results: Mapping[str, Heldout]) -> dict[str, Any]:
+    """What heldout.jsonl has of an evaluation; README.md says what is in it."""
+    weights = run.config.reward.weights
+    return {
+        "prompt": [run.backbone.prompts("heldout", i) for i in range(run.config.eval.prompts)],
+        "reward": {policy: as_lists(result.reward) for policy, result in results.items()},
+        "components": {
+            policy: {name: as_lists(x) for name, x in result.components.items()}
+            for policy, result in results.items()
+        },
+        "optimised": [name for name, weight in weights.items() if weight],
+        "first_pivot": run.pivots[0],
+        "blocks": {
+            policy: as_lists(result.blocks.mean(axis=0))
+            for policy, result in results.items()
+            if result.blocks.size
+        },
+    }
+
+
+def drawn(run: Run, results: Mapping[str, Heldout]) -> Image:
+    """What the reference and the online policy make of the first held-out prompts."""
+    reference, online = results["reference"], results["online"]
+    shown = min(len(reference.pixels), len(online.pixels))
+    return pictures.before_after(
+        [run.backbone.prompts("heldout", i) for i in range(shown)],
+        backbone_lib.switch_pixels(run.config, run.backbone),
+        backbone_lib.heldout_shown(run.config, run.backbone),
+        {"before": reference.pixels[:shown], "after": online.pixels[:shown]},
+        {"before": reference.reward, "after": online.reward},
+    )
+
+
 def finish(
     run: Run,
     workdir: Path,
@@ -271,7 +316,6 @@ def finish(
       The summary.
     """
     reference, online = results["reference"], results["online"]
-    shown = range(min(PICTURED, len(reference.pixels)))
     spent = budget.of_first(run, iterations)
     components = {
         policy: {name: float(np.mean(value)) for name, value in result.components.items()}
@@ -292,14 +336,7 @@ def finish(
         "seconds": dict(seconds),
     }
     picture = workdir / "report" / "before_after.png"
-    before_after(
-        [run.backbone.prompts("heldout", i) for i in shown],
-        backbone_lib.switch_pixels(run.config, run.backbone),
-        backbone_lib.heldout_shown(run.config, run.backbone),
-        {"before": reference.pixels[: len(shown)], "after": online.pixels[: len(shown)]},
-        {"before": reference.reward, "after": online.reward},
-        picture,
-    )
+    pictures.save(drawn(run, results), picture)
     write_json(summary, workdir / "summary.json")
     print(flush=True)
     print_table(results)

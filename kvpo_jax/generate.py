@@ -52,8 +52,6 @@ from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.state import policy_of, saved_state
 from kvpo_jax.types import Array, PyTree
 
-SMALLEST = 128  # pixels; smaller videos are enlarged by a whole factor, or no player shows them
-
 # ---------------------------------------------------------------- what is said when
 
 
@@ -165,16 +163,6 @@ def typed(
 # ---------------------------------------------------------------- files
 
 
-def enlarge(pixels: np.ndarray) -> np.ndarray:
-    """uint8[frames, h, w, 3] of pixels uint8 or in [0, 1], by a whole factor no smaller than
-    SMALLEST.
-    """
-    factor = -(-SMALLEST // min(pixels.shape[1:3]))
-    if pixels.dtype != np.uint8:
-        pixels = np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
-    return pixels.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else pixels
-
-
 def name_of(index: int, videos: int, sentence: str) -> str:
     """A file name that tells the videos apart; in the order of the names they are in that of their
     index.
@@ -212,7 +200,7 @@ def write_video(
             if typed is not None and typed.sentence != sentence:
                 sentence = typed.sentence
                 progress.say(f"block {block + 1}/{blocks}: {sentence!r}")
-            images = enlarge(made)
+            images = video.enlarge(made)
             if block == 0:
                 height, width = images.shape[1:3]
                 write = stack.enter_context(video.writing(path, height, width, fps))

@@ -34,7 +34,6 @@ from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime.config import branches_at_once, heldout_at_once, prompts_at_once, wan_config
-from kvpo_jax.runtime.pictures import strip
 from kvpo_jax.state import TrainState, abstract_state
 from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV, Windows
 
@@ -251,11 +250,9 @@ def trace_decoding(iteration: Iteration) -> Decoding:
     depth = shape((video.block_frames,), jnp.int32)
     first, state = jax.eval_shape(decode, weights, block, depth, None)
     config, to_pixel = run.config, run.backbone.to_pixel
-    # With a picture, which has the most frames.
-    shown = strip(*backbone_lib.pixel_shape(config, run.backbone))
-    of_group = backbone_lib.windows_read(config, to_pixel, run.draw_pivot(0), shown)
-    shown = backbone_lib.heldout_shown(config, run.backbone)
-    of_heldout = backbone_lib.windows_read(config, to_pixel, shown=shown)
+    # Whole videos, which are written to files, go to the host block by block, and take less.
+    of_group = backbone_lib.windows_read(config, to_pixel, run.draw_pivot(0))
+    of_heldout = backbone_lib.windows_read(config, to_pixel)
 
     def pixels(prompts: int, trajectories: int, windows: Windows, spec: Spec) -> Array:
         sizes = (prompts, trajectories, length(windows), *first.shape[2:])

@@ -9,7 +9,7 @@ improve   steps 1 to 5    one iteration
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,22 @@ from kvpo_jax import budget, fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys, objective
 from kvpo_jax.errors import DivergedError
-from kvpo_jax.evaluate import Heldout, evaluate, finish, heldout_metrics, kept_reference
-from kvpo_jax.rewards import composite
+from kvpo_jax.evaluate import (
+    Heldout,
+    drawn,
+    evaluate,
+    finish,
+    heldout_metrics,
+    heldout_record,
+    kept_reference,
+)
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import checkpoint, pictures, progress, sharding
+from kvpo_jax.runtime import checkpoint, progress, sharding
 from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
-from kvpo_jax.state import TrainState, init_state
+from kvpo_jax.state import TrainState, init_state, policy_of
 from kvpo_jax.types import (
     Array,
     Experience,
@@ -81,21 +88,13 @@ def explore(
     return jax.block_until_ready(rolled)
 
 
-def shown(run: Run, batch: PromptBatch, iteration: int) -> np.ndarray:
-    """The pixel frames, if any, of which the branches of the first of these prompts are shown."""
-    if batch.numbers[0] or not is_pictured(run.config, iteration):
-        return np.arange(0)
-    return pictures.strip(*backbone_lib.pixel_shape(run.config, run.backbone))
-
-
-def judge(
-    run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int, windows: Windows
-) -> Judged:
+def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int) -> Judged:
     """Step 3: rewards of the videos, advantages, and the anchor gate.
 
     Arguments as those of `explore`.
     """
     config = run.config
+    windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot)
     pixels = run.decoder.group(rolled.branches, rolled.anchor, pivot, windows)
     count = backbone_lib.scored_frames(config, run.backbone.to_pixel)
     pixel_std = run.programs.pixel_std(pixels.videos, count)
@@ -119,19 +118,12 @@ def judge(
         batch.numbers,
         config.train.prompts_per_iteration,
     )
-    frames = shown(run, batch, iteration)
-    show = sharding.is_main() and len(frames) > 0
-    places = composite.places_of(pixels.windows, frames)
     return Judged(
         scores=scores,
         advantages=advantages,
         gate_open=objective.open_gates(scores, local),
         pixel_std=pixel_std,
         appearance=appearance,
-        clips=np.concatenate([x[0][:, places] for x in (pixels.anchor, pixels.videos)])
-        if show
-        else None,
-        shown=frames if show else None,
     )
 
 
@@ -230,14 +222,17 @@ def explore_and_learn(
     """
     config, pivot = run.config, run.draw_pivot(iteration)
     on_policy = is_on_policy(config, iteration)
+    filmed = numbers[0] == 0 and is_pictured(config, iteration)
     with clock.time("rollout"):
         batch = prompts_of(run, iteration, numbers)
-        windows = backbone_lib.windows_read(
-            config, run.backbone.to_pixel, pivot, shown(run, batch, iteration)
-        )
+        windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot, whole=filmed)
         rolled = explore(run, state.old, batch, iteration, pivot, windows)
     with clock.time("reward"):
-        judged = judge(run, rolled, batch, iteration, pivot, windows)
+        judged = judge(run, rolled, batch, iteration, pivot)
+    films = None
+    if filmed:
+        with clock.time("videos"):
+            films = run.decoder.group_films(rolled.branches, rolled.anchor, pivot)
     with clock.time("update"), progress.bar("replay"):
         experience = remember(run, state, rolled, batch, judged, on_policy)
         routed_frames = rolled.routed_frames
@@ -251,6 +246,7 @@ def explore_and_learn(
             energies_ref=experience.energies_ref,
             replayed=replayed,
             sentences=batch.sentences,
+            films=films,
         )
         if config.train.epochs == 1:
             return total, group, None
@@ -323,6 +319,32 @@ def improve(
 # ---------------------------------------------------------------- the loop
 
 
+def evaluation(
+    run: Run, state: TrainState, policy: str, clock: Clock, recorder: Recorder | None
+) -> Heldout:
+    """The evaluation of the state's policy of this name; the recorder writes its videos."""
+    done = 0 if policy == "reference" else int(state.iteration)
+    film = partial(recorder.film_heldout, done, policy) if recorder else lambda *_: None
+    with clock.time("evaluation"):
+        made = evaluate(run, policy_of(state, policy), film)
+    if recorder and not done:
+        recorder.flush()  # the scores are going to be kept, and the videos not made again
+    return made
+
+
+def evaluated(
+    run: Run, state: TrainState, reference: Heldout, clock: Clock, recorder: Recorder | None
+) -> dict[str, Heldout]:
+    """The evaluations of the reference, the online and the EMA policy, which are recorded."""
+    results = {"reference": reference}
+    for policy in ("online", "ema"):
+        results[policy] = evaluation(run, state, policy, clock, recorder)
+    if recorder:
+        picture = np.asarray(drawn(run, results))
+        recorder.record_heldout(int(state.iteration), heldout_record(run, results), picture)
+    return results
+
+
 def train_and_evaluate(
     config: ml_collections.ConfigDict, workdir: Path | str, profile: bool = False
 ) -> dict[str, Any] | None:
@@ -360,17 +382,14 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             clock.add(extra["seconds"])
     first, iterations = int(state.iteration), config.train.iterations
     spent = budget.of_first(run, first)
-    recorder = Recorder(config, workdir, first) if sharding.is_main() else None
-    if recorder:
+    recorder = None
+    if sharding.is_main():
+        recorder = Recorder(config, workdir, first, run.backbone.fps)
         progress.say(f"{run.describe(state.lora)}; iteration {first} of {iterations}")
 
-    def evaluation(lora: PyTree) -> Heldout:
-        with clock.time("evaluation"):
-            return evaluate(run, lora)
-
-    def save(state: TrainState, evaluated: Heldout | None = None) -> None:
+    def save(state: TrainState, results: Mapping[str, Heldout] | None = None) -> None:
         extra = {"seconds": clock.seconds, "config": config.to_dict(), "files": run.files}
-        reward = None if evaluated is None else float(evaluated.reward.mean())
+        reward = None if results is None else float(results["online"].reward.mean())
         checkpoint.save(checkpoints, int(state.iteration), state, extra, reward)
 
     def save_good() -> None:
@@ -378,7 +397,9 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
         if int(good.iteration):  # before that nothing is lost, and the configuration may change
             save(good)
 
-    online = ema = None  # evaluations of the state's policies, if there are any
+    results: dict[str, Heldout] | None = (
+        None  # of evaluating the state's policies, if that has been done
+    )
     good = state  # the last state whose update was finite and that has not failed to make videos
     with (
         progress.bar("training", iterations, steady=False) as advance,
@@ -386,7 +407,8 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
         saved_on_error(checkpoints, save_good),
     ):
         advance(first)
-        before = kept_reference(run, workdir, partial(evaluation, state.reference))
+        made = partial(evaluation, run, state, "reference", clock, recorder)
+        before = kept_reference(run, workdir, made)
         trace = workdir / "profile" if profile else None
         for iteration in until_stopped(first, iterations, stop, trace):
             before_good, good = good, state
@@ -399,33 +421,31 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             record["pivot"] = run.draw_pivot(iteration)
             spent += budget.of_next(run, iteration)
             record |= spent.metrics()
-            online = ema = None
+            results = None
             done, last = iteration + 1, iteration + 1 == iterations
             if last or (config.eval.every and done % config.eval.every == 0):
-                online, ema = evaluation(state.lora), evaluation(state.ema)
-                record |= heldout_metrics(before, online, ema, run.pivots[0])
+                results = evaluated(run, state, before, clock, recorder)
+                record |= heldout_metrics(**results, first_pivot=run.pivots[0])
             record |= {f"seconds_{name}": value for name, value in clock.lap().items()}
             record["seconds_total"] = clock.seconds["total"]
             if recorder:
                 recorder.record(iteration, record, groups)
             advance()
             checkpoint.look_after(checkpoints)
-            choice = online is not None and config.train.keep_best > 0
+            choice = results is not None and config.train.keep_best > 0
             if last or choice or done % config.train.checkpoint_every == 0:
-                save(state, online)
+                save(state, results)
         if int(state.iteration) < iterations:
-            save(state, online)
+            save(state, results)
     checkpoints.close()
-    if recorder:
-        recorder.close()
-    if int(state.iteration) < iterations:
+    if (done := int(state.iteration)) < iterations:
         if recorder:
-            done = int(state.iteration)
+            recorder.close()
             print(f"stopped after iteration {done}; continue with --workdir={workdir}", flush=True)
         return None
 
-    online, ema = online or evaluation(state.lora), ema or evaluation(state.ema)
-    results = {"reference": before, "online": online, "ema": ema}
+    results = results or evaluated(run, state, before, clock, recorder)
     if not recorder:
         return {}
-    return finish(run, workdir, results, clock.seconds, int(state.iteration))
+    recorder.close()
+    return finish(run, workdir, results, clock.seconds, done)

@@ -216,9 +216,6 @@ class Judged(struct.PyTreeNode):
       gate_open: bool[P], whether a branch beats the anchor.
       pixel_std: float[], of the branches of a group, the mean over the pixels that are scored.
       appearance: name -> float[P, G], of the same pixels, see `programs.appearance`.
-      clips: [1 + G, n, h, w, 3], the frames of anchor and branches of the first prompt that are to
-        be shown, if any are; of the branches, those on this process's own devices.
-      shown: int[n], the numbers of these frames in the video.
     """
 
     scores: Scores
@@ -226,8 +223,6 @@ class Judged(struct.PyTreeNode):
     gate_open: Array
     pixel_std: Array
     appearance: Mapping[str, Array] = struct.field(default_factory=dict)
-    clips: np.ndarray | None = None
-    shown: np.ndarray | None = None
 
 
 class Experience(struct.PyTreeNode):

@@ -80,9 +80,42 @@ def test_a_group_is_its_videos(shape, dtype):
         )
         programs.append(compilations(decoder))
     # Nothing is compiled for another pivot, once there are a first and another block before it.
-    assert len(programs[0]) == 6 and programs[2] == programs[3] == programs[4]
+    assert len(programs[0]) == 8 and programs[2] == programs[3] == programs[4]
     placed = sharding.place(branches, mesh, sharding.TRAJECTORIES)
     np.testing.assert_array_equal(decoder.videos(placed, whole).videos, expected)
+
+
+def values_of(latents, scale):
+    """The pixels uint8[..., frames', h, w, 3] that `Causal` makes of [..., frames, Y, X, C]."""
+    pixels = np.repeat(np.cumsum(2 * latents, axis=-4)[..., :3], 2, axis=-4)[..., 1:, :, :, :]
+    return np.round(scale * pixels).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize("dtype, scale", [(jnp.float32, 255), (jnp.uint8, 1)])
+def test_films_are_whole_videos_in_bytes(shape, dtype, scale):
+    """Of the group of the first prompt, the anchor first; and of the first prompts, whose shards
+    decode one at a time.
+    """
+    prompts, frames = 4, BLOCKS * FRAMES
+    mesh = sharding.make_mesh(*shape, prompts, G)
+    decoder = VideoDecoder(Causal(dtype), mesh, FRAMES)
+    rng = np.random.default_rng(0)
+    steps = rng.integers(0, 2, (prompts, 1 + G, frames, 2, 2, 4)).astype(np.float32)
+    latents = steps if dtype == jnp.uint8 else steps / 64  # sums stay below 1
+    for pivot in (1, 3):
+        latents[:, :, : pivot * FRAMES] = latents[:, :1, : pivot * FRAMES]
+        branches = sharding.place(latents[:, 1:], mesh, sharding.TRAJECTORIES)
+        anchor = sharding.place(latents[:, 0], mesh, sharding.PROMPTS)
+        made = decoder.group_films(branches, anchor, pivot)
+        assert made.dtype == np.uint8
+        np.testing.assert_array_equal(made, values_of(latents[0], scale))
+    single = sharding.place(latents[:, :1], mesh, sharding.PROMPTS)
+    for count in (0, 1, 3, 4):
+        made = dict(decoder.films(single, count))
+        assert sorted(made) == list(range(count))
+        for number, video in made.items():
+            np.testing.assert_array_equal(video, values_of(latents[number, 0], scale))
 
 
 # ---------------------------------------------------------------- what is read of a VAE

@@ -24,7 +24,7 @@ from kvpo_jax import programs, rollout
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.models.wan import init_variables
-from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime import checkpoint, films, sharding, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.process import STOPPED
@@ -499,6 +499,18 @@ def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
             else:
                 assert value == pytest.approx(expected[name], rel=1000 * tolerance, abs=tolerance)
     assert (two / "report" / "before_after.png").exists()
+    assert_same_videos(two, one, whole=sent == signal.SIGTERM)
+
+
+def assert_same_videos(workdir: Path, other: Path, whole: bool) -> None:
+    """A kill loses those that wait to be written; the last evaluation has them all."""
+    ours, theirs = films.films_in(workdir), films.films_in(other)
+    assert ours.keys() == theirs.keys() if whole else ours.keys() <= theirs.keys()
+    last = [film for film in theirs if film.kind == "heldout" and film.step == ITERATIONS]
+    assert last and set(last) <= ours.keys()
+    for film, path in ours.items():
+        error = video.read(path).astype(int) - video.read(theirs[film])
+        assert np.abs(error).mean() < 0.5, film
 
 
 @pytest.mark.slow

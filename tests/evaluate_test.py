@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from equipment import configure
 
-from kvpo_jax import backbone, evaluate, generate, programs
+from kvpo_jax import backbone, evaluate, programs
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.data import prompts as prompts_lib
@@ -82,7 +82,7 @@ def write_toy_video(path, prompt, seed):
     colour, shape, direction = toy_world.parse(prompt)
     velocity = np.array(list(toy_world.DIRECTIONS.values()))[direction]
     centre = (np.array([2.0, 3.0]) + frames[:, None] * velocity) % toy_world.SIZE
-    images = generate.enlarge(np.asarray(toy_world.render(jnp.asarray(centre), colour, shape)))
+    images = video.enlarge(np.asarray(toy_world.render(jnp.asarray(centre), colour, shape)))
     with video.writing(path, *images.shape[1:3], 8) as write:
         for image in images:
             write(image)
@@ -247,9 +247,11 @@ def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
     fields = {"eval.prompts": 4, "eval.batch": 2, "mesh.data": 1, "mesh.branch": 1}
     run = run_lib.load(configure("configs/tiny.py", fields))
     made = evaluate.evaluate(run, run.initial_lora())
-    assert made.blocks.shape == (4, 12)
+    assert made.blocks.shape == (4, 12) and made.pixels.size == 0
     batch = backbone.prompt_batch(run.backbone, run.mesh, "heldout", 0, np.arange(2))
-    pixels = evaluate._pixels(run, run.initial_lora(), batch, ())
+    windows = backbone.windows_read(run.config, run.backbone.to_pixel)
+    latents = evaluate._latents(run, run.initial_lora(), batch)
+    pixels = run.decoder.videos(latents, windows)
     videos = np.asarray(pixels.videos[:, 0])
     for prompt, sentences in enumerate(batch.sentences):
         for block, segment in ((0, 0), (3, 0), (4, 1), (11, 2)):

@@ -29,6 +29,7 @@ from kvpo_jax.run import Run
 from kvpo_jax.runtime import atomic, sharding
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.runtime.video import enlarge
 from kvpo_jax.types import PyTree
 
 BLOCKS = 7
@@ -159,7 +160,7 @@ def test_command_writes_videos_that_play(tmp_path, world):
     assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (15, 128, 128, 3)
     noise = keys.NoiseKey(keys.draw_key(5, "heldout", 0), jnp.arange(1))
     latents = jnp.concatenate(video(world, SENTENCES, (6,), 5, noise), axis=1)
-    pixels = generate.enlarge(np.asarray(world[0].backbone.decode({}, latents, None, None)[0][0]))
+    pixels = enlarge(np.asarray(world[0].backbone.decode({}, latents, None, None)[0][0]))
     assert np.abs(written.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
     assert "000_a_red_disk_moves_left.mp4: 15 frames, " in done.stdout
     assert done.stdout.count(" frames/s\n") == 2

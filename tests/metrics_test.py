@@ -1,5 +1,6 @@
 """Metrics that survive a kill and a full disk, and TensorBoard's events."""
 
+import io
 import json
 import math
 import os
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equipment import configure
+from PIL import Image
 
-from kvpo_jax.runtime import metrics
+from kvpo_jax.runtime import films, metrics, video
 from kvpo_jax.types import Judged, Replayed, Scores
 
 
@@ -37,6 +39,12 @@ def events(folder):
             out.append(Event.FromString(content[at + 12 : at + 12 + length]))
             at += 12 + length + 4
     return out
+
+
+def values(folder, field):
+    """tag -> value of all summaries that have this field; later ones take the place of earlier."""
+    every = [value for event in events(folder) for value in event.summary.value]
+    return {value.tag: getattr(value, field) for value in every if value.HasField(field)}
 
 
 def points(folder):
@@ -142,7 +150,13 @@ def config():
 @pytest.fixture
 def recorder_of(config, tmp_path):
     """first iteration -> Recorder of runs in one directory."""
-    return lambda first: metrics.Recorder(config, tmp_path, first)
+    return lambda first: metrics.Recorder(config, tmp_path, first, fps=8)
+
+
+def pixels():
+    """4 frames of an anchor and 2 branches, of 8 pixels; each frame of one colour."""
+    colours = np.random.default_rng(0).integers(0, 256, (1 + BRANCHES, 4, 1, 1, 3), np.uint8)
+    return colours.repeat(8, axis=2).repeat(8, axis=3)
 
 
 def groups():
@@ -171,10 +185,12 @@ def groups():
     return [group(0, 1), group(2)]
 
 
-def record(recorder, iteration):
+def record(recorder, iteration, shown=None):
+    first, second = groups()
+    made = [first.replace(films=shown), second]
     of_update = dict.fromkeys(UPDATE, 0.5)
-    found = {"pivot": 6, **of_update, **metrics.group_metrics(groups())}
-    recorder.record(iteration, found, groups())
+    found = {"pivot": 6, **of_update, **metrics.group_metrics(made)}
+    recorder.record(iteration, found, made)
 
 
 def test_the_best_branch_is_compared_with_its_own_anchor():
@@ -290,9 +306,8 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path):
     writer.write_images(1, {"several": np.zeros((2, 12, 34, 3), np.float32)})
     writer.flush()
     found = points(tmp_path / "tensorboard")
-    assert found[0, "reward"] == 0.25 and math.isnan(found[0, "kl"])
-    values = [v for event in events(tmp_path / "tensorboard") for v in event.summary.value]
-    pictures = {v.tag: v.image for v in values if v.HasField("image")}
+    assert found[0, "reward/branches"] == 0.25 and math.isnan(found[0, "policy/kl"])
+    pictures = values(tmp_path / "tensorboard", "image")
     assert (pictures["branches"].height, pictures["branches"].width) == (12, 34)
     assert pictures["branches"].encoded_image_string.startswith(b"\x89PNG")
     assert set(pictures) == {"branches", "several"}
@@ -308,7 +323,138 @@ def test_tensorboard_is_told_which_steps_are_written_again(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     starts = [event for event in events(tmp_path / "tensorboard") if event.HasField("session_log")]
     assert [event.step for event in starts] == [3]
-    assert points(tmp_path / "tensorboard")[4, "reward"] == 7
+    assert points(tmp_path / "tensorboard")[4, "reward/branches"] == 7
+
+
+def test_every_metric_has_a_tag_of_its_own():
+    expected = {
+        "reward": "reward/branches",
+        "reward_anchor": "reward/anchor",
+        "reward_MQ": "reward/MQ",
+        "win_rate": "reward/win_rate",
+        "gate_open": "reward/gate_open",
+        "gate": "policy/gate",
+        "kl": "policy/kl",
+        "heldout_online": "heldout/online",
+        "heldout_gain_from_pivots": "heldout/gain_from_pivots",
+        "seconds_rollout": "time/rollout",
+    }
+    assert {name: metrics.tag_of(name) for name in expected} == expected
+
+
+def test_tensorboard_shows_what_became_of_the_branches(recorder_of, config, tmp_path):
+    """Histograms of rewards and energies, the configuration, and videos with their rewards."""
+    recorder = recorder_of(0)
+    record(recorder, 0, pixels())
+    recorder.record_heldout(1, {"reward": {"online": [0.5]}}, np.zeros((12, 34, 3), np.uint8))
+    recorder.close()
+    folder = tmp_path / "tensorboard"
+    spread = values(folder, "histo")
+    assert set(spread) == {"reward/histogram", "policy/energy_histogram"}
+    for name, of in (("reward/histogram", 10 + TWO), ("policy/energy_histogram", 60 + TWO)):
+        assert spread[name].num == of.size and sum(spread[name].bucket) == of.size
+        assert (spread[name].min, spread[name].max) == pytest.approx((of.min(), of.max()))
+    (text,) = values(folder, "tensor").values()
+    assert "| rollout.branches | `2` |" in text.string_val[0].decode()
+    images = values(folder, "image")
+    assert set(images) == {"branches/frames", "branches/videos", "heldout/before_after"}
+    # TensorBoard shows one kind of thing under a tag.
+    assert not {tag for _, tag in points(folder)} & {*spread, *images}
+    with Image.open(io.BytesIO(images["branches/videos"].encoded_image_string)) as gif:
+        assert gif.format == "GIF" and gif.n_frames == 4
+        assert gif.size == (images["branches/videos"].width, images["branches/videos"].height)
+
+
+def test_the_caption_of_a_video_has_its_reward():
+    assert metrics.captions(groups()[0].judged.scores) == [
+        ("anchor", "anchor  20.5000"),
+        ("branch_0", "branch 0  10.1000"),
+        ("branch_1", "branch 1  10.2000"),
+    ]
+
+
+def test_tensorboard_compares_runs_by_their_configuration(recorder_of, tmp_path):
+    from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
+
+    recorder_of(0).close()
+    found = {}
+    for event in events(tmp_path / "tensorboard"):
+        for value in event.summary.value:
+            if value.metadata.plugin_data.plugin_name == "hparams":
+                content = value.metadata.plugin_data.content
+                found[value.tag] = HParamsPluginData.FromString(content)
+    fields = found["_hparams_/session_start_info"].session_start_info.hparams
+    assert fields["rollout.branches"].number_value == 2
+    assert fields["eval.by_block"].bool_value is True
+    assert fields["video.switch_frames"].string_value == "(12, 24)"
+    infos = found["_hparams_/experiment"].experiment.metric_infos
+    assert [info.name.tag for info in infos] == ["reward/branches", "heldout/online"]
+
+
+# ---------------------------------------------------------------- videos and evaluations
+
+
+def test_a_pictured_iteration_leaves_the_videos_of_its_first_prompt(recorder_of, tmp_path):
+    recorder, shown = recorder_of(0), pixels()
+    for i in range(3):
+        record(recorder, i, shown if i != 1 else None)
+    recorder.close()
+    names = ["anchor", "branch_0", "branch_1"]
+    expected = {films.Film("iteration", i, 0, name) for i in (0, 2) for name in names}
+    found = films.films_in(tmp_path)
+    assert set(found) == expected
+    for film, path in found.items():
+        error = video.read(path).astype(int) - video.enlarge(shown[names.index(film.name)])
+        assert np.abs(error).mean() < 4
+
+
+def test_a_continued_run_has_every_evaluation_and_video_once(config, tmp_path, capsys):
+    """Evaluated after 2 and 4 iterations; killed in the fifth, and continued with the third."""
+    config.train.iterations = 6
+
+    def session(first, last):
+        recorder = metrics.Recorder(config, tmp_path, first, fps=8)
+        for i in range(first, last):
+            record(recorder, i, pixels() if i in (0, 3) else None)
+            if i % 2:
+                evaluate(recorder, i + 1, float(first))
+        recorder.close()
+
+    def evaluate(recorder, done, reward):
+        recorder.film_heldout(done, "online", 0, pixels()[0])
+        picture = np.zeros((2, 2, 3), np.uint8)
+        recorder.record_heldout(done, {"reward": {"online": [reward]}}, picture)
+
+    def steps():
+        return sorted({(film.kind, film.step) for film in films.films_in(tmp_path)})
+
+    session(0, 5)
+    with (tmp_path / "heldout.jsonl").open("a") as file:
+        file.write('{"iteration": 6, "rew')
+    assert steps() == [("heldout", 2), ("heldout", 4), ("iteration", 0), ("iteration", 3)]
+    capsys.readouterr()
+    recorder = metrics.Recorder(config, tmp_path, 2, fps=8)
+    assert steps() == [("heldout", 2), ("iteration", 0)]
+    recorder.close()
+    session(2, 6)
+    path = tmp_path / "heldout.jsonl"
+    assert [row["iteration"] for row in lines(path)] == [2, 4, 6]
+    assert [row["reward"]["online"] for row in lines(path)] == [[0.0], [2.0], [2.0]]
+    assert str(path) not in capsys.readouterr().out
+    # A run that is over evaluates what it has led to again.
+    recorder = metrics.Recorder(config, tmp_path, 6, fps=8)
+    assert iterations(path) == [2, 4] and ("heldout", 6) not in steps()
+    evaluate(recorder, 6, 6.0)
+    recorder.close()
+    assert iterations(path) == [2, 4, 6] and steps()[2] == ("heldout", 6)
+
+
+def test_a_run_without_pictures_has_no_videos(config, tmp_path):
+    config.train.video_every = 0
+    recorder = metrics.Recorder(config, tmp_path, 0, fps=8)
+    recorder.film_heldout(0, "reference", 0, pixels()[0])
+    recorder.close()
+    assert not (tmp_path / "videos").exists()
 
 
 FULL = """
@@ -362,7 +508,9 @@ def test_the_writers_have_the_methods_of_clu(tmp_path):
     clu = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(clu)
     for ours in (metrics.JsonlWriter, metrics.TensorboardXWriter):
-        for name in ("write_scalars", "write_images", "flush", "close"):
+        names = ("write_scalars", "write_images", "flush", "close")
+        media = ("write_videos", "write_histograms", "write_texts", "write_hparams")
+        for name in (*names, *(() if ours is metrics.JsonlWriter else media)):
             mine, theirs = getattr(ours, name), getattr(clu.MetricWriter, name)
-            names = [list(inspect.signature(f).parameters) for f in (mine, theirs)]
-            assert names[0] == names[1]
+            taken = [list(inspect.signature(f).parameters) for f in (mine, theirs)]
+            assert taken[0] == taken[1]

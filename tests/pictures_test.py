@@ -1,5 +1,7 @@
 """Pictures of videos: strips of frames, before and after."""
 
+import io
+
 import numpy as np
 from PIL import Image
 
@@ -21,35 +23,61 @@ def test_before_after_has_two_strips_per_prompt(tmp_path):
     frames = pictures.before_after_frames(48, 12, 12, (24,))
     shape = (3, len(frames), 12, 12, 3)
     path = tmp_path / "report" / "before_after.png"
-    pictures.before_after(
+    drawn = pictures.before_after(
         prompts,
         (24,),
         frames,
         {"before": np.zeros(shape), "after": np.ones(shape)},
         {"before": np.zeros(3), "after": np.asarray([1, -1, 0])},
-        path,
     )
+    pictures.save(drawn, path)
     picture = np.asarray(Image.open(path)).astype(int)
     black_rows = np.sum(np.all(picture == 0, axis=-1), axis=1) == 24 * 48
     assert np.sum(black_rows) == 3 * 48
 
 
-def test_every_segment_is_shown_however_short(tmp_path):
-    path = tmp_path / "p.png"
+def test_every_segment_is_shown_however_short():
     frames = pictures.before_after_frames(48, 12, 12, (1, 3))
     clips = np.zeros((1, len(frames), 12, 12, 3))
-    pictures.before_after(
+    drawn = pictures.before_after(
         [["one", "two", "three"]],
         (1, 3),
         frames,
         {"before": clips, "after": clips},
         {"before": np.zeros(1), "after": np.zeros(1)},
-        path,
     )
-    black = np.all(np.asarray(Image.open(path)) == 0, axis=-1)
+    black = np.all(np.asarray(drawn) == 0, axis=-1)
     assert (
         np.max(np.sum(black, axis=1)) == (24 + 2) * 48
     )  # frames 1 and 3 are shown besides 24 even ones
+
+
+def test_a_gallery_has_every_video_below_its_caption():
+    """Frame f of video v is of one grey, 20 v + f; a tile has 96 pixels."""
+    videos = np.zeros((9, 4, 12, 12, 3), np.uint8)
+    videos += 1 + (20 * np.arange(9)[:, None] + np.arange(4))[:, :, None, None, None].astype(
+        np.uint8
+    )
+    drawn = pictures.gallery([f"branch {v}  0.1234" for v in range(9)], videos)
+    assert drawn.dtype == np.uint8 and len(drawn) == 4
+    for frame in range(4):
+        for v in range(9):
+            found = np.all(drawn[frame] == 1 + 20 * v + frame, axis=-1)
+            across, down = np.sum(found, axis=1) >= 96, np.sum(found, axis=0) >= 96
+            assert (across.sum(), down.sum()) == (96, 96) and found[across][:, down].all()
+    assert np.any(drawn[0, :16] != 255)  # the captions
+    np.testing.assert_array_equal(drawn[0, :16], drawn[3, :16])
+
+
+def test_a_gif_moves():
+    frames = np.zeros((3, 16, 16, 3), np.uint8)
+    frames += np.array([0, 120, 250], np.uint8)[:, None, None, None]
+    with Image.open(io.BytesIO(pictures.gif(frames, 8))) as image:
+        assert image.n_frames == 3 and image.info["duration"] == 120  # in steps of 10 ms
+        for number, frame in enumerate(frames):
+            image.seek(number)
+            shown = np.asarray(image.convert("RGB")).astype(int)
+            assert np.abs(shown - frame).max() <= 8
 
 
 def test_a_moving_picture_has_every_frame_of_every_video(tmp_path):

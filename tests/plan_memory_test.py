@@ -148,9 +148,9 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
     # Two frames of the input of every temporal convolution, in bfloat16: 1.89 GB by the release's.
     # The anchor's at the fork, and that of the branch whose turn it is.
     assert everything["decoder's memory"] == pytest.approx(2 * 1.89, rel=0.02)
-    # Four clips of 36 frames, and 4 frames of a picture that are in none of them.
+    # Four clips of 36 frames.
     pixels = "pixels of all trajectories"
-    assert round(1e9 * everything[pixels]) == 9 * (4 * 36 + 4) * frame
+    assert round(1e9 * everything[pixels]) == 9 * 4 * 36 * frame
     wide, _ = plan(
         tmp_path, "--config.train.prompts_per_iteration=8", "--config.decoder.dtype=float32"
     )

@@ -21,7 +21,7 @@ from kvpo_jax.models.wan import Wan, WanConfig, init_variables
 from kvpo_jax.rewards import composite
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import pictures, sharding
+from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import PromptBatch, PyTree, Rollout, TextKV
 
@@ -486,15 +486,14 @@ def test_what_is_made_does_not_depend_on_where_it_ends(world, rolled, blocks):
 
 
 def test_blocks_are_made_up_to_the_last_that_is_read():
-    """LongLive's last clip ends with pixel 530, in latent frame 133 of block 44. Pictures show 8
-    frames of 585, the last of them 511. A window of 5 blocks from block 41 on is later.
+    """LongLive's last clip ends with pixel 530, in latent frame 133 of block 44. A window of 5
+    blocks from block 41 on is later.
     """
     config, to_pixel = longlive(), composite.latent_to_pixel
-    windows = backbone.windows_read(config, to_pixel, shown=pictures.strip(585, 480, 832))
-    clips, shown = windows[:4], windows[4:]
+    clips = backbone.windows_read(config, to_pixel)
     assert clips == ((58, 94), (207, 243), (351, 387), (495, 531))
-    assert shown == ((0, 1), (146, 147), (292, 293), (438, 439))  # and 4 in the clips
-    assert backbone.blocks_read(config, to_pixel, windows) == 45
+    assert backbone.windows_read(config, to_pixel, whole=True) == (*clips, (0, 585))
+    assert backbone.blocks_read(config, to_pixel, clips) == 45
     assert backbone.blocks_read(config, to_pixel, [(0, 585)]) == 49
     assert backbone.blocks_read(config, to_pixel, [(0, 1)]) == 1
     assert backbone.blocks_read(config, to_pixel, ()) == 0

@@ -28,10 +28,11 @@ from kvpo_jax.errors import DivergedError, NotFiniteError, UsageError
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import checkpoint, sharding
+from kvpo_jax.runtime import checkpoint, films, sharding, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.config import wan_config
+from kvpo_jax.runtime.pictures import PICTURED
 from kvpo_jax.runtime.process import STOPPED
 from kvpo_jax.state import TrainState
 from kvpo_jax.types import Experience, Judged, Scores
@@ -140,6 +141,57 @@ def test_run_leaves_what_other_tools_read(uninterrupted):
     assert not any("motion" in name for name in lines(workdir)[-1])
     assert [row["iteration"] for row in lines(workdir)] == [0, 1, 2, 3]
     assert list((workdir / "tensorboard").iterdir())
+
+
+def heldout_lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "heldout.jsonl").read_text().splitlines()]
+
+
+def test_every_evaluation_leaves_what_every_prompt_got(uninterrupted):
+    config, workdir, summary = uninterrupted
+    *_, last = heldout_lines(workdir)
+    assert last["iteration"] == summary["iterations"] == 4
+    prompts = backbone_lib.load(config).prompts
+    assert last["prompt"] == [prompts("heldout", i) for i in range(config.eval.prompts)]
+    for policy in ("reference", "online", "ema"):
+        assert len(last["reward"][policy]) == config.eval.prompts
+        mean = np.mean(last["reward"][policy])
+        assert mean == pytest.approx(summary["heldout"][policy], abs=1e-6)
+        means = {name: np.mean(x) for name, x in last["components"][policy].items()}
+        assert means == pytest.approx(summary["components"][policy], abs=1e-6)
+        blocks = summary["reward_by_block"][policy]
+        assert last["blocks"][policy] == pytest.approx(blocks, abs=1e-6) and len(blocks) == 8
+    assert sorted(last["optimised"]) == ["MQ", "TA", "VQ"]
+    assert last["first_pivot"] == 5
+
+
+def test_the_videos_of_a_run_are_whole_and_what_they_say(uninterrupted):
+    """Of the first prompt of the pictured iterations, and of the first held-out prompts."""
+    config, workdir, _ = uninterrupted
+    found = films.films_in(workdir)
+    assert len(found) == len(list((workdir / "videos").glob("*/*")))  # and nothing else
+    pictured = [i for i in range(4) if config_lib.is_pictured(config, i)]
+    evaluated = [line["iteration"] for line in heldout_lines(workdir)]
+    names, prompts = films.branch_names(BRANCHES), range(min(PICTURED, config.eval.prompts))
+    expected = [films.Film("iteration", i, 0, name) for i in pictured for name in names]
+    expected += [films.Film("heldout", 0, i, "reference") for i in prompts]
+    expected += [
+        films.Film("heldout", done, i, policy)
+        for done in evaluated
+        for i in prompts
+        for policy in ("ema", "online")
+    ]
+    assert sorted(found) == sorted(expected)
+    clips = {film: video.read(path) for film, path in found.items()}
+    assert {clip.shape for clip in clips.values()} == {(24, 128, 128, 3)}
+    with np.load(workdir / "reference.npz") as file:
+        pixels = file["pixels"]
+    run = run_lib.load(config)
+    shown = backbone_lib.heldout_shown(config, run.backbone)
+    for i in prompts:
+        clip = clips[films.Film("heldout", 0, i, "reference")]
+        error = clip[shown].astype(int) - video.enlarge(pixels[i])
+        assert np.abs(error).mean() < 4  # what H.264 and its colours cost
 
 
 def test_the_policy_moves_and_the_reference_does_not(uninterrupted):
@@ -469,29 +521,32 @@ def test_an_earlier_micro_batch_is_forgotten(weights, tmp_path, monkeypatch):
     ],
 )
 def test_rewards_are_those_of_making_decoding_and_scoring_everything(weights, fields):
-    """Clips of frames 3-8 and 15-20 of 24; forks at 15 and 18. A picture changes no number."""
+    """Clips of frames 3-8 and 15-20 of 24; forks at 15 and 18. A film changes no number."""
     config = make_config(weights, reward__clip_frames=6, reward__min_behind=0.1, **fields)
     run = run_lib.load(config)
     state = state_lib.init_state(config, run.mesh, run.initial_lora())
     batch = train.prompts_of(run, 0, np.arange(PROMPTS, dtype=np.int32))
-    assert run.pivots == (5, 6) and train.shown(run, batch, 1).size == 0
+    assert run.pivots == (5, 6)
+    compiled = set()
     for pivot in run.pivots:
         judged = []
-        for iteration in (0, 1):  # with and without a picture
-            shown = train.shown(run, batch, iteration)
-            windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot, shown)
+        for filmed in (True, False):
+            windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot, filmed)
             rolled = train.explore(run, state.old, batch, 0, pivot, windows)
-            judged.append(train.judge(run, rolled, batch, iteration, pivot, windows))
+            if filmed:
+                films = run.decoder.group_films(rolled.branches, rolled.anchor, pivot)
+            judged.append(train.judge(run, rolled, batch, 0, pivot))
+            compiled.add(run.programs.pixel_std._cache_size())
         pictured, plain = judged
         last = 3 * (pivot + 2)  # the perturbed window ends where the last clip does, or later
         assert np.all(rolled.anchor[:, last:] == 0) and np.all(rolled.anchor[:, last - 1] != 0)
-        assert_equal(pictured.replace(clips=None, shown=None), plain)
+        assert_equal(pictured, plain)
 
         everything = ((0, 24),)
         whole = train.explore(run, state.old, batch, 0, pivot, everything)
         pixels = run.decoder.group(whole.branches, whole.anchor, pivot, everything)
         first = np.concatenate([pixels.anchor[0], pixels.videos[0]])
-        np.testing.assert_array_equal(pictured.clips, first[:, pictured.shown])
+        np.testing.assert_array_equal(films, np.round(255 * first))
         scores, local = backbone_lib.score_group(
             config, run.backbone, batch.sentences, pixels.replace(fork=0), pivot
         )
@@ -501,7 +556,7 @@ def test_rewards_are_those_of_making_decoding_and_scoring_everything(weights, fi
             config.objective, config.reward.weights, scores, local
         )
         np.testing.assert_allclose(plain.advantages, advantages, atol=0.05)
-    assert run.programs.pixel_std._cache_size() <= 2  # with and without a picture
+    assert len(compiled) == 1  # nothing is compiled for a film
 
 
 def test_a_weight_without_a_component_is_an_error_of_the_first_held_out_batch(

@@ -39,15 +39,15 @@ def main(arguments: list[str]) -> None:
     command.use_compilation_cache()
     run = run_lib.load(config)
     state = saved_state(workdir, config, run.mesh, given.iteration)
-    frames, _, _ = backbone_lib.pixel_shape(config, run.backbone)
-    results = {
-        name: evaluate.evaluate(run, policy_of(state, policy), np.arange(frames))
-        for name, policy in (("before", "reference"), ("after", "online"))
-    }
+    results: dict[str, evaluate.Heldout] = {}
+    videos: dict[str, dict[int, np.ndarray]] = {"before": {}, "after": {}}
+    for name, policy in (("before", "reference"), ("after", "online")):
+        film = videos[name].__setitem__
+        results[name] = evaluate.evaluate(run, policy_of(state, policy), film)
     pictures.moving(
         [run.backbone.prompts("heldout", i) for i in range(given.prompts)],
         backbone_lib.switch_pixels(config, run.backbone),
-        {name: result.pixels for name, result in results.items()},
+        {name: np.stack([of_run[i] for i in sorted(of_run)]) for name, of_run in videos.items()},
         {name: result.reward for name, result in results.items()},
         run.backbone.fps,
         output,

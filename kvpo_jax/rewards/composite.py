@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 import chex
@@ -306,11 +306,6 @@ def frames_of(windows: Windows, start: int, end: int) -> slice:
             return slice(before + start - first, before + end - first)
         before += last - first
     raise ValueError(f"frames {start} to {end - 1} are read, but were not decoded")
-
-
-def places_of(windows: Windows, frames: Iterable[int]) -> np.ndarray:
-    """Where single frames are in `Pixels` with these windows; ValueError as in `frames_of`."""
-    return np.asarray([frames_of(windows, frame, frame + 1).start for frame in frames], int)
 
 
 def _as_scores(components: Mapping[str, Array], weights: Mapping[str, float]) -> Scores:

@@ -10,9 +10,9 @@ import json
 import math
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ from flax import struct
 
 from kvpo_jax.algorithm import objective
 from kvpo_jax.errors import DivergedError, NotFiniteError, shortened
+from kvpo_jax.runtime import films, pictures
 from kvpo_jax.runtime.atomic import naming, replacing
+from kvpo_jax.runtime.config import flat
 from kvpo_jax.runtime.doctor import Doctor
-from kvpo_jax.runtime.pictures import sheet
 from kvpo_jax.runtime.progress import Progress, warn
+from kvpo_jax.runtime.worker import Worker
 from kvpo_jax.types import Array, Judged, Replayed, Scores
 
 # ---------------------------------------------------------------- what is reported of an iteration
@@ -36,12 +38,14 @@ class Group(struct.PyTreeNode):
     """What is reported of a micro-batch.
 
     Attributes:
-      judged: rewards, gates and pictures of its P groups.
+      judged: rewards and gates of its P groups.
       routed_frames: int32[P, G, routed], the past frames that CHR drew for each branch.
       energies_old: float[P, G], of the old policy.
       energies_ref: float[P, G], of the reference.
       replayed: of the policy that is trained, in the last replay, which made the last update.
       sentences: P sequences (static).
+      films: uint8[1 + G, frames, h, w, 3], the videos of anchor and branches of the first prompt of
+        a pictured iteration, on the main process; else None.
     """
 
     judged: Judged
@@ -50,6 +54,7 @@ class Group(struct.PyTreeNode):
     energies_ref: Array
     replayed: Replayed
     sentences: tuple[tuple[str, ...], ...] = struct.field(pytree_node=False)
+    films: np.ndarray | None = None
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -107,10 +112,10 @@ def place_of(config: ml_collections.ConfigDict, pivot: int) -> dict[str, Any]:
 def score_records(scores: Scores) -> list[dict[str, Any]]:
     """The rewards of each of P prompts as a record has them."""
     components = {
-        name: [{"branches": x, "anchor": a} for x, a in zip(*map(_listed, pair), strict=True)]
+        name: [{"branches": x, "anchor": a} for x, a in zip(*map(as_lists, pair), strict=True)]
         for name, pair in scores.components.items()
     }
-    rewards = zip(_listed(scores.branches), _listed(scores.anchor), strict=True)
+    rewards = zip(as_lists(scores.branches), as_lists(scores.anchor), strict=True)
     return [
         {
             "reward": branches,
@@ -124,16 +129,16 @@ def score_records(scores: Scores) -> list[dict[str, Any]]:
 def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`branch_records` of a micro-batch; `place` is what all its records have."""
     judged, replayed = group.judged, group.replayed
-    routed, scored = _listed(group.routed_frames), score_records(judged.scores)
+    routed, scored = as_lists(group.routed_frames), score_records(judged.scores)
     columns = {
-        "advantage": _listed(judged.advantages),
-        "energy": _listed(replayed.energies),
-        "energy_old": _listed(group.energies_old),
-        "energy_reference": _listed(group.energies_ref),
-        "probability": _listed(replayed.probability),
-        "ratio": _listed(replayed.ratio),
-        "gate_open": _listed(judged.gate_open),
-        "weight": _listed(replayed.weight),
+        "advantage": as_lists(judged.advantages),
+        "energy": as_lists(replayed.energies),
+        "energy_old": as_lists(group.energies_old),
+        "energy_reference": as_lists(group.energies_ref),
+        "probability": as_lists(replayed.probability),
+        "ratio": as_lists(replayed.ratio),
+        "gate_open": as_lists(judged.gate_open),
+        "weight": as_lists(replayed.weight),
     }
     rows = zip(*columns.values(), strict=True)
     return [
@@ -148,7 +153,17 @@ def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any
     ]
 
 
-def _listed(x: Array | np.ndarray) -> list[Any]:
+def captions(scores: Scores) -> list[tuple[str, str]]:
+    """(name, caption) of the videos of the first prompt: what it is, and its reward."""
+    rewards = [scores.anchor[0], *scores.branches[0]]
+    names = films.branch_names(len(rewards) - 1)
+    return [
+        (name, f"{name.replace('_', ' ')}  {reward:.4f}")
+        for name, reward in zip(names, rewards, strict=True)
+    ]
+
+
+def as_lists(x: Array | np.ndarray) -> list[Any]:
     """The array as lists for JSON, with None for what is not finite.
 
     A float32 has the fewest digits that give it back: 0.1, not 0.10000000149011612.
@@ -203,10 +218,10 @@ class JsonlWriter:
         its checkpoint: what an earlier process wrote of them is dropped, as is a last line that a
         kill has cut short. It is said which of the steps before are missing, incomplete or there
         twice; a damaged line is put aside.
-      lines_per_step: how many objects a step has.
+      lines_per_step: how many objects a step has; None if not every step has one.
     """
 
-    def __init__(self, path: Path, first_step: int = 0, lines_per_step: int = 1):
+    def __init__(self, path: Path, first_step: int = 0, lines_per_step: int | None = 1):
         _cut(path, first_step, lines_per_step)
         self._path, self._file = path, path.open("a")
 
@@ -232,7 +247,7 @@ class JsonlWriter:
         self._file.close()
 
 
-def _cut(path: Path, first_step: int, lines_per_step: int) -> None:
+def _cut(path: Path, first_step: int, lines_per_step: int | None) -> None:
     """Leaves whole lines of the steps before `first_step`, and says what is wrong with them."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
@@ -240,7 +255,8 @@ def _cut(path: Path, first_step: int, lines_per_step: int) -> None:
     steps = [_step_of(line) for line in lines]
     before = [step for step in steps if step is not None and step < first_step]
     damaged = [number for number, step in enumerate(steps, 1) if step is None]
-    missing, found = sorted(set(range(first_step)) - set(before)), Counter(before)
+    expected, lines_per_step = range(first_step if lines_per_step else 0), lines_per_step or 1
+    missing, found = sorted(set(expected) - set(before)), Counter(before)
     incomplete = sorted(step for step, count in found.items() if count < lines_per_step)
     twice = sorted(step for step, count in found.items() if count > lines_per_step)
     aside = path.with_name(f"{path.name}.damaged")
@@ -269,6 +285,38 @@ def _step_of(line: bytes) -> int | None:
     return step if type(step) is int and step >= 0 else None
 
 
+# The start of a metric's name -> that of its tag, by which TensorBoard groups them; the first that
+# fits. A name that is to be whole has no *.
+TAGS = {
+    "heldout_*": "heldout/",
+    "seconds_*": "time/",
+    "reward_*": "reward/",
+    "reward": "reward/branches",
+    "win_rate": "reward/win_rate",
+    "gate_open": "reward/gate_open",
+    "pixel_std_in_group": "reward/pixel_std_in_group",
+    "exposure": "reward/exposure",
+    "saturation": "reward/saturation",
+    "clipped": "reward/clipped",
+    "passes_*": "time/passes_",
+    "videos_scored": "time/videos_scored",
+    "*": "policy/",
+}
+GIF_FRAMES, GIF_FPS = 64, 8  # at most; a longer video is shown faster than it plays
+BUCKETS = 30  # of a histogram
+
+
+def tag_of(metric: str) -> str:
+    """The tag of a metric of metrics.jsonl, by `TAGS`."""
+    for pattern, tag in TAGS.items():
+        start = pattern.removesuffix("*")
+        if metric == pattern:
+            return tag
+        if start != pattern and metric.startswith(start):
+            return tag + metric.removeprefix(start)
+    raise AssertionError("* fits every name")
+
+
 class TensorboardXWriter:
     """Writes TensorBoard's event files.
 
@@ -283,10 +331,11 @@ class TensorboardXWriter:
     def __init__(self, logdir: Path, first_step: int = 0):
         from tensorboardX import summary  # imports torch where that is installed
         from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto import summary_pb2
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         logdir.mkdir(parents=True, exist_ok=True)
-        self._summary, self._event = summary, Event
+        self._summary, self._proto, self._event = summary, summary_pb2, Event
         # Names begin with the second, which two processes of a run may share.
         with naming(logdir):
             self._file = EventsWriter(str(logdir / "events"), f".{os.getpid()}.{first_step}")
@@ -309,6 +358,60 @@ class TensorboardXWriter:
             ],
         )
 
+    def write_videos(self, step: int, videos: Mapping[str, np.ndarray]) -> None:
+        """Writes videos uint8[frames, h, w, 3] as GIFs of GIF_FPS, which its image page plays."""
+        self._write(step, [self._gif(name, frames) for name, frames in videos.items()])
+
+    def write_gallery(self, step: int, captions: Sequence[str], videos: np.ndarray) -> None:
+        """Writes videos uint8[n, frames, h, w, 3] with their captions, as a GIF and as strips."""
+        shown = pictures.strip(*videos.shape[1:4])
+        strips = pictures.sheet(list(zip(captions, videos[:, shown], strict=True)), shown)
+        self.write_images(step, {"branches/frames": np.asarray(strips)})
+        moving = pictures.spread(videos.shape[1], GIF_FRAMES)
+        gallery = pictures.gallery(captions, videos[:, moving])
+        self.write_videos(step, {"branches/videos": gallery})
+
+    def write_histograms(
+        self,
+        step: int,
+        arrays: Mapping[str, np.ndarray],
+        num_buckets: Mapping[str, int] | None = None,
+    ) -> None:
+        """Writes how the finite numbers of each array are spread."""
+        finite = {name: x[np.isfinite(x)] for name, x in arrays.items()}
+        buckets = num_buckets or {}
+        self._write(
+            step,
+            [
+                self._summary.histogram(name, x, buckets.get(name, BUCKETS))
+                for name, x in finite.items()
+                if x.size
+            ],
+        )
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts in Markdown."""
+        self._write(step, [self._summary.text(name, text) for name, text in texts.items()])
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Writes the configuration, field -> value, for the table that compares runs."""
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in hparams.items()
+        }
+        shown = {tag_of(name): 0.0 for name in ("reward", "heldout_online")}
+        self._write(0, list(self._summary.hparams(plain, shown))[:2])
+
+    def _gif(self, name: str, frames: np.ndarray) -> Any:
+        height, width = frames.shape[1:3]
+        image = self._proto.Summary.Image(
+            height=height,
+            width=width,
+            colorspace=3,
+            encoded_image_string=pictures.gif(frames, GIF_FPS),
+        )
+        return self._proto.Summary(value=[self._proto.Summary.Value(tag=name, image=image)])
+
     def _write(self, step: int, summaries: list[Any]) -> None:
         for part in summaries:
             event = self._event(step=step, wall_time=time.time(), summary=part)
@@ -326,7 +429,8 @@ class TensorboardXWriter:
 class MetricWriter:
     """Writes metrics.jsonl and, in a thread of its own, TensorBoard's event files.
 
-    An error of that thread is raised by the next call, at the latest by `close`.
+    TensorBoard has the metrics under their tags (`tag_of`), everything else under its own name. An
+    error of that thread is raised by the next call, at the latest by `close`.
 
     Args:
       workdir: the run directory; it is made.
@@ -338,43 +442,55 @@ class MetricWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         self._lines = JsonlWriter(workdir / "metrics.jsonl", first_iteration)
         self._events = TensorboardXWriter(workdir / "tensorboard", first_iteration)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="metrics")
-        self._pending: deque[Future[None]] = deque()
+        self._worker = Worker("metrics")
 
     def write_scalars(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of an iteration, once: a line of metrics.jsonl, a point per curve."""
         values = {name: float(value) for name, value in metrics.items()}
         self._lines.write_scalars(iteration, values)
-        self._later(self._events.write_scalars, iteration, values)
+        tagged = {tag_of(name): value for name, value in values.items()}
+        self._later("write_scalars", iteration, tagged)
 
     def write_images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes pictures for TensorBoard, as in TensorboardXWriter."""
-        self._later(self._events.write_images, iteration, images)
+        self._later("write_images", iteration, images)
+
+    def write_gallery(self, iteration: int, captions: Sequence[str], videos: np.ndarray) -> None:
+        """Draws videos and writes them for TensorBoard, as in TensorboardXWriter."""
+        self._later("write_gallery", iteration, captions, videos)
+
+    def write_histograms(self, iteration: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes how numbers are spread for TensorBoard, as in TensorboardXWriter."""
+        self._later("write_histograms", iteration, arrays)
+
+    def write_texts(self, iteration: int, texts: Mapping[str, str]) -> None:
+        """Writes texts for TensorBoard, as in TensorboardXWriter."""
+        self._later("write_texts", iteration, texts)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Writes the configuration for TensorBoard, as in TensorboardXWriter."""
+        self._later("write_hparams", hparams)
 
     def flush(self) -> None:
         """Waits until everything is in the files."""
-        self._check(wait=True)
+        self._worker.wait()
 
     def close(self) -> None:
         """Flushes and closes the files, also after an error."""
         try:
-            self.flush()
+            self._worker.close()
         finally:
-            self._thread.shutdown()
             try:
                 self._events.close()
             finally:
                 self._lines.close()
 
-    def _later(self, write: Callable[[int, Any], None], step: int, values: Any) -> None:
-        self._check()
-        self._pending.append(self._thread.submit(write, step, values))
-        self._pending.append(self._thread.submit(self._events.flush))
+    def _later(self, method: str, *arguments: Any) -> None:
+        self._worker.call(self._write_events, method, *arguments)
 
-    def _check(self, wait: bool = False) -> None:
-        """Raises what the thread has raised."""
-        while self._pending and (wait or self._pending[0].done()):
-            self._pending.popleft().result()
+    def _write_events(self, method: str, *arguments: Any) -> None:
+        getattr(self._events, method)(*arguments)
+        self._events.flush()
 
 
 # ---------------------------------------------------------------- recorder
@@ -387,14 +503,27 @@ class Recorder:
       config: of the run.
       workdir: its directory.
       first_iteration: the iteration that this process begins with.
+      fps: of its videos.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, first_iteration: int):
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: Path, first_iteration: int, fps: float
+    ):
         self._config = config
+        # A run that has made all its iterations evaluates again what they have led to.
+        evaluated = first_iteration + (first_iteration < config.train.iterations)
         self._writer = MetricWriter(workdir, first_iteration)
         self._records = JsonlWriter(
             workdir / "branches.jsonl", first_iteration, config.train.prompts_per_iteration
         )
+        self._heldout = JsonlWriter(workdir / "heldout.jsonl", evaluated, lines_per_step=None)
+        films.cut(workdir, first_iteration, evaluated)
+        self._films = films.FilmWriter(workdir, fps)
+        fields = flat(config)
+        rows = "".join(f"| {name} | `{value}` |\n" for name, value in sorted(fields.items()))
+        self._writer.write_hparams(fields)
+        text = f"| field | value |\n|---|---|\n{rows}"
+        self._writer.write_texts(first_iteration, {"config": text})
         self._progress = Progress(config.train.iterations)
         self._doctor = Doctor(config)
 
@@ -404,19 +533,50 @@ class Recorder:
         records = branch_records(self._config, pivot, groups)
         self._records.write(iteration, records)
         self._writer.write_scalars(iteration, metrics)
+        spread = {
+            "reward/histogram": [group.judged.scores.branches for group in groups],
+            "policy/energy_histogram": [group.replayed.energies for group in groups],
+        }
+        self._writer.write_histograms(
+            iteration, {name: np.concatenate([*map(np.asarray, x)]) for name, x in spread.items()}
+        )
+        self._show(iteration, groups[0])
         self._progress.show(iteration, metrics)
         numbered = [{"iteration": iteration, **x} for x in (metrics, *records)]
         for line in self._doctor.visit(numbered[0], numbered[1:]):
             warn(line)
-        clips, shown = groups[0].judged.clips, groups[0].judged.shown
-        if clips is not None and shown is not None:
-            names = ("anchor", *(f"branch {g}" for g in range(self._config.rollout.branches)))
-            picture = np.asarray(sheet(list(zip(names, clips, strict=False)), shown))
-            self._writer.write_images(iteration, {"branches": picture})
+
+    def _show(self, iteration: int, group: Group) -> None:
+        """Writes the videos of the first prompt, if any: as files, and for TensorBoard."""
+        if group.films is None:
+            return
+        captioned = captions(group.judged.scores)
+        for (name, _), video in zip(captioned, group.films, strict=True):
+            self._films.write(films.Film("iteration", iteration, 0, name), video)
+        self._writer.write_gallery(iteration, [text for _, text in captioned], group.films)
+
+    def film_heldout(self, done: int, policy: str, prompt: int, video: np.ndarray) -> None:
+        """Writes the video uint8[frames, h, w, 3] of a held-out prompt after `done` iterations."""
+        if self._config.train.video_every:
+            self._films.write(films.Film("heldout", done, prompt, policy), video)
+
+    def record_heldout(self, done: int, record: Mapping[str, Any], picture: np.ndarray) -> None:
+        """Reports the evaluation after `done` iterations.
+
+        Args:
+          done: how many have been made.
+          record: what heldout.jsonl has of it.
+          picture: uint8[h, w, 3] of what the reference and the online policy make.
+        """
+        self._heldout.write(done, [record])
+        self._writer.write_images(done - 1, {"heldout/before_after": picture})
+
+    def flush(self) -> None:
+        """Waits until all videos are written."""
+        self._films.flush()
 
     def close(self) -> None:
         """Finishes the files, also after an error."""
-        try:
-            self._writer.close()
-        finally:
-            self._records.close()
+        with ExitStack() as stack:
+            for writer in (self._heldout, self._records, self._films, self._writer):
+                stack.callback(writer.close)

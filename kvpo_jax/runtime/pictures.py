@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,9 +25,8 @@ def before_after(
     frames: np.ndarray,
     clips: Mapping[str, np.ndarray],
     rewards: Mapping[str, np.ndarray],
-    path: Path,
-) -> None:
-    """Writes a PNG with two strips per prompt sequence, made from the same noise by two policies.
+) -> Image.Image:
+    """Two strips per prompt sequence, made from the same noise by two policies.
 
     Args:
       prompts: n sequences of M prompts.
@@ -34,7 +34,6 @@ def before_after(
       frames: int[shown], the numbers of the frames that are shown, from `before_after_frames`.
       clips: "before" and "after" -> float[n, shown, height, width, 3] in [0, 1] or uint8.
       rewards: "before" and "after" -> float[n].
-      path: the PNG; its folder is made.
     """
     begins = np.asarray([0, *switch_frames])
     tile = _tile(clips["before"][0, 0])
@@ -86,8 +85,7 @@ def before_after(
             small,
             anchor="lm",
         )
-    with replacing(path) as temporary:
-        sheet.save(temporary, format="PNG")
+    return sheet
 
 
 def moving(
@@ -130,16 +128,9 @@ def moving(
                 draw.text((x, y + size[1] + 14), f"reward {reward:.3f}", colour, small, "lm")
         return picture
 
-    first, *others = map(draw_frame, range(frames))
+    drawn = np.stack([np.asarray(draw_frame(frame)) for frame in range(frames)])
     with replacing(path) as temporary:
-        first.save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=others,
-            duration=round(1000 / fps),
-            loop=0,
-        )
+        temporary.write_bytes(gif(drawn, fps))
 
 
 def sheet(rows: Sequence[tuple[str, np.ndarray]], frames: np.ndarray) -> Image.Image:
@@ -165,10 +156,56 @@ def sheet(rows: Sequence[tuple[str, np.ndarray]], frames: np.ndarray) -> Image.I
     return sheet
 
 
+def gallery(captions: Sequence[str], videos: np.ndarray) -> np.ndarray:
+    """Videos side by side, each below its caption.
+
+    Args:
+      captions: n of them.
+      videos: [n, frames, h, w, 3].
+
+    Returns:
+      uint8[frames, height, width, 3].
+    """
+    tile, font, margin = _tile(videos[0, 0], 96), _font(13), 8
+    wide = 2 * margin + max(tile.width, *(math.ceil(font.getlength(text)) for text in captions))
+    high = tile.height + 20 + margin
+    columns = min(len(captions), max(1, WIDTH // wide))
+    places = [(i % columns * wide + margin, i // columns * high) for i in range(len(captions))]
+    rows = -(-len(captions) // columns)
+    blank = Image.new("RGB", (columns * wide, rows * high), "white")
+    draw = ImageDraw.Draw(blank)
+    for (x, y), text in zip(places, captions, strict=True):
+        draw.text((x, y + 16), text, INK, font, anchor="lb")
+    out = np.repeat(np.asarray(blank)[None], videos.shape[1], axis=0)
+    for (x, y), video in zip(places, videos, strict=True):
+        for frame, image in zip(out, video, strict=True):
+            frame[y + 20 : y + 20 + tile.height, x : x + tile.width] = _tile(image, 96)
+    return out
+
+
+def gif(frames: np.ndarray, fps: float) -> bytes:
+    """An animation of uint8[frames, h, w, 3] that repeats."""
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    out = io.BytesIO()
+    first.save(out, "GIF", save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    return out.getvalue()
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG; its folder is made."""
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
 def strip(frames: int, height: int, width: int) -> np.ndarray:
-    """Numbers of the frames that a strip shows of a video of so many, evenly spread."""
+    """Numbers of the frames that a strip shows of a video of so many."""
     wide, _ = _tile_size(height, width)
-    count = min(frames, max(8, min(24, WIDTH // wide)))
+    return spread(frames, max(8, min(24, WIDTH // wide)))
+
+
+def spread(frames: int, most: int) -> np.ndarray:
+    """Numbers of at most so many frames, evenly spread."""
+    count = min(frames, most)
     return np.arange(count) * frames // count
 
 
@@ -179,16 +216,16 @@ def before_after_frames(
     return np.union1d(strip(frames, height, width), [0, *switch_frames])
 
 
-def _tile_size(height: int, width: int) -> tuple[int, int]:
-    """Width and height of a frame in a picture: its height is about 48 to 96 pixels."""
-    scale = 48 // height or min(1.0, 96 / height)
+def _tile_size(height: int, width: int, least: int = 48) -> tuple[int, int]:
+    """Width and height of a frame in a picture: its height is about `least` to 96 pixels."""
+    scale = least // height or min(1.0, 96 / height)
     return round(scale * width), round(scale * height)
 
 
-def _tile(frame: np.ndarray) -> Image.Image:
+def _tile(frame: np.ndarray, least: int = 48) -> Image.Image:
     """A frame as pictures show it: small ones with their pixels as squares, large ones smoothed."""
     image = _image(frame)
-    return image.resize(_tile_size(image.height, image.width), _resampling(image.height))
+    return image.resize(_tile_size(image.height, image.width, least), _resampling(image.height))
 
 
 def _image(frame: np.ndarray) -> Image.Image:

@@ -21,6 +21,7 @@ from kvpo_jax.runtime import file_kind
 from kvpo_jax.runtime.atomic import keeping_part
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
+SMALLEST = 128  # pixels; smaller videos are enlarged by a whole factor, or no player shows them
 # imageio_ffmpeg would start ffmpeg with a fork, of which JAX warns.
 os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
 
@@ -41,6 +42,28 @@ def ffmpeg() -> str:
     except OSError as error:
         raise UsageError(f"ffmpeg at {program}: {error.strerror}; {advice}") from error
     return program
+
+
+def enlarge(pixels: np.ndarray) -> np.ndarray:
+    """uint8[frames, h, w, 3] of pixels uint8 or in [0, 1], by a whole factor no smaller than
+    SMALLEST.
+    """
+    factor = -(-SMALLEST // min(pixels.shape[1:3]))
+    if pixels.dtype != np.uint8:
+        pixels = np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
+    return pixels.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else pixels
+
+
+def write(path: Path, pixels: np.ndarray, fps: float) -> None:
+    """Writes an mp4 of pixels [frames, h, w, 3], uint8 or in [0, 1], enlarged if they are few.
+
+    Raises:
+      UsageError, OSError: see `writing`.
+    """
+    height, width = enlarge(pixels[:1]).shape[1:3]
+    with writing(path, height, width, fps) as write_frame:
+        for frame in pixels:
+            write_frame(enlarge(frame[None])[0])
 
 
 @contextmanager
