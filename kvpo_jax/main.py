@@ -1,20 +1,21 @@
 """Runs KVPO; without arguments, the toy of configs/tiny.py in a fresh directory under runs/.
 
     python -m kvpo_jax.main [--config=FILE[:PRESET]] [--workdir=DIR] [--resume] [--profile] \\
-        [--config.FIELD=VALUE ...]
+        [--wandb] [--config.FIELD=VALUE ...]
 
 On several hosts one command per process, each with the same arguments (docs/cluster.md).
 """
 
 import os
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 import jax
 from absl import flags
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import command, progress, sharding, workdir
+from kvpo_jax.runtime import command, mirror, progress, sharding, workdir
 from kvpo_jax.runtime.config import prompts_at_once
 from kvpo_jax.runtime.process import STOPPED, ending_together
 
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> None:
     directory = workdir.run_directory(given.config, given.workdir, given.resume)
     config = workdir.resolve(given.config, directory, arguments[1:])
 
+    if given.wandb:
+        mirror.check()
+
     # These take seconds that a mistyped flag should not.
     from kvpo_jax import backbone, budget, evaluate, fitting, run, train
 
@@ -59,13 +63,17 @@ def main(arguments: list[str]) -> None:
             run.eligible_pivots(fitted, equipment.backbone.to_pixel)
             equipment = budget.limited(equipment)
             equipment.initial_lora()
-        with workdir.locked(directory):
+        with ExitStack() as stack:
+            stack.enter_context(workdir.locked(directory))
             if sharding.is_main():
                 at_once = prompts_at_once(fitted)
                 workdir.start_run(config, directory, equipment.files, at_once)
                 print(f"run directory: {directory}", flush=True)
-            if train.train(equipment, directory, given.profile) is None:
-                sys.exit(STOPPED)
+                if given.wandb:
+                    stack.enter_context(mirror.mirrored(config, directory))
+            summary = train.train(equipment, directory, given.profile)
+        if summary is None:
+            sys.exit(STOPPED)
 
 
 def join(distributed: dict[str, Any]) -> None:
@@ -96,6 +104,7 @@ def define_flags() -> None:
     command.define_path("workdir", None, "run directory; a run that is in it already is continued")
     flags.DEFINE_bool("resume", False, "continue the run in --workdir, or else the newest in runs/")
     flags.DEFINE_bool("profile", False, "leave a trace of the third iteration in WORKDIR/profile")
+    flags.DEFINE_bool("wandb", False, "mirror TensorBoard to Weights & Biases (extra wandb)")
     flags.DEFINE_string("coordinator", None, "host:port of process 0; any free port of its host")
     flags.DEFINE_integer("num_processes", None, "processes of the run; 1: alone, however started")
     flags.DEFINE_integer("process_id", None, "which of them this one is, from 0")
