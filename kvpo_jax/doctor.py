@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from absl import flags
 
-from kvpo_jax.errors import UsageError, nearest, shortened
+from kvpo_jax.errors import UsageError, nearest
 from kvpo_jax.runtime import command
-from kvpo_jax.runtime.doctor import examine, over
+from kvpo_jax.runtime.doctor import examine, over, spans_shown
 from kvpo_jax.runtime.records import Records, read_run
 
 
@@ -25,15 +25,9 @@ def report(run: Records) -> list[str]:
     found = [
         f"  {name}, since iteration {since}: {text}" for name, text, since in examine(*records)
     ]
-    found += [f"  over: {name}, in {_shown(spans)}" for name, spans in over(*records).items()]
+    found += [f"  over: {name}, in {spans_shown(spans)}" for name, spans in over(*records).items()]
     last = run.metrics[-1]["iteration"]
     return [f"iterations 0 to {last}{'' if found else ': all is well'}", *found]
-
-
-def _shown(spans: list[tuple[int, int]]) -> str:
-    """The iterations of a trouble."""
-    texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
-    return f"iterations {shortened(texts)}"
 
 
 def main(arguments: list[str]) -> None:

@@ -35,7 +35,16 @@ from kvpo_jax.programs import APPEARANCE
 from kvpo_jax.rewards import composite, scorers, video_files
 from kvpo_jax.rollout import generate
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import checkpoint, command, pictures, progress, sharding, statistics, sums
+from kvpo_jax.runtime import (
+    checkpoint,
+    command,
+    page,
+    pictures,
+    progress,
+    sharding,
+    statistics,
+    sums,
+)
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
@@ -303,7 +312,7 @@ def finish(
     seconds: Mapping[str, float],
     iterations: int,
 ) -> dict[str, Any]:
-    """Leaves summary.json and report/before_after.png in `workdir`, and prints the final table.
+    """Leaves summary.json and the report in `workdir`, and prints the final table.
 
     Args:
       run: tells the held-out prompts.
@@ -347,7 +356,9 @@ def finish(
     parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items() if name != "total")
     progress.say(f"\nseconds: {seconds['total']:.1f} in all ({parts})")
     progress.say(f"spent: {spent.passes:,} passes, {spent.videos_scored:,} scored videos")
-    print(f"\n{picture} shows it", flush=True)
+    with progress.bar("writing the page"):
+        said = page.written(workdir)
+    print(f"\n{said}", flush=True)
     return summary
 
 

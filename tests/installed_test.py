@@ -95,6 +95,7 @@ def test_from_a_checkpoint_to_a_video_without_a_checkout(scripts, tmp_path):
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 and all(np.isfinite(json.loads(line)["reward"]) for line in lines)
     assert (tmp_path / "run" / "summary.json").is_file()
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
 
     run(
         *(scripts / "kvpo-export", "--workdir=run", "--format=peft", "--output=lora.pt"),
@@ -115,7 +116,8 @@ def test_from_a_checkpoint_to_a_video_without_a_checkout(scripts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script", ["train", "evaluate", "generate", "doctor", "convert", "export", "encode", "plan"]
+    "script",
+    ["train", "evaluate", "generate", "report", "doctor", "convert", "export", "encode", "plan"],
 )
 def test_every_console_script_has_help(scripts, tmp_path, script):
     done = subprocess.run(

@@ -130,6 +130,7 @@ def test_run_leaves_what_other_tools_read(uninterrupted):
     )
     assert {"total", "compile", "rollout", "reward", "update"} <= set(summary["seconds"])
     assert (workdir / "report" / "before_after.png").stat().st_size > 1000
+    assert f"{summary['heldout']['gain']:+.4f}" in (workdir / "report" / "index.html").read_text()
     for components in summary["components"].values():
         assert components.keys() == {
             "VQ",

@@ -180,6 +180,17 @@ def load(spec: str) -> ConfigDict:
     return config
 
 
+def presets() -> dict[str, ConfigDict]:
+    """FILE:PRESET -> configuration, of every preset that ships."""
+    files = sorted(shipped(TINY).parent.glob("*.py"))
+    specs = [
+        f"configs/{file.name}:{name}"
+        for file in files
+        for name in runpy.run_path(str(file)).get("PRESETS", ())
+    ]
+    return {spec: load(spec) for spec in specs}
+
+
 @contextmanager
 def _naming_faults(file: Path) -> Iterator[None]:
     """Turns what a configuration file raises into one line that names its place in the file."""

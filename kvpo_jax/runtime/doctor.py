@@ -143,6 +143,12 @@ def over(
     }
 
 
+def spans_shown(spans: Sequence[tuple[int, int]]) -> str:
+    """The iterations of a trouble in words: "iterations 3, 7 to 9"."""
+    texts = [str(first) if first == last else f"{first} to {last}" for first, last in spans]
+    return f"iterations {shortened(texts)}"
+
+
 def _troubles(history: History) -> dict[str, list[tuple[int, int]]]:
     """name -> [first, end) of every stretch of iterations in this trouble; only what there is."""
     if not history.rows:

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import UsageError, shortened
 from kvpo_jax.runtime import file_kind
 from kvpo_jax.runtime.atomic import keeping_part
 
@@ -162,3 +162,54 @@ def read(path: Path) -> np.ndarray:
     except Exception as error:  # a decoder's errors have no common type
         raise UsageError(f"{path} cannot be read as a video: {error}") from error
     return video if video.ndim == 4 else video[None]
+
+
+def preview(path: Path) -> bytes:
+    """A small mp4 of a video: at most 320 pixels wide, for a page that has many of them.
+
+    Raises:
+      UsageError: it is not a whole video.
+    """
+    small = ["-vf", "scale=w='min(320,iw)':h=-2", "-pix_fmt", "yuv420p", "-crf", "30", "-an"]
+    return _converted([path], [*small, "-movflags", "frag_keyframe+empty_moov", "-f", "mp4"])
+
+
+def read_beside(paths: Sequence[Path], height: int) -> np.ndarray:
+    """The frames of n videos of one size and length, in a process for all of them.
+
+    Args:
+      paths: the files.
+      height: pixels to which they are brought.
+
+    Returns:
+      uint8[frames, n, height, width, 3].
+
+    Raises:
+      UsageError: one is not a whole video, or they differ in size.
+    """
+    scaled = [f"[{i}:v]scale=w=-2:h={height}:flags=area[v{i}]" for i in range(len(paths))]
+    row = "".join(f"[v{i}]" for i in range(len(paths))) + f"hstack=inputs={len(paths)}"
+    ppm = ["-f", "image2pipe", "-c:v", "ppm"]
+    made = _converted(paths, ["-filter_complex", ";".join([*scaled, row]), *ppm])
+    _, size, _, _ = made.split(b"\n", 3)
+    width = int(size.split()[0])
+    if width % len(paths):
+        raise UsageError(f"{paths[0].parent}: its videos differ in size")
+    frame = width * height * 3
+    header = len(b"P6\n" + size + b"\n255\n")
+    pixels = np.frombuffer(made, np.uint8).reshape(-1, header + frame)[:, header:]
+    rows = pixels.reshape(len(pixels), height, len(paths), -1, 3)
+    return np.moveaxis(rows, 2, 1)
+
+
+def _converted(paths: Sequence[Path], arguments: Sequence[str]) -> bytes:
+    """What ffmpeg makes of videos; UsageError if one of them is not whole."""
+    inputs = [word for path in paths for word in ("-i", f"file:{path}")]
+    strict = ["-nostdin", "-v", "error", "-xerror"]
+    done = subprocess.run([ffmpeg(), *strict, *inputs, *arguments, "-"], capture_output=True)
+    if done.returncode:
+        for path in paths:
+            read(path)  # names the one that is at fault
+        reason = _reason(done.stderr.decode(errors="replace"), done.returncode)
+        raise UsageError(f"{shortened(paths, 1)}: ffmpeg failed: {reason}")
+    return done.stdout
