@@ -87,12 +87,17 @@ def get_config(preset: str = "paper") -> ConfigDict:
     w.bank_reinsert = False  # the newest frame enters before every block, not once (release)
 
     c.rollout = r = ConfigDict()
+    r.explore = "routing"  # in explore.EXPLORES: what makes the branches differ, in the W blocks
     r.branches = 8  # G
     r.branch_chunk = 0  # branches at a time, each chunk with the anchor again; 0 = all at once
     r.window_blocks = 3  # W
     r.perturbed_steps = 2  # solver steps with routed history: the first half
     r.perturb_write = False  # whether the cache-writing pass is routed too
     r.draw = "independent"  # in routing.DRAWS
+    r.noise_mix = "preserving"  # in explore.MIXES: how noise of a branch's own enters the initial
+    r.noise_scale = 0.3  # s of that mixture
+    r.kernel = "cps"  # in flow.KERNELS: how a transition is drawn
+    r.stochasticity = 1.0  # its strength: eta, or Flow-GRPO's a
 
     c.replay = ConfigDict()
     c.replay.context = "anchor"  # in replay.CONTEXTS: whose past the replay reads

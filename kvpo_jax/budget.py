@@ -85,6 +85,7 @@ def of_replay(config: ml_collections.ConfigDict, wanted: bool) -> Spent:
         blocks=config_lib.recorded_blocks(config),
         steps=len(config.sampler.steps),
         settled_from=config_lib.settled_from(config),
+        own_starts=config_lib.own_starts(config),
     )
     learned, plain = replay.ROWS.get(config.replay.context, _every_row)(config.replay, extent)
     again = learned if wanted else 0

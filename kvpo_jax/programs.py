@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kvpo_jax.algorithm import (
     block,
     chunked,
+    explore,
     flow,
     keys,
     kv_cache,
@@ -33,7 +34,13 @@ from kvpo_jax.models import umt5
 from kvpo_jax.models.layers import exact
 from kvpo_jax.models.wan import Wan, init_variables
 from kvpo_jax.runtime import sharding
-from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, settled_from, wan_config
+from kvpo_jax.runtime.config import (
+    branches_at_once,
+    own_starts,
+    recorded_blocks,
+    settled_from,
+    wan_config,
+)
 from kvpo_jax.state import TrainState, make_optimiser
 from kvpo_jax.types import (
     Array,
@@ -57,7 +64,8 @@ class Programs:
     Attributes:
       encode_text: (variables, float[P, M, K, text_dim]) -> text.
       blank: (P) -> a history without frames.
-      draw: (key, prompts int32[P], fork frame) -> CHR draws int32[P, G, routed].
+      draw: (key, prompts int32[P], fork frame) -> CHR draws int32[P, G, routed], or int32[P, G, 0]
+        where nothing is routed (config.rollout.explore).
       shared_block: (variables, text, segment, history in place, NoiseKey, start_frame) -> x_clean
         float[P, F, Y, X, C], history.
       shared_recache: (variables, text, segment, changed, history in place, latents, start_frame)
@@ -179,12 +187,14 @@ def _cache_programs(
 ) -> dict[str, Callable]:
     """The programs that make text and caches, and that draw."""
     model, window, video, rollout = Wan(caches.wan), caches.window, config.video, config.rollout
-    draw_frames = routing.DRAWS[rollout.draw]
+    draw_frames, routes = routing.DRAWS[rollout.draw], explore.EXPLORES[rollout.explore].routes
 
     def encode_text(variables, embeddings):
         return model.apply(variables, embeddings, method=Wan.encode_prompts)
 
     def draw(key, prompts, fork_frame):
+        if not routes:
+            return jnp.zeros((len(prompts), rollout.branches, 0), jnp.int32)
         last_start = fork_frame + (rollout.window_blocks - 1) * video.block_frames
         frames = video.blocks * video.block_frames
         pool = routing.routable(window, frames, fork_frame, last_start)
@@ -213,6 +223,8 @@ def _block_programs(
     schedule, steps = flow.schedule(config.sampler), len(config.sampler.steps)
     video, rollout = config.video, config.rollout
     noise_shape = (steps + 1, video.block_frames, video.height, video.width, caches.wan.channels)
+    explored = explore.EXPLORES[rollout.explore]
+    transition = flow.transition(config.sampler, rollout) if explored.draws else None
 
     def shared_shard(variables, text, segment, history, frames, noise, start_frame):
         network, text = _bound(model, variables, text, segment)
@@ -221,11 +233,13 @@ def _block_programs(
         )
         return record.x_clean[:, 0], history
 
-    def branch_shard(variables, text, segment, history, page, frames, noise, start_frame):
+    def branch_shard(variables, text, segment, history, page, frames, noise, start_frame, draws):
         network, text = _bound(model, variables, text, segment)
-        noise = sharding.vary_over_branch(noise)
+        if explored.noise is None:
+            noise = sharding.vary_over_branch(noise)
+        drawn = None if transition is None else block.Drawn(transition, draws)
         return block.generate_block(
-            network, schedule, text, history, page, frames, noise, start_frame
+            network, schedule, text, history, page, frames, noise, start_frame, drawn
         )
 
     one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
@@ -239,7 +253,10 @@ def _block_programs(
     branches = jax.shard_map(
         branch_shard,
         mesh=mesh,
-        in_specs=(*policy, caches.history_spec, caches.page_spec, each, prompts, one),
+        in_specs=(
+            *(*policy, caches.history_spec, caches.page_spec, each),
+            *(prompts if explored.noise is None else each, one, sharding.BRANCHES),
+        ),
         out_specs=(record, caches.page_spec),
     )
 
@@ -254,10 +271,20 @@ def _block_programs(
     ):
         noise = keys.block_noise(key, start_frame, noise_shape)
         number = start_frame // video.block_frames
-        perturbed = routing.perturbed_passes(rollout, steps, order >= 0, number, window_blocks)
-        routed_frames = routed_frames[:, np.maximum(order, 0)]
-        frames = routing.context_frames(window, routed_frames, start_frame, perturbed)
-        return branches(variables, text, segment, history, page, frames, noise, start_frame)
+        explores = routing.explores(order >= 0, number, window_blocks)
+        if explored.noise is not None:
+            own = keys.own_noise(key, np.maximum(order, 0), start_frame, noise_shape)
+            noise = explore.branch_noise(rollout, noise, own, explores)
+        if explored.routes:
+            perturbed = routing.perturbed_passes(rollout, steps, order >= 0, number, window_blocks)
+            routed_frames = routed_frames[:, np.maximum(order, 0)]
+            frames = routing.context_frames(window, routed_frames, start_frame, perturbed)
+        else:
+            frames = routing.deployment_frames(window, start_frame)
+            shape = (len(noise), len(order), steps + 1, window.slots)
+            frames = jnp.broadcast_to(frames, shape)
+        arguments = (variables, text, segment, history, page, frames, noise, start_frame)
+        return branches(*arguments, explores)
 
     return {
         "shared_block": jax.jit(exact(shared_block), donate_argnums=3),
@@ -308,7 +335,7 @@ def make_energies(
     caches = caches or _Caches(config, mesh)
     model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
     energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
-    first_settled = settled_from(config)
+    first_settled, first_shared = settled_from(config), own_starts(config)
     replay.ENERGIES[config.replay.energy]  # an unknown name is an error now, not while tracing
 
     def policy(frozen, lora):
@@ -321,9 +348,8 @@ def make_energies(
         text = jax.tree.map(sharding.vary_over_branch, text)
         frozen = sharding.vary(params), embeddings, text
         lora, wanted = sharding.vary((lora, wanted))
-        return energies(
-            policy, config.replay, schedule, lora, frozen, tuples, wanted, first_settled
-        )
+        arguments = (policy, config.replay, schedule, lora, frozen, tuples, wanted)
+        return energies(*arguments, first_settled, first_shared)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
     replayed = sharding.replay_spec(caches.history_spec)

@@ -161,7 +161,8 @@ def rollout(
       run: its programs.
       variables: of the policy that makes the rollout.
       batch: the prompts.
-      noise: key of the noise, which all trajectories of a prompt share.
+      noise: key of the noise, which all trajectories of a prompt share, unless the branches explore
+        with some of their own (config.rollout.explore).
       routed_frames: int32[P, G, routed], from `Programs.draw`.
       pivot: the first perturbed block.
       blocks: how many are made of a video, at least those that are replayed; None makes all.
@@ -175,7 +176,8 @@ def rollout(
     at_once = branches_at_once(config)
     rolled = _rollout_chunk(fork, routed_frames[:, :at_once])
     for first in range(at_once, config.rollout.branches, at_once):
-        chunk = _rollout_chunk(fork, routed_frames[:, first : first + at_once])
+        own = fork._replace(noise=noise.replace(first=np.int32(first)))
+        chunk = _rollout_chunk(own, routed_frames[:, first : first + at_once])
         rolled = _with_branches(rolled, chunk)
         del chunk  # its pages, before the next chunk has its own
     return rolled

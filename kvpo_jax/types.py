@@ -136,7 +136,8 @@ class ReplayTuples(struct.PyTreeNode):
     """What a rollout leaves for the replay (Algorithm 1, step 2), with the unperturbed context.
 
     Attributes:
-      z: float[P, G, W, S, F, Y, X, C]. At the first step it is the noise that all branches share.
+      z: float[P, G, W, S, F, Y, X, C]. At the first step it is the noise, which all branches share
+        unless they explore with it.
       u: float[P, G, W, S, F, Y, X, C].
       history: KVCache with frame int32[P, slots], as it stood at the fork; without a bank.
       page: KVCache with frame int32[P, slots], what the anchor wrote in the window. Its bank,

@@ -27,6 +27,7 @@ from kvpo_jax.types import PromptBatch, PyTree, Rollout, TextKV
 
 PROMPTS, BRANCHES, STEPS = 2, 4, 4
 BLOCKS, FRAMES, SWITCHES = 12, 3, (12, 24)
+STEP_LEVELS = (1.0, 0.75, 0.5, 0.25)
 PIVOTS = (5, 8, 9)  # 24 is frame 3 * 8: no window of three blocks begins at block 6 or 7
 FIELDS = {
     **SMALLEST,
@@ -465,6 +466,108 @@ def test_a_prompt_that_does_not_change_keeps_its_cache(world):
     for ours, theirs in ((after.k, before.k), (after.v, before.v)):
         np.testing.assert_array_equal(ours[:, 0], theirs[:, 0])
         assert differs(ours[:, 1], theirs[:, 1])
+
+
+# ---------------------------------------------------------------- what else branches may explore
+
+EXPLORING = {
+    "rollout__window_blocks": 1,
+    "replay__blocks": 2,
+    "video__blocks": 7,
+    "video__switch_frames": (12,),
+}
+BLOCK_SHAPE = (STEPS + 1, FRAMES, 4, 2, 2)
+
+
+def exploring(explore: str, **fields) -> tuple[World, Rollout]:
+    """A rollout from pivot 5 whose branches explore in the pivot alone; two blocks are recorded."""
+    world = make_world(make_config(rollout__explore=explore, **EXPLORING, **fields))
+    return world, world.roll(5, world.draw(5))
+
+
+def own_noise(world: World, block: int) -> jax.Array:
+    return keys.own_noise(world.key, np.arange(BRANCHES), block * FRAMES, BLOCK_SHAPE)
+
+
+@pytest.mark.parametrize("mix", ["preserving", "additive"])
+def test_branches_with_initial_noise_of_their_own(mix):
+    """They begin the pivot with it, follow the solver, and share the noise of the next block."""
+    world, out = exploring("init_noise", rollout__noise_mix=mix, rollout__noise_scale=0.6)
+    shared, own = keys.block_noise(world.key, 15, BLOCK_SHAPE)[:, None], own_noise(world, 5)
+    kept = 0.8 if mix == "preserving" else 1.0
+    z, u = out.replay.z, out.replay.u
+    np.testing.assert_allclose(
+        z[:, :, 0, 0], kept * shared[:, :, 0] + 0.6 * own[:, :, 0], atol=1e-6
+    )
+    np.testing.assert_allclose(z[:, :, 0, 1], z[:, :, 0, 0] - 0.25 * u[:, :, 0, 0], atol=1e-6)
+    np.testing.assert_array_equal(z[:, 1:, 1, 0], z[:, :-1, 1, 0])
+    assert differs(out.branches[:, :, 18:21], against(out.branches, out.anchor)[:, :, 18:21])
+    # Nothing is routed, and the anchor is what the generator makes.
+    assert out.routed_frames.shape == (PROMPTS, BRANCHES, 0)
+    window = routing.window(world.config.window)
+    frames = routing.deployment_frames(window, 15)
+    rows = jnp.broadcast_to(frames, (PROMPTS, BRANCHES, window.slots))
+    velocity, _ = read_velocity(world, z[:, :, 0, 1], 0.75, rows, 15, out.replay.history)
+    np.testing.assert_allclose(velocity, u[:, :, 0, 1], atol=1e-5)
+    video = np.concatenate(world.generate(7)[0], axis=1)
+    np.testing.assert_allclose(out.anchor, video, atol=1e-5, rtol=0)
+
+
+def test_own_noise_is_of_the_branch_and_unlike_the_shared():
+    """Whichever branches are rolled out together; it is standard normal."""
+    key, shape = noise_key(3), (64,)
+    noise = np.asarray(keys.own_noise(key, np.arange(4), 15, shape))
+    later = keys.own_noise(key.replace(first=np.int32(2)), np.arange(2), 15, shape)
+    np.testing.assert_array_equal(later, noise[:, 2:])
+    drawn = [*noise.reshape(-1, 64), *np.asarray(keys.block_noise(key, 15, shape))]
+    drawn += [*np.asarray(keys.own_noise(key, np.arange(1), 18, shape))[:, 0]]
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 0.45
+    assert abs(np.std(noise) - 1) < 0.1
+
+
+def test_drawn_transitions_of_full_strength_are_the_renoise_solver():
+    """Branches that draw every step but the last with eta = 1; what they add is their own. With the
+    noise that they share it would be the anchor, bit for bit.
+    """
+    world, out = exploring("transition", sampler__solver="renoise", rollout__stochasticity=1.0)
+    z, u, sigma = out.replay.z[:, :, 0], out.replay.u[:, :, 0], (*STEP_LEVELS, 0.0)
+    shared, own = keys.block_noise(world.key, 15, BLOCK_SHAPE)[:, None], own_noise(world, 5)
+    np.testing.assert_array_equal(z[:, 1:, 0], z[:, :-1, 0])  # one initial latent
+    for s in range(STEPS - 1):
+        clean = z[:, :, s] - sigma[s] * u[:, :, s]
+        expected = (1 - sigma[s + 1]) * clean + sigma[s + 1] * own[:, :, s + 1]
+        np.testing.assert_allclose(z[:, :, s + 1], expected, atol=1e-5)
+    np.testing.assert_allclose(
+        out.branches[:, :, 15:18], z[:, :, -1] - sigma[STEPS - 1] * u[:, :, -1], atol=1e-5
+    )
+    # The next block is nobody's own: the solver's, with the shared noise.
+    z, u = out.replay.z[:, :, 1], out.replay.u[:, :, 1]
+    shared = keys.block_noise(world.key, 18, BLOCK_SHAPE)[:, None]
+    expected = (1 - sigma[1]) * (z[:, :, 0] - u[:, :, 0]) + sigma[1] * shared[:, :, 1]
+    np.testing.assert_allclose(z[:, :, 1], expected, atol=1e-5)
+
+
+def test_drawn_steps_with_the_shared_noise_are_the_solver_bit_for_bit(monkeypatch):
+    """eta = 1 in a compiled rollout: branches whose own noise is the shared are the anchor. The
+    noise has few digits, so that it is the same wherever it is made.
+    """
+    block_noise = keys.block_noise
+
+    def shared(key, frame, shape):
+        return jnp.round(8 * block_noise(key, frame, shape)) / 8
+
+    def own(key, branches, frame, shape):
+        return jnp.repeat(shared(key, frame, shape)[:, None], len(branches), axis=1)
+
+    monkeypatch.setattr(keys, "block_noise", shared)
+    monkeypatch.setattr(keys, "own_noise", own)
+    _, out = exploring("transition", sampler__solver="renoise", rollout__stochasticity=1.0)
+    np.testing.assert_array_equal(out.branches, against(out.branches, out.anchor))
+
+
+def test_branches_that_explore_nothing_are_the_anchor():
+    _, out = exploring("none")
+    np.testing.assert_array_equal(out.branches, against(out.branches, out.anchor))
 
 
 # ---------------------------------------------------------------- no block that nobody reads

@@ -12,8 +12,9 @@ from typing import Protocol
 import chex
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from kvpo_jax.algorithm import flow, kv_cache
+from kvpo_jax.algorithm import chunked, flow, kv_cache
 from kvpo_jax.types import Array, BlockKV, BlockRecord, KVCache, TextKV
 
 
@@ -33,6 +34,28 @@ class Network(Protocol):
         ...
 
 
+class Drawn(struct.PyTreeNode):
+    """Solver steps that some trajectories draw.
+
+    Attributes:
+      transition: of every step but the last, which stays the solver's.
+      draws: bool[T], which trajectories.
+    """
+
+    transition: flow.Transition
+    draws: Array
+
+    def of_passes(self, passes: int) -> Drawn:
+        """The same with an axis of passes in front, for a loop over them."""
+        steps = len(self.transition.kept)
+        index = jnp.arange(passes)
+        chosen = jnp.minimum(index, steps - 1)
+        return Drawn(
+            transition=jax.tree.map(lambda x: x[chosen], self.transition),
+            draws=(index < steps)[:, None] & self.draws,
+        )
+
+
 def per_trajectory(text: TextKV, trajectories: int) -> TextKV:
     """TextKV of P prompts, repeated for each of their T trajectories."""
     return jax.tree.map(lambda x: jnp.repeat(x, trajectories, axis=1), text)
@@ -47,17 +70,20 @@ def generate_block(
     frames: Array,
     noise: Array,
     start_frame: Array,
+    drawn: Drawn | None = None,
 ) -> tuple[BlockRecord, KVCache]:
     """One block of T trajectories of P prompts, and the cache that it was appended to.
 
     That cache is the page, or without a page the history. Arguments as in `denoise_block`, which
-    these eight are the whole input of: network, solver, text, past, frames, noise, time.
+    these nine are the whole input of: network, solver, text, past, frames, noise, time, draws.
     """
     if page is None:
         history = cache = kv_cache.admit(history, text)
     else:
         page = cache = kv_cache.admit(page, text)
-    record, kv = denoise_block(network, schedule, text, history, page, frames, noise, start_frame)
+    record, kv = denoise_block(
+        network, schedule, text, history, page, frames, noise, start_frame, drawn
+    )
     return record, kv_cache.append(cache, kv, start_frame)
 
 
@@ -70,6 +96,7 @@ def denoise_block(
     frames: Array,
     noise: Array,
     start_frame: Array,
+    drawn: Drawn | None = None,
 ) -> tuple[BlockRecord, BlockKV]:
     """Integrates Eq. 2 for one block of T trajectories of P prompts; then the pass for the cache.
 
@@ -81,22 +108,30 @@ def denoise_block(
       page: frames that each trajectory wrote itself, frame int32[P, T, slots], or None.
       frames: int32[P, T, S+1, A], what each pass attends to (`routing.context_frames`).
       noise: float[P, S+1, F, Y, X, C]: the initial latent, then what `renoise` adds before each
-        later pass. The trajectories share it: they differ in their frames alone.
+        later pass. The trajectories share it: they differ in their frames alone. With noise of
+        their own it is float[P, T, S+1, F, Y, X, C].
       start_frame: int32[], first frame of the block.
+      drawn: the steps that are drawn; None: every step is the solver's.
     """
     p, t, passes, _ = frames.shape
-    chex.assert_axis_dimension(noise, 0, p)
-    chex.assert_axis_dimension(noise, 1, passes)
+    if noise.ndim == 6:
+        noise = jnp.repeat(noise[:, None], t, axis=1)
+    chex.assert_shape(noise, (p, t, passes, ...))
     text = per_trajectory(text, t)
-    noise = jnp.repeat(jnp.moveaxis(noise, 1, 0), t, axis=1)  # [S+1, P*T, F, Y, X, C]
+    noise = chunked.fold(jnp.moveaxis(noise, 2, 0), 3, passes, p * t)  # [S+1, P*T, F, Y, X, C]
     start = jnp.full((p * t,), start_frame, jnp.int32)
 
     def one_pass(carry, xs):
         x, _ = carry
-        frames, sigma, sigma_cond, sigma_next, noise_next = xs
+        frames, sigma, sigma_cond, sigma_next, noise_next, drawn = xs
         context = kv_cache.read(frames, history, page)
         velocity, kv = network(x, jnp.full((p * t,), sigma_cond), text, context, start)
-        x_next = flow.step(schedule.solver, x, velocity, sigma, sigma_next, noise_next)
+        step = schedule.solver, x, velocity, sigma, sigma_next, noise_next
+        if drawn is None:
+            x_next = flow.step(*step)
+        else:
+            draws = jnp.tile(drawn.draws, p)[:, None, None, None, None]
+            x_next = flow.draw_or_step(drawn.transition, draws, *step)
         return (x_next, kv), (x, velocity)
 
     def of_next_pass(x: Array) -> Array:
@@ -109,6 +144,7 @@ def denoise_block(
         schedule.sigma_cond,
         of_next_pass(schedule.sigma),
         of_next_pass(noise),
+        None if drawn is None else drawn.of_passes(passes),
     )
     blank = jax.tree.map(jnp.zeros_like, _block_kv_like(history, page, p * t, noise.shape[2]))
     (_, kv), (z, u) = jax.lax.scan(one_pass, (noise[0], blank), per_pass)

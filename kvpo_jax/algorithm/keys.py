@@ -5,11 +5,13 @@
     pivot     iteration   -                   the first perturbed block, one for all prompts
     routing   iteration   prompt, branch      the frames that CHR routes
     noise     iteration   frame, prompt       the noise of a block
+    noise     iteration   OWN, frame, prompt, branch    what a branch explores with
     shuffle   iteration   prompt              a permutation of advantages (a control)
     heldout   0           frame, prompt       the noise of a held-out video
 
 A key is never split and folded in both, and nothing is folded in that must not change the draw: the
-noise does not depend on the branch. The order of the streams is part of what a checkpoint means.
+noise of a block does not depend on the branch, and what a branch draws for itself is below OWN,
+which is no frame. The order of the streams is part of what a checkpoint means.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from flax import struct
 from kvpo_jax.types import Array
 
 STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout")
+OWN = 2**32 - 1  # folded into the key of the noise in place of a frame
 
 
 def draw_key(seed: int, stream: str, step: int) -> Array:
@@ -36,10 +39,13 @@ class NoiseKey(struct.PyTreeNode):
       key: of the stream "noise" or "heldout".
       prompts: int32[P], the number of each prompt in its iteration; it does not depend on how the
         prompts are batched.
+      first: int32[], the number of the first branch that is rolled out with it; the others of a
+        group are rolled out before or after (config.rollout.branch_chunk).
     """
 
     key: Array
     prompts: Array | np.ndarray
+    first: Array | np.ndarray | np.int32 = np.int32(0)
 
 
 def block_noise(noise: NoiseKey, start_frame: Array | int, shape: tuple[int, ...]) -> Array:
@@ -53,3 +59,21 @@ def block_noise(noise: NoiseKey, start_frame: Array | int, shape: tuple[int, ...
         return jax.random.normal(jax.random.fold_in(key, prompt), shape)
 
     return jax.vmap(draw)(jnp.asarray(noise.prompts))
+
+
+def own_noise(
+    noise: NoiseKey, branches: np.ndarray, start_frame: Array | int, shape: tuple[int, ...]
+) -> Array:
+    """Noise float[P, T, *shape] of each trajectory itself, for the block at start_frame.
+
+    `branches` are int32[T], counted from `noise.first`. It is independent of `block_noise`.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(noise.key, OWN), start_frame)
+
+    def draw(prompt: Array, branch: Array) -> Array:
+        own = jax.random.fold_in(jax.random.fold_in(key, prompt), branch)
+        return jax.random.normal(own, shape)
+
+    of_prompt = jax.vmap(draw, in_axes=(None, 0))
+    of_prompts = jax.vmap(of_prompt, in_axes=(0, None))
+    return of_prompts(jnp.asarray(noise.prompts), jnp.asarray(noise.first) + branches)

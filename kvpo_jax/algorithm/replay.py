@@ -25,8 +25,8 @@ from kvpo_jax.types import Array, BlockRecord, KVCache, MemoryBank, PyTree, Repl
 
 # (frozen, lora) -> the network of that policy, and the text that it reads, float[L, P, M, K, H, D].
 Policy = Callable[[PyTree, PyTree], tuple[Network, TextKV]]
-# (policy, options, schedule, lora, frozen, tuples, wanted, settled_from) -> (energies, floor); see
-# `anchor_energies`.
+# (policy, options, schedule, lora, frozen, tuples, wanted, settled_from, own_starts) -> (energies,
+# floor); see `anchor_energies`.
 Energies = Callable[..., tuple[Array, Array | None]]
 
 
@@ -190,11 +190,11 @@ def first_step_energies(
     context: Context,
     states: States,
 ) -> Array:
-    """The summands of Eq. 5 of the first step of every block; float[P, G] of states [P, G, W].
+    """The summands of Eq. 5 of the first step of some blocks; float[P, G] of states [P, G, W].
 
-    The branches of a prompt begin a block with the same noise, and under the anchor's context they
-    read the same past. So one velocity serves all of them, and one gradient, once the weight of
-    each branch is known. A chunk then runs forward again: that is little, as it is one for all
+    Here the branches of a prompt begin a block with the same noise, and under the anchor's context
+    they read the same past. So one velocity serves all of them, and one gradient, once the weight
+    of each branch is known. A chunk then runs forward again: that is little, as it is one for all
     branches.
     """
     p, g, w = states.sigma.shape
@@ -222,7 +222,7 @@ def first_step_energies(
 
 
 class Later(NamedTuple):
-    """The steps of a branch after the first of each block, as masks bool[W * S].
+    """The steps of a branch that the others do not share, as masks bool[W * S].
 
     Attributes:
       learned: with gradient.
@@ -236,13 +236,17 @@ class Later(NamedTuple):
 
 
 def later_steps(
-    options: ml_collections.ConfigDict, blocks: int, steps: int, settled_from: int | None
+    options: ml_collections.ConfigDict,
+    blocks: int,
+    steps: int,
+    settled_from: int | None,
+    own_starts: int = 0,
 ) -> Later:
     """How `anchor_energies` treats the steps of a branch, with its arguments."""
     block, step = np.divmod(np.arange(blocks * steps), steps)
     settled = (block == 0) & (step >= (steps if settled_from is None else settled_from))
     learned = (step < options.grad_steps) & ~settled
-    later = step > 0
+    later = (step > 0) | (block < own_starts)
     return Later(later & learned, later & ~learned & ~settled, later & settled)
 
 
@@ -255,6 +259,7 @@ def anchor_energies(
     tuples: ReplayTuples,
     wanted: Array | bool = True,
     settled_from: int | None = None,
+    own_starts: int = 0,
 ) -> tuple[Array, Array | None]:
     """Paper: Eq. 5 under the anchor's own cache, all blocks and steps at once.
 
@@ -272,6 +277,8 @@ def anchor_energies(
       settled_from: the first solver step that is not routed, where theta equals old in every
         gradient. From it on the branches read in the first block what the replay reads, so that
         their residual and its gradient are 0, and none is computed. None: every step has one.
+      own_starts: in the first so many blocks each branch begins with noise of its own; in the
+        others one velocity serves the first step of all (`first_step_energies`).
 
     Returns:
       Energies float[P, G], and what rounding makes of the zeros, float[P, G], or None.
@@ -280,7 +287,7 @@ def anchor_energies(
     states = replay_states(schedule, tuples)
     frames = jnp.broadcast_to(tuples.frames, (p, *tuples.frames.shape))
     context = kv_cache.read(frames, tuples.history, tuples.page)
-    steps = later_steps(options, w, s, settled_from)
+    steps = later_steps(options, w, s, settled_from, own_starts)
     constant = jax.lax.stop_gradient((lora, frozen))
     flat = chunked.fold(states, 4, p, g, w * s)
 
@@ -288,7 +295,10 @@ def anchor_energies(
         chosen = flat[:, :, np.flatnonzero(which)]
         return branch_energies(policy, options, lora, frozen, context, chosen, wanted)
 
-    total = first_step_energies(policy, options, lora, frozen, context, states[:, :, :, 0])
+    total = jnp.zeros((p, g), tuples.z.dtype)
+    if own_starts < w:
+        first = states[:, :, own_starts:, 0]
+        total = first_step_energies(policy, options, lora, frozen, context, first)
     if steps.learned.any():
         total += energies_of(steps.learned, lora, frozen, wanted)
     if steps.plain.any():
@@ -308,13 +318,14 @@ def self_rolled_energies(
     tuples: ReplayTuples,
     wanted: Array | bool = True,
     settled_from: int | None = None,
+    own_starts: int = 0,
 ) -> tuple[Array, None]:
     """Release: from the second block on, each branch reads what the replaying model wrote.
 
-    Arguments and result as in `anchor_energies`, but no step is settled. The first block reads the
-    unperturbed cache at the fork. After each block the solver's step from the replaying model's own
-    last velocity to the context level, with the rollout's noise, is written into a page of the
-    branch's own; nothing flows back through it.
+    Arguments and result as in `anchor_energies`, but no step is settled or shared. The first block
+    reads the unperturbed cache at the fork. After each block the solver's step from the replaying
+    model's own last velocity to the context level, with the rollout's noise, is written into a page
+    of the branch's own; nothing flows back through it.
 
     Pass 1, without gradient, rolls every branch forward to fill its page, and sums the energies of
     the steps that carry no gradient. Pass 2 is of the steps that do, for all blocks at once: they
@@ -434,12 +445,13 @@ class Rows(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """What is replayed for one prompt; `settled_from` as in `anchor_energies`."""
+    """What is replayed for one prompt; the last two as in `anchor_energies`."""
 
     branches: int
     blocks: int
     steps: int
     settled_from: int | None
+    own_starts: int = 0
 
 
 CountRows = Callable[[ml_collections.ConfigDict, Extent], Rows]  # of section `replay`
@@ -447,10 +459,10 @@ CountRows = Callable[[ml_collections.ConfigDict, Extent], Rows]  # of section `r
 
 def anchor_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
     """Of `anchor_energies`: the branches share the first step of a block."""
-    branches, blocks, steps, settled_from = extent
-    later = later_steps(options, blocks, steps, settled_from)
+    branches, blocks, _, _, own_starts = extent
+    later = later_steps(options, *extent[1:])
     learned, plain = later.learned.sum(), (later.plain | later.settled).sum()
-    return Rows(blocks + branches * int(learned), branches * int(plain))
+    return Rows(blocks - own_starts + branches * int(learned), branches * int(plain))
 
 
 def self_rolled_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
@@ -459,7 +471,7 @@ def self_rolled_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows
     Pass 1 replays the steps without gradient of every block, or the last step that its page needs,
     and writes the page of every block but the last.
     """
-    branches, blocks, steps, _ = extent
+    branches, blocks, steps, *_ = extent
     learned = min(options.grad_steps, steps)
     rolled = (steps - learned) * blocks or blocks - 1
     return Rows(branches * blocks * learned, branches * (rolled + blocks - 1))

@@ -150,10 +150,14 @@ def perturbed_passes(
       block: int32[], which block.
       window_blocks: int32[] each, b* and b* + W.
     """
-    first, stop = window_blocks
-    in_window = (block >= first) & (block < stop)
     is_routed_pass = np.append(np.arange(steps) < rollout.perturbed_steps, rollout.perturb_write)
-    return in_window & jnp.asarray(is_branch)[:, None] & jnp.asarray(is_routed_pass)
+    return explores(is_branch, block, window_blocks)[:, None] & jnp.asarray(is_routed_pass)
+
+
+def explores(is_branch: np.ndarray, block: Array, window_blocks: tuple[Array, Array]) -> Array:
+    """Which trajectories leave the anchor's way in a block, bool[T]; see `perturbed_passes`."""
+    first, stop = window_blocks
+    return (block >= first) & (block < stop) & jnp.asarray(is_branch)
 
 
 # ---------------------------------------------------------------- the routable set and the draws

@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from kvpo_jax.algorithm import flow, objective, replay, routing
+from kvpo_jax.algorithm import explore, flow, objective, replay, routing
 from kvpo_jax.errors import UsageError, nearest, shortened
 from kvpo_jax.models import attention, layers, wan, wan_vae
 from kvpo_jax.runtime.records import with_tuples
@@ -40,6 +40,9 @@ REGISTRIES = (
     attention.IMPLEMENTATIONS,
     wan.REMAT,
     flow.SOLVERS,
+    flow.KERNELS,
+    explore.EXPLORES,
+    explore.MIXES,
     routing.DRAWS,
     replay.CONTEXTS,
     replay.TEXTS,
@@ -68,6 +71,8 @@ MINIMUM = {
     "window.bank": 0,
     "window.bank_interval": 1,
     "model.sparse_memory": 0,
+    "rollout.noise_scale": 0.0,
+    "rollout.stochasticity": 0.0,
     "rollout.branches": 2,
     "rollout.branch_chunk": 0,
     "rollout.window_blocks": 1,
@@ -316,7 +321,14 @@ def always_on_policy(config: ConfigDict) -> bool:
 
 def settled_from(config: ConfigDict) -> int | None:
     """The first solver step that is not routed, if every gradient is on policy; None if not."""
-    return config.rollout.perturbed_steps if always_on_policy(config) else None
+    routes = explore.EXPLORES[config.rollout.explore].routes
+    return (config.rollout.perturbed_steps if routes else 0) if always_on_policy(config) else None
+
+
+def own_starts(config: ConfigDict) -> int:
+    """In how many blocks, from the pivot on, each branch begins with noise of its own."""
+    common = explore.EXPLORES[config.rollout.explore].common_start
+    return 0 if common else config.rollout.window_blocks
 
 
 def micro_batches(config: ConfigDict) -> Iterator[np.ndarray]:

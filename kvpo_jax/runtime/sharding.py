@@ -34,6 +34,7 @@ Spec: Any = PartitionSpec
 REPLICATED = Spec()
 PROMPTS = Spec("data")
 TRAJECTORIES = Spec("data", "branch")
+BRANCHES = Spec("branch")
 TEXT = TextKV(k=Spec(None, "data"), v=Spec(None, "data"))
 
 
