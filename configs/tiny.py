@@ -100,6 +100,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     r.stochasticity = 1.0  # its strength: eta, or Flow-GRPO's a
 
     c.replay = ConfigDict()
+    c.replay.states = "branch"  # in replay.STATES: which states are replayed, and against what
+    c.replay.times = ()  # noise levels at which end points are replayed; empty: the solver's
     c.replay.context = "anchor"  # in replay.CONTEXTS: whose past the replay reads
     c.replay.text = "policy"  # in replay.TEXTS: whose text keys and values it reads
     c.replay.blocks = 0  # blocks replayed from the pivot on; never fewer than the perturbed window
@@ -109,12 +111,18 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.replay.chunk = 0  # states (branch, block, step) replayed at a time; 0 = all at once
 
     c.objective = o = ConfigDict()
+    o.kind = "gibbs"  # in losses.KINDS: how velocities become a loss
+    o.anchors = 4  # branches whose states are compared with all branches; kind = "neighbours"
+    o.mix = 1.0  # b of the two policies around the old one; kind = "nft"
+    o.adaptive = True  # whether each of their losses is over its error; kind = "nft"
     o.tau = 1.0  # temperature of the Gibbs policy, Eq. 6, in tau_unit
     o.tau_unit = "running_std"  # in objective.TAU_UNITS; stds of a group's energies, on average
     o.beta = 0.05  # KL weight, Eq. 16; its strength goes as beta / tau
     o.clip_low = 0.1  # Eq. 8
     o.clip_high = 0.2
     o.advantage = "group"  # in objective.ADVANTAGES; Eq. 9
+    o.quasi_norm = 0.8  # p; read by advantage = "quasi_norm" only
+    o.reward_tau = 0.1  # temperature of the rewards; read by advantage = "softmax" only
     o.advantage_clip = 0.0  # absolute bound on an advantage; 0 = none
     o.fusion_normalize = "none"  # in objective.NORMALIZERS; read by advantage = "anchor" only
     o.local_weight = 1.0
@@ -144,6 +152,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     t.micro_batch = 0
     t.epochs = 1  # optimiser steps per rollout
     t.rollouts_per_sync = 1  # rollouts before the old policy is refreshed
+    # The old policy keeps min(old_decay_step * iterations, old_decay) of itself when refreshed.
+    t.old_decay_step = 0.0
+    t.old_decay = 0.0
     t.learning_rate = 1e-3
     t.warmup = 0  # optimiser steps of linear warm-up
     t.weight_decay = 0.0

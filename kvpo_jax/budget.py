@@ -20,7 +20,7 @@ import ml_collections
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import fitting
-from kvpo_jax.algorithm import replay
+from kvpo_jax.algorithm import losses, replay
 from kvpo_jax.errors import UsageError
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import config as config_lib
@@ -79,15 +79,26 @@ def of_rollout(config: ml_collections.ConfigDict, pivot: int, blocks: int) -> Sp
 
 
 def of_replay(config: ml_collections.ConfigDict, wanted: bool) -> Spent:
-    """Of one prompt: the energies of a policy, with their gradient if it is wanted."""
+    """Of one prompt: the energies of a policy, with their gradient if it is wanted.
+
+    A loss that is taken state by state has the old and the reference policy's velocities, where it
+    reads them, in the same replay.
+    """
+    compares = config_lib.compares_energies(config)
+    peers = losses.KINDS[config.objective.kind].peers
     extent = replay.Extent(
-        branches=config.rollout.branches,
+        branches=config.objective.anchors if peers else config.rollout.branches,
         blocks=config_lib.recorded_blocks(config),
         steps=len(config.sampler.steps),
         settled_from=config_lib.settled_from(config),
         own_starts=config_lib.own_starts(config),
     )
-    learned, plain = replay.ROWS.get(config.replay.context, _every_row)(config.replay, extent)
+    if compares:
+        learned, plain = replay.ROWS.get(config.replay.context, _every_row)(config.replay, extent)
+    else:
+        learned, _ = replay.own_rows(config.replay, extent)
+        old, reference = not config_lib.always_on_policy(config), config.objective.beta > 0
+        plain = learned * (old + reference)
     again = learned if wanted else 0
     return Spent(plain + learned + REMATERIALISED * again, BACKWARD * again)
 
@@ -113,10 +124,11 @@ def of_iteration(
 
     energies = of_replay(config, wanted=False)
     others = 1 if config_lib.is_on_policy(config, iteration) else 2  # reference, old
+    others = others if config_lib.compares_energies(config) else 0
     spent = explored(backbone_lib.windows_read(config, to_pixel, pivot))
     spent += energies * others + of_replay(config, wanted=True) * config.train.epochs
     spent += Spent(videos_scored=config.rollout.branches + 1)
-    if iteration == 0 and config.objective.tau_unit == "running_std":
+    if iteration == 0 and config_lib.has_energy_unit(config):
         spent += explored(()) + energies  # `train.calibrate`
     return spent * config.train.prompts_per_iteration
 

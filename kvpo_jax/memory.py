@@ -33,7 +33,14 @@ from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, scorers, vid
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
-from kvpo_jax.runtime.config import branches_at_once, heldout_at_once, prompts_at_once, wan_config
+from kvpo_jax.runtime.config import (
+    always_on_policy,
+    branches_at_once,
+    compares_energies,
+    heldout_at_once,
+    prompts_at_once,
+    wan_config,
+)
 from kvpo_jax.state import TrainState, abstract_state
 from kvpo_jax.types import Array, Experience, KVCache, PromptBatch, PyTree, Rollout, TextKV, Windows
 
@@ -190,7 +197,7 @@ def _trace_rollout(run: Run, state: TrainState, explored: Prompts, drawn: Array)
         anchor=sharding.PROMPTS,
         routed_frames=sharding.REPLICATED,
         text=sharding.TEXT,
-        replay=sharding.replay_spec(history),
+        replay=sharding.replay_spec(history, own=run.config.replay.context == "own"),
     )
     rolled = jax.eval_shape(roll, variables, embeddings, explored.noise, drawn)
     return placed(rolled, run.mesh, specs)
@@ -202,6 +209,7 @@ def _trace_experience(
     """What `train.remember` returns."""
     groups = rolled.branches.shape[:2]
     of_group = placed(shape(groups, jnp.float32), run.mesh)
+    config, together = run.config, compares_energies(run.config)
     return Experience(
         tuples=rolled.replay,
         embeddings=batch.embeddings,
@@ -212,6 +220,8 @@ def _trace_experience(
         energies_ref=of_group,
         energy_unit=state.energy_unit,
         on_policy=placed(shape((), bool), run.mesh),
+        old=None if together or always_on_policy(config) else state.old,
+        reference=None if together or not config.objective.beta else state.reference,
     )
 
 

@@ -25,6 +25,7 @@ from kvpo_jax.algorithm import (
     flow,
     keys,
     kv_cache,
+    losses,
     memory_bank,
     objective,
     replay,
@@ -36,6 +37,7 @@ from kvpo_jax.models.wan import Wan, init_variables
 from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import (
     branches_at_once,
+    compares_energies,
     own_starts,
     recorded_blocks,
     settled_from,
@@ -80,6 +82,7 @@ class Programs:
         come from one program and are comparable to the last bit.
       accumulate: (Gradient in place, Gradient) -> their sum.
       apply: (TrainState, Gradient) -> TrainState, metrics.
+      follow: (old LoRA, new LoRA, decay float[]) -> decay old + (1 - decay) new.
       pixel_std: (pixels [P, G, frames, h, w, 3], how many of the frames count, the first ones) ->
         their std over the branches, the mean, float[].
       appearance: (pixels [P, T, frames, h, w, 3], how many of the frames count, the first ones) ->
@@ -98,6 +101,7 @@ class Programs:
     replay: Callable[[PyTree, PyTree, Experience, np.ndarray], tuple[Gradient, Replayed]]
     accumulate: Callable[[Gradient, Gradient], Gradient]
     apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
+    follow: Callable[[PyTree, PyTree, np.ndarray], PyTree]
     pixel_std: Callable[[Array, int], Array]
     appearance: Callable[[Array, int], dict[str, Array]]
     all_finite: Callable[[PyTree], Array]
@@ -124,6 +128,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         replay=jax.jit(exact(_make_replay(config, mesh, energies)), out_shardings=replicated),
         accumulate=jax.jit(accumulate, donate_argnums=0),
         apply=jax.jit(_make_apply(config), out_shardings=replicated),
+        follow=jax.jit(follow, out_shardings=replicated),
         pixel_std=jax.jit(pixel_std, static_argnums=1),
         appearance=jax.jit(appearance, static_argnums=1),
         all_finite=jax.jit(all_finite, out_shardings=replicated),
@@ -326,16 +331,21 @@ def _recache_programs(
 
 def make_energies(
     config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches | None = None
-) -> Callable[..., tuple[Array, Array | None]]:
-    """(params, lora, embeddings, text, tuples, wanted) -> what `replay.Energies` return, no jit.
+) -> Callable[..., tuple[Array, Any]]:
+    """(params, lora, embeddings, text, tuples, wanted, others) -> what the replay returns, no jit.
 
-    config.replay.text says whose text keys and values the replay reads (`replay.TEXTS`); `wanted`
-    is as in `chunked.sum_over_steps`.
+    That is what `replay.Energies` return, or `replay.state_losses` where the loss is taken state by
+    state, which alone reads the `replay.Others`. config.replay.text says whose text keys and values
+    the replay reads (`replay.TEXTS`); `wanted` is as in `chunked.sum_over_steps`.
     """
     caches = caches or _Caches(config, mesh)
     model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
     energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
     first_settled, first_shared = settled_from(config), own_starts(config)
+    draws = explore.EXPLORES[config.rollout.explore].draws
+    transition = flow.transition(config.sampler, config.rollout) if draws else None
+    kind = losses.KINDS[config.objective.kind]
+    of_state = kind.of_state and losses.bind(kind, config.replay, config.objective)
     replay.ENERGIES[config.replay.energy]  # an unknown name is an error now, not while tracing
 
     def policy(frozen, lora):
@@ -344,21 +354,38 @@ def make_energies(
         encode = partial(model.apply, variables, embeddings, method=Wan.encode_prompts)
         return partial(model.apply, variables), read_text(encode, text)
 
-    def energies_per_shard(params, lora, embeddings, text, tuples, wanted):
+    def energies_per_shard(params, lora, embeddings, text, tuples, wanted, others):
         text = jax.tree.map(sharding.vary_over_branch, text)
         frozen = sharding.vary(params), embeddings, text
         lora, wanted = sharding.vary((lora, wanted))
         arguments = (policy, config.replay, schedule, lora, frozen, tuples, wanted)
-        return energies(*arguments, first_settled, first_shared)
+        if of_state is None:
+            return energies(*arguments, first_settled, first_shared, transition)
+        if tuples.peers is not None:
+            others = others.replace(advantages=sharding.vary_over_branch(others.advantages))
+            tuples = tuples.replace(peers=sharding.vary_over_branch(tuples.peers))
+        loras = others.old, others.reference, others.on_policy
+        old, reference, on_policy = sharding.vary(loras)
+        others = others.replace(old=old, reference=reference, on_policy=on_policy)
+        return replay.state_losses(*arguments, transition, of_state, others, losses.SEEN)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
-    replayed = sharding.replay_spec(caches.history_spec)
-    return jax.shard_map(
-        energies_per_shard,
-        mesh=mesh,
-        in_specs=(one, one, prompts, sharding.TEXT, replayed, one),
-        out_specs=sharding.TRAJECTORIES,
-    )
+    replayed = sharding.replay_spec(caches.history_spec, own=config.replay.context == "own")
+    advantages = sharding.PROMPTS if kind.peers else sharding.TRAJECTORIES
+
+    def replay_energies(params, lora, embeddings, text, tuples, wanted, others=None):
+        if kind.peers:
+            tuples = replay.with_peers(schedule, tuples, config.objective.anchors)
+        read = None if others is None else replay.Others(advantages, one, one, one)
+        sharded = jax.shard_map(
+            energies_per_shard,
+            mesh=mesh,
+            in_specs=(one, one, prompts, sharding.TEXT, replayed, one, read),
+            out_specs=sharding.TRAJECTORIES,
+        )
+        return sharded(params, lora, embeddings, text, tuples, wanted, others)
+
+    return replay_energies
 
 
 def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callable) -> Callable:
@@ -366,6 +393,44 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
 
     Of a micro-batch, its share of the mean over all prompts of the iteration.
     """
+    compares = compares_energies(config)
+    of_batch = _group_loss(config) if compares else partial(_mean_loss, config.objective)
+
+    def loss(lora, params, experience, wanted):
+        tuples, others = experience.tuples, None
+        if not compares:
+            others = replay.Others(
+                jnp.asarray(experience.advantages),
+                jnp.asarray(experience.on_policy),
+                experience.old,
+                experience.reference,
+            )
+        replayed = energies(
+            params, lora, experience.embeddings, experience.text, tuples, wanted, others
+        )
+        current, seen = sharding.constrain(replayed, mesh)  # every device sees all G of a group
+        losses, metrics, gate, of_policy = of_batch(current, seen, experience)
+        share = len(losses) / config.train.prompts_per_iteration
+        return share * jnp.mean(losses), (share, metrics, gate, of_policy)
+
+    def replay_groups(lora, params, experience, wanted):
+        value, pull, (share, metrics, gate, replayed) = jax.vjp(
+            lambda lora: loss(lora, params, experience, wanted), lora, has_aux=True
+        )
+        of_lora = chunked.if_wanted(pull, value, lora, wanted)
+        means = {name: share * mean for name, mean in metrics.items()}
+        return Gradient(of_lora, jnp.sum(gate > 0), {"loss": value, **means}), replayed
+
+    return replay_groups
+
+
+# (energies [P, G], what the replay has seen, Experience) -> the losses float[P], metrics, gates
+# float[P], and the Replayed.
+OfBatch = Callable[[Array, Any, Experience], tuple[Array, dict[str, Array], Array, Replayed]]
+
+
+def _group_loss(config: ml_collections.ConfigDict) -> OfBatch:
+    """The losses of the energies of a group: `objective.loss`."""
 
     def group_losses(current, experience):
         return per_group(
@@ -382,38 +447,46 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
         energies = current, experience.energies_old, experience.energies_ref
         return jax.vmap(of_group)(*energies, *further)
 
-    def loss(lora, params, experience, wanted):
-        tuples = experience.tuples
-        replayed = energies(params, lora, experience.embeddings, experience.text, tuples, wanted)
-        current, floor = sharding.constrain(replayed, mesh)  # every device sees all G of a group
+    def of_batch(current, floor, experience):
         losses, diagnostics = group_losses(current, experience)
-        share = len(losses) / config.train.prompts_per_iteration
-        return share * jnp.mean(losses), (share, diagnostics, current, floor)
-
-    def replay_groups(lora, params, experience, wanted):
-        value, pull, (share, diagnostics, current, floor) = jax.vjp(
-            lambda lora: loss(lora, params, experience, wanted), lora, has_aux=True
-        )
-        of_lora = chunked.if_wanted(pull, value, lora, wanted)
-        means = {name: share * mean for name, mean in diagnostics.means().items()}
-        counted = jnp.sum(diagnostics.gate > 0)
-        of_energies = jax.grad(lambda e: jnp.sum(group_losses(e, experience)[0]))(current)
-        policies = per_group(objective.policies, current, experience)
+        still = jax.lax.stop_gradient(current)
+        of_energies = jax.grad(lambda e: jnp.sum(group_losses(e, experience)[0]))(still)
+        policies = per_group(objective.policies, still, experience)
         replayed = Replayed(
-            energies=current,
+            energies=still,
             floor=floor,
             probability=jnp.exp(policies.log_pi),
             ratio=jnp.exp(policies.log_rho),
             weight=objective.prompt_weight(of_energies),
         )
-        return Gradient(of_lora, counted, {"loss": value, **means}), replayed
+        return losses, diagnostics.means(), diagnostics.gate, replayed
 
-    return replay_groups
+    return of_batch
+
+
+def _mean_loss(options: ml_collections.ConfigDict, of_branch, seen, experience):
+    """The losses of states, averaged; see `OfBatch`."""
+    branches = of_branch.shape[1]
+    uniform = jnp.full(branches, -jnp.log(branches))
+    gate = jax.vmap(lambda is_open: objective.gate_scale(options.gate, is_open, uniform))(
+        experience.gate_open
+    )
+    losses = gate * of_branch.mean(axis=1)
+    metrics = {name: x.mean() for name, x in seen.items()}
+    metrics |= {"surrogate": of_branch.mean(), "gate": gate.mean()}
+    still = jax.lax.stop_gradient(of_branch)
+    replayed = Replayed(still, None, None, None, weight=gate)
+    return losses, metrics, gate, replayed
 
 
 def accumulate(total: Gradient, share: Gradient) -> Gradient:
     """The sum of two micro-batches."""
     return jax.tree.map(jnp.add, total, share)
+
+
+def follow(old: PyTree, new: PyTree, decay: Array) -> PyTree:
+    """The old policy after it has followed the new one: the new one itself where decay is 0."""
+    return jax.tree.map(lambda a, b: jnp.where(decay > 0, decay * a + (1 - decay) * b, b), old, new)
 
 
 def _make_apply(config: ml_collections.ConfigDict) -> Callable:

@@ -11,10 +11,10 @@ import numpy as np
 
 from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import kv_cache, replay, routing
-from kvpo_jax.algorithm.keys import NoiseKey, block_noise
+from kvpo_jax.algorithm.keys import NoiseKey, block_noise, fresh_noise
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import progress, sharding
-from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, segment_of
+from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, replay_times, segment_of
 from kvpo_jax.types import Array, KVCache, PromptBatch, PyTree, Rollout, TextKV
 
 
@@ -204,7 +204,15 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
     latents = [block_lib.repeat_trajectories(x, trajectories) for x in fork.latents]
     window_blocks = (pivot, pivot + config.rollout.window_blocks)
     recorded = range(pivot, pivot + recorded_blocks(config))
-    records, banks, anchor_page = [], [], page
+    records, anchor, banks, replayed_page = [], [], [], page
+    own = config.replay.context == "own"
+
+    def branches_of(x: Array) -> Array:
+        return sharding.branches_of(x, run.mesh, routed_frames.shape[1])
+
+    def branch_pages(pages: KVCache) -> KVCache:
+        return kv_cache.map_trajectories(branches_of, pages.replace(bank=None))
+
     for block in progress.steps(range(pivot, fork.blocks), "blocks of branches"):
         frame = block * config.video.block_frames
         text, segment, changed = fork.prompt_at(frame)
@@ -222,7 +230,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
             )
         if block == recorded[-1]:
             # Every later write may evict what the replay of the first blocks reads.
-            anchor_page = kv_cache.trajectory(page, 0)
+            replayed_page = branch_pages(page) if own else kv_cache.trajectory(page, 0)
         record, page = run.programs.branch_block(
             fork.variables,
             text,
@@ -237,17 +245,19 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
         latents.append(record.x_clean)
         _wait(latents)
         if block in recorded:
-            records.append(record)
+            records.append(jax.tree.map(branches_of, record))
+            anchor.append(record.z[:, 0])
             banks.append(kv_cache.trajectory(page, 0).bank)
-
-    def branches_of(x: Array) -> Array:
-        return sharding.branches_of(x, run.mesh, routed_frames.shape[1])
 
     starts = [block * config.video.block_frames for block in recorded]
     noise = None
     if config.replay.context in replay.READS_NOISE:
         shape = (len(config.sampler.steps) + 1, *fork.latents[0].shape[1:])
         noise = [block_noise(fork.noise, start, shape)[:, -1] for start in starts]
+    fresh = None
+    if config.replay.states == "ends":
+        shape = (replay_times(config), *fork.latents[0].shape[1:])
+        fresh = [fresh_noise(fork.noise, start, shape) for start in starts]
     video = block_lib.join_blocks(latents, axis=2, count=config.video.blocks)
     return Rollout(
         branches=branches_of(video),
@@ -256,18 +266,23 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
         text=text,
         replay=replay.record_tuples(
             routing.window(config.window),
-            [jax.tree.map(branches_of, record) for record in records],
+            records,
             history,
-            anchor_page.replace(bank=replay.stack_banks(banks)),
+            replayed_page.replace(bank=replay.stack_banks(banks)),
             starts,
             [segment_of(start, config.video.switch_frames) for start in starts],
             noise,
+            anchor if config.replay.states == "anchor" else None,
+            fresh,
         ),
     )
 
 
 def _with_branches(rolled: Rollout, chunk: Rollout) -> Rollout:
     """The branches of two chunks. Each has rolled the same anchor, to keep batch shapes equal."""
+    page = rolled.replay.page
+    if page.frame.ndim == 3:  # of each branch
+        page = kv_cache.join_trajectories(page, chunk.replay.page)
     z, u, branches, routed_frames = (
         block_lib.join_blocks(pair, axis=1)
         for pair in (
@@ -277,6 +292,5 @@ def _with_branches(rolled: Rollout, chunk: Rollout) -> Rollout:
             (rolled.routed_frames, chunk.routed_frames),
         )
     )
-    return rolled.replace(
-        branches=branches, routed_frames=routed_frames, replay=rolled.replay.replace(z=z, u=u)
-    )
+    tuples = rolled.replay.replace(z=z, u=u, page=page)
+    return rolled.replace(branches=branches, routed_frames=routed_frames, replay=tuples)

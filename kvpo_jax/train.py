@@ -35,7 +35,16 @@ from kvpo_jax.evaluate import (
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, progress, sharding
-from kvpo_jax.runtime.config import is_on_policy, is_pictured, micro_batches
+from kvpo_jax.runtime.config import (
+    always_on_policy,
+    compares_energies,
+    has_energy_unit,
+    is_on_policy,
+    is_pictured,
+    is_synced,
+    micro_batches,
+    old_decay,
+)
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
 from kvpo_jax.state import TrainState, init_state, policy_of
@@ -135,12 +144,20 @@ def remember(
     judged: Judged,
     on_policy: bool,
 ) -> Experience:
-    """Step 4, what does not change in the epochs: the energies under pi_ref and pi_old."""
-    experience = unjudged(run, state, rolled, batch, on_policy)
+    """Step 4, what does not change in the epochs: the energies under pi_ref and pi_old.
+
+    A loss that is taken state by state reads their velocities instead, where it needs them.
+    """
+    experience = unjudged(run, state, rolled, batch, on_policy).replace(
+        advantages=np.asarray(judged.advantages), gate_open=np.asarray(judged.gate_open)
+    )
+    if not compares_energies(run.config):
+        return experience.replace(
+            old=None if always_on_policy(run.config) else state.old,
+            reference=state.reference if run.config.objective.beta else None,
+        )
     reference = energies(run, state.reference, experience)
     return experience.replace(
-        advantages=np.asarray(judged.advantages),
-        gate_open=np.asarray(judged.gate_open),
         energies_old=reference if on_policy else energies(run, state.old, experience),
         energies_ref=reference,
     )
@@ -285,7 +302,7 @@ def improve(
     Returns:
       The new state, the metrics of its last update, and what its micro-batches looked like.
     """
-    if iteration == 0 and run.config.objective.tau_unit == "running_std":
+    if iteration == 0 and has_energy_unit(run.config):
         state = calibrate(run, state, clock)
     total: Gradient | None = None
     groups: list[Group] = []
@@ -306,13 +323,15 @@ def improve(
 
         old = np.concatenate([np.asarray(group.energies_old) for group in groups])
         unit = objective.next_unit(np.asarray(state.energy_unit), objective.mean_spread(old))
-        done = np.asarray(iteration + 1, np.int32)
+        done = iteration + 1
         updated = updated.replace(
-            iteration=sharding.place(done, run.mesh),
+            iteration=sharding.place(np.asarray(done, np.int32), run.mesh),
             energy_unit=sharding.place(np.asarray(unit), run.mesh),
         )
-        if is_on_policy(run.config, iteration + 1):
-            updated = updated.replace(old=updated.lora)  # pi_old <- pi_theta
+        if is_synced(run.config, done):
+            decay = np.asarray(old_decay(run.config, done), np.float32)
+            old = run.programs.follow(updated.old, updated.lora, decay) if decay else updated.lora
+            updated = updated.replace(old=old)  # pi_old <- pi_theta
     return updated, metrics, groups
 
 

@@ -140,13 +140,19 @@ class ReplayTuples(struct.PyTreeNode):
         unless they explore with it.
       u: float[P, G, W, S, F, Y, X, C].
       history: KVCache with frame int32[P, slots], as it stood at the fork; without a bank.
-      page: KVCache with frame int32[P, slots], what the anchor wrote in the window. Its bank,
-        [L, P, W, ...], is what the anchor attended to at each block; None without a bank.
+      page: KVCache with frame int32[P, slots], what the anchor wrote in the window; or int32[P, G,
+        slots], what each branch wrote, where the replay reads that. Its bank, [L, P, W, ...], is
+        what the anchor attended to at each block; None without a bank.
       frames: int32[W, A], deployment window of each block.
       start_frame: int32[W].
       segment: int32[W], prompt segment of each block.
       noise: float[P, W, F, Y, X, C], noise of the cache-writing pass; None unless the replay is
         self-rolled, which alone reads it.
+      anchor: float[P, W, S, F, Y, X, C], the states of the anchor; None unless they are replayed.
+      fresh: float[P, W, N, F, Y, X, C], noise for the branches' end points, the same for all of a
+        prompt; None unless these are replayed.
+      peers: float[P, W, S, G, F, Y, X, C], the clean latents of all branches at every state; None
+        unless each state is compared with them.
     """
 
     z: Array
@@ -157,6 +163,9 @@ class ReplayTuples(struct.PyTreeNode):
     start_frame: Array
     segment: Array
     noise: Array | None
+    anchor: Array | None = None
+    fresh: Array | None = None
+    peers: Array | None = None
 
 
 class Rollout(struct.PyTreeNode):
@@ -239,6 +248,9 @@ class Experience(struct.PyTreeNode):
       energies_ref: float[P, G] under pi_ref.
       energy_unit: float[], the spread that is common to the prompts of an iteration.
       on_policy: bool[], theta equals old: the old energies are those of theta.
+      old: the LoRA tree of pi_old, where the loss reads its velocities, and they can be others than
+        those of theta; else None.
+      reference: the LoRA tree of pi_ref, where the loss reads its velocities; else None.
     """
 
     tuples: ReplayTuples
@@ -250,24 +262,29 @@ class Experience(struct.PyTreeNode):
     energies_ref: Array
     energy_unit: Array
     on_policy: Array | np.ndarray
+    old: PyTree | None = None
+    reference: PyTree | None = None
 
 
 class Replayed(struct.PyTreeNode):
     """What the replay of a micro-batch says of a policy, beside the gradient.
 
     Attributes:
-      energies: float[P, G] of Eq. 5.
+      energies: float[P, G] of Eq. 5; of a loss that is taken state by state its mean over the
+        states of a branch (of an anchor, where states are compared with all branches).
       floor: float[P, G], what rounding makes of energies that are 0, see `replay.anchor_energies`;
         None where they are not known apart.
-      probability: float[P, G], what the policy gives each branch (Eq. 6).
-      ratio: float[P, G], over what the old policy gives it (Eq. 7), exactly 1 on policy.
+      probability: float[P, G], what the policy gives each branch (Eq. 6); None where the loss has
+        no policy over the branches.
+      ratio: float[P, G], over what the old policy gives it (Eq. 7), exactly 1 on policy; None
+        likewise.
       weight: float[P], how much say each prompt has in the update, see `objective.prompt_weight`.
     """
 
     energies: Array
     floor: Array | None
-    probability: Array
-    ratio: Array
+    probability: Array | None
+    ratio: Array | None
     weight: Array
 
 

@@ -8,7 +8,7 @@ import pytest
 from equipment import configure
 
 from kvpo_jax import backbone, train
-from kvpo_jax.algorithm import explore, flow, objective, replay, routing
+from kvpo_jax.algorithm import explore, flow, losses, objective, replay, routing
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import config as config_lib
 
@@ -101,10 +101,10 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(registry):
 def test_every_registry_is_in_the_table():
     """And the table names no registry that there is not."""
     table = set(re.findall(r"`([A-Z_]{4,})`", DOC.read_text()))
-    of_methods = {**vars(explore), **vars(replay), **vars(objective)}
+    of_methods = {**vars(explore), **vars(replay), **vars(losses), **vars(objective)}
     modules = {**vars(flow), **vars(routing), **of_methods, **vars(backbone)}
     registries = {n for n, value in modules.items() if type(value).__name__ == "Registry"}
-    assert table == registries - {"TEXTS", "NORMALIZERS"}
+    assert table - {"METHODS"} == registries - {"TEXTS", "NORMALIZERS"}
 
 
 def test_the_rooms_of_the_layout_exist():
@@ -126,7 +126,7 @@ def test_the_config_names_the_registry_of_every_alternative():
     source = config_lib.shipped("configs/tiny.py").read_text()
     named = set(re.findall(r"# in (\w+\.[A-Z_]+)", source))
     modules = {"flow": flow, "routing": routing, "replay": replay, "objective": objective}
-    modules["explore"] = explore
+    modules |= {"explore": explore, "losses": losses}
     for module, registries in modules.items():
         for name, value in vars(registries).items():
             if type(value).__name__ == "Registry" and value.field.split(".")[0] != "backbone":

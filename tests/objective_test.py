@@ -560,3 +560,48 @@ def test_golden_loss(golden, section):
                     parts.entropy if entry["rank_is_safe"] else (parts.entropy + np.log(2)) / 2
                 )
                 np.testing.assert_allclose(entropy, entry["m2_entropy"], **TOLERANCE)
+
+
+# ---------------------------------------------------------------- the advantages of other methods
+
+
+def test_advantages_of_other_methods_by_hand(section):
+    """Two groups (1, 2, 3) and (0, 0, 9): centred -1, 0, 1 and -3, -3, 6."""
+    branches = jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 9.0]])
+    other = jnp.array([[5.0, 5.0, 5.0], [2.0, 0.0, 1.0]])
+    components = {"VQ": (branches, branches[:, 0]), "MQ": (other, other[:, 0])}
+    scores = Scores(branches, branches[:, 0], components)
+    centred = np.array([[-1.0, 0, 1], [-3, -3, 6]])
+    section.update(quasi_norm=0.5, reward_tau=2.0)
+    shares = np.exp(np.asarray(branches) / 2)
+    expected = {
+        "centred": centred,
+        "batch_std": centred / (np.std(branches) + 1e-4),
+        "max_group_std": centred / np.sqrt(18),  # the stds are sqrt(2/3) and sqrt(18)
+        # (sum sqrt|x|)^2 = 2^2, and (2 sqrt 3 + sqrt 6)^2
+        "quasi_norm": centred / np.array([[4.0], [(2 * 3**0.5 + 6**0.5) ** 2]]),
+        # of MQ a group of equals, and (2, 0, 1)
+        "per_reward": centred / np.sqrt([[2 / 3], [18]])
+        + 0.5 * np.array([[0, 0, 0], [1, -1, 0]]) / np.sqrt(2 / 3),
+        "softmax": 3 * shares / shares.sum(axis=1, keepdims=True),
+    }
+    for name, by_hand in expected.items():
+        section.advantage = name
+        ours = objective.compute_advantages(section, {"VQ": 1.0, "MQ": 0.5}, scores)
+        np.testing.assert_allclose(ours, by_hand, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert {*expected, "group", "anchor"} == set(objective.ADVANTAGES)
+
+
+@pytest.mark.parametrize("name", ["centred", "batch_std", "max_group_std", "quasi_norm"])
+def test_a_group_of_equals_teaches_nothing(section, name):
+    """Rewards that differ by their rounding alone have no advantage, whatever divides it."""
+    equal = jnp.full((2, 4), 0.3) * (1 + jnp.array([[0, 1e-7, 0, 0], [0, 0, 0, 0]]))
+    section.advantage = name
+    ours = objective.compute_advantages(section, {}, Scores(equal, equal[:, 0], {}))
+    np.testing.assert_array_equal(ours, 0)
+
+
+def test_without_a_gate_every_loss_counts():
+    log_pi = jnp.log(jnp.full(4, 0.25))
+    for is_open in (True, False):
+        assert float(objective.gate_scale("none", jnp.asarray(is_open), log_pi)) == 1

@@ -164,13 +164,29 @@ def draws(kind: str, window=PAPER, seed=0, branches=8, fork=15):
 
 
 @pytest.mark.parametrize("window, fork", [(PAPER, 15), (PAPER, 30), (RELEASE, 15), (RELEASE, 30)])
-@pytest.mark.parametrize("kind", routing.DRAWS)
+@pytest.mark.parametrize("kind", ["independent", "dispersed"])
 def test_draws_are_distinct_frames_of_omega(kind, window, fork):
     routed_frames = draws(kind, window, branches=40, fork=fork)
     assert routed_frames.shape == (40, window.routed) and routed_frames.dtype == np.int32
     assert np.all(np.diff(routed_frames, axis=1) > 0)  # ascending, hence distinct
     # Neither the sink nor the youngest frames.
     assert routed_frames.min() == window.sink and routed_frames.max() == fork - window.excluded - 1
+
+
+def test_a_window_of_random_length_keeps_one_frame_to_all():
+    """Of the draws that it would be without; every length as often, and the rest of a context is
+    the same.
+    """
+    drawn, whole = (draws(k, branches=80, fork=30) for k in ("random_length", "independent"))
+    lengths = np.sum(drawn >= 0, axis=1)
+    assert sorted(set(lengths)) == [1, 2, 3, 4, 5, 6] and np.bincount(lengths).max() < 30
+    for ours, theirs in zip(drawn, whole, strict=True):
+        kept = ours[ours >= 0]
+        assert np.all(np.diff(kept) > 0) and set(kept) <= set(theirs)
+    context = np.asarray(routing.routed_context(PAPER, jnp.asarray(drawn[:1]), 30))[0]
+    kept = drawn[0][drawn[0] >= 0]
+    assert context[context >= 0].tolist() == [0, 1, 2, *kept, 27, 28, 29]
+    assert (context >= 0).sum() == 6 + lengths[0]
 
 
 @pytest.mark.parametrize("kind", routing.DRAWS)

@@ -197,10 +197,10 @@ KERNELS: Registry[Kernel] = Registry(
 )
 
 
-def transition(
+def transition_coefficients(
     sampler: ml_collections.ConfigDict, rollout: ml_collections.ConfigDict
-) -> Transition:
-    """The Transition of a config's sections `sampler` and `rollout`, worked out in float64.
+) -> tuple[np.ndarray, np.ndarray]:
+    """`kept` and `drawn` of a Transition, float64[S-1].
 
     Raises:
       UsageError: there is one level only, or the kernel has no finite std at one of them.
@@ -218,6 +218,14 @@ def transition(
             f"config.rollout.kernel={rollout.kernel!r}, config.rollout.stochasticity="
             f"{rollout.stochasticity}: no std at the levels {tuple(sigma)}"
         )
+    return kept, drawn
+
+
+def transition(
+    sampler: ml_collections.ConfigDict, rollout: ml_collections.ConfigDict
+) -> Transition:
+    """The Transition of a config's sections `sampler` and `rollout`, worked out in float64."""
+    kept, drawn = transition_coefficients(sampler, rollout)
     return Transition(jnp.asarray(kept, jnp.float32), jnp.asarray(drawn, jnp.float32))
 
 

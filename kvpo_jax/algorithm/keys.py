@@ -6,12 +6,13 @@
     routing   iteration   prompt, branch      the frames that CHR routes
     noise     iteration   frame, prompt       the noise of a block
     noise     iteration   OWN, frame, prompt, branch    what a branch explores with
+    noise     iteration   FRESH, frame, prompt          what end points are noised with anew
     shuffle   iteration   prompt              a permutation of advantages (a control)
     heldout   0           frame, prompt       the noise of a held-out video
 
 A key is never split and folded in both, and nothing is folded in that must not change the draw: the
-noise of a block does not depend on the branch, and what a branch draws for itself is below OWN,
-which is no frame. The order of the streams is part of what a checkpoint means.
+noise of a block does not depend on the branch. What is below OWN and FRESH, which are no frames, is
+apart from it. The order of the streams is part of what a checkpoint means.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flax import struct
 from kvpo_jax.types import Array
 
 STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout")
-OWN = 2**32 - 1  # folded into the key of the noise in place of a frame
+OWN, FRESH = 2**32 - 1, 2**32 - 2  # folded into the key of the noise in place of a frame
 
 
 def draw_key(seed: int, stream: str, step: int) -> Array:
@@ -77,3 +78,11 @@ def own_noise(
     of_prompt = jax.vmap(draw, in_axes=(None, 0))
     of_prompts = jax.vmap(of_prompt, in_axes=(0, None))
     return of_prompts(jnp.asarray(noise.prompts), jnp.asarray(noise.first) + branches)
+
+
+def fresh_noise(noise: NoiseKey, start_frame: Array | int, shape: tuple[int, ...]) -> Array:
+    """Noise float[P, *shape] for the end points of the block at start_frame, as in `block_noise`.
+
+    It is the same for all branches of a prompt, and independent of what made them.
+    """
+    return block_noise(noise.replace(key=jax.random.fold_in(noise.key, FRESH)), start_frame, shape)

@@ -9,7 +9,7 @@ in, `read` puts it in front of the context, `append` records what the next block
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
@@ -281,4 +281,20 @@ def trajectory(pages: KVCache, index: int) -> KVCache:
         v=pages.v[:, :, index],
         frame=pages.frame[:, index],
         bank=memory_bank.trajectory(pages.bank, index),
+    )
+
+
+def map_trajectories(function: Callable[[Array], Array], pages: KVCache) -> KVCache:
+    """`function` of [P, T, ...] on pages int32[P, T, slots] without a bank, layer by layer."""
+    assert pages.bank is None
+    k, v = jax.vmap(function)(pages.k), jax.vmap(function)(pages.v)
+    return pages.replace(k=k, v=v, frame=function(pages.frame))
+
+
+def join_trajectories(pages: KVCache, others: KVCache) -> KVCache:
+    """The trajectories of pages int32[P, T, slots], then those of `others`; the first's bank."""
+    return pages.replace(
+        k=jnp.concatenate([pages.k, others.k], axis=2),
+        v=jnp.concatenate([pages.v, others.v], axis=2),
+        frame=jnp.concatenate([pages.frame, others.frame], axis=1),
     )

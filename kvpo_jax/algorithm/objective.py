@@ -147,8 +147,66 @@ def anchor_advantages(options, weights, scores: Scores, local: Scores | None) ->
     return jax.vmap(fuse)(chunk, whole)
 
 
+def centred_advantages(options, weights, scores: Scores, local: Scores | None) -> Array:
+    """Astrolabe's paper: r - mean, in units of the reward."""
+    return jax.vmap(_centred)(scores.branches)
+
+
+def _centred(rewards: Array) -> Array:
+    """r - mean, float[G]; exactly 0 where the rewards differ by their rounding alone."""
+    shifted = rewards - rewards[0]  # as in `group_advantage`
+    return jnp.where(reward_std(rewards) > 0, shifted - shifted.mean(), 0.0)
+
+
+def batch_std_advantages(options, weights, scores: Scores, local: Scores | None) -> Array:
+    """DiffusionNFT, Astrolabe: r - mean over the std of all rewards + 1e-4.
+
+    Of the prompts that are taken together (config.train.micro_batch).
+    """
+    return jax.vmap(_centred)(scores.branches) / (jnp.std(scores.branches) + 1e-4)
+
+
+def max_group_std_advantages(options, weights, scores: Scores, local: Scores | None) -> Array:
+    """GenRL: r - mean over the largest std of a group, of the prompts that are taken together."""
+    largest = jax.vmap(reward_std)(scores.branches).max()
+    return jax.vmap(_centred)(scores.branches) / (largest + EPS)
+
+
+def per_reward_advantages(options, weights, scores: Scores, local: Scores | None) -> Array:
+    """GDPO, GenRL, RAVEN: the weighted sum over components of the advantage of Eq. 9 of each."""
+    of_component = [
+        weight * jax.vmap(group_advantage)(jnp.asarray(scores.components[name][0]))
+        for name, weight in weights.items()
+        if weight
+    ]
+    return sum(of_component, start=jnp.zeros(scores.branches.shape))
+
+
+def quasi_norm_advantages(options, weights, scores: Scores, local: Scores | None) -> Array:
+    """NeighborGRPO: r - mean over its quasi-norm (sum |r - mean|^p)^(1/p), p = quasi_norm."""
+    centred, p = jax.vmap(_centred)(scores.branches), options.quasi_norm
+    size = jnp.sum(jnp.abs(centred) ** p, axis=1, keepdims=True) ** (1 / p)
+    return jnp.where(size > 0, centred / jnp.where(size > 0, size, 1.0), 0.0)
+
+
+def softmax_advantages(options, weights, scores: Scores, local: Scores | None) -> Array:
+    """Reward-weighted regression: the weights G softmax(r / options.reward_tau), not centred."""
+    shares = jax.nn.softmax(scores.branches / options.reward_tau, axis=1)
+    return scores.branches.shape[1] * shares
+
+
 ADVANTAGES: Registry[Advantages] = Registry(
-    "objective.advantage", {"group": group_advantages, "anchor": anchor_advantages}
+    "objective.advantage",
+    {
+        "group": group_advantages,
+        "anchor": anchor_advantages,
+        "centred": centred_advantages,
+        "batch_std": batch_std_advantages,
+        "max_group_std": max_group_std_advantages,
+        "per_reward": per_reward_advantages,
+        "quasi_norm": quasi_norm_advantages,
+        "softmax": softmax_advantages,
+    },
 )
 
 
@@ -263,10 +321,12 @@ def clipped_surrogate(
     log_rho: Array, advantages: Array, clip_low: float, clip_high: float
 ) -> Array:
     """Eq. 8: L_PPO = -mean min(rho A, clip(rho, 1 - low, 1 + high) A), float[]."""
-    rho = jnp.exp(log_rho)
-    return -jnp.mean(
-        jnp.minimum(rho * advantages, jnp.clip(rho, 1 - clip_low, 1 + clip_high) * advantages)
-    )
+    return -jnp.mean(clipped(jnp.exp(log_rho), advantages, clip_low, clip_high))
+
+
+def clipped(rho: Array, advantages: Array, clip_low: float, clip_high: float) -> Array:
+    """min(rho A, clip(rho, 1 - low, 1 + high) A), of ratios of any shape."""
+    return jnp.minimum(rho * advantages, jnp.clip(rho, 1 - clip_low, 1 + clip_high) * advantages)
 
 
 def kl_divergence(log_pi: Array, log_pi_ref: Array) -> Array:
@@ -306,6 +366,11 @@ def zero_gate(gate_open: Array, log_pi: Array) -> Array:
     return jnp.asarray(gate_open, log_pi.dtype)
 
 
+def no_gate(gate_open: Array, log_pi: Array) -> Array:
+    """Every loss counts, as in the methods without an anchor."""
+    return jnp.ones((), log_pi.dtype)
+
+
 def mechanism_2_gate(gate_open: Array, log_pi: Array) -> Array:
     """Release: 1 - pi_anchor is left there."""
     return jnp.where(gate_open, 1.0, 1.0 - jax.lax.stop_gradient(pi_anchor(log_pi)))
@@ -313,7 +378,8 @@ def mechanism_2_gate(gate_open: Array, log_pi: Array) -> Array:
 
 # (gate_open bool[], log_pi float[G]) -> float[] that multiplies a prompt's loss; no gradient.
 GATES: Registry[Callable[[Array, Array], Array]] = Registry(
-    "objective.gate", {"zero": zero_gate, "mechanism_1": zero_gate, "mechanism_2": mechanism_2_gate}
+    "objective.gate",
+    {"zero": zero_gate, "none": no_gate, "mechanism_1": zero_gate, "mechanism_2": mechanism_2_gate},
 )
 
 

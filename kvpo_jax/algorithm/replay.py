@@ -25,8 +25,8 @@ from kvpo_jax.types import Array, BlockRecord, KVCache, MemoryBank, PyTree, Repl
 
 # (frozen, lora) -> the network of that policy, and the text that it reads, float[L, P, M, K, H, D].
 Policy = Callable[[PyTree, PyTree], tuple[Network, TextKV]]
-# (policy, options, schedule, lora, frozen, tuples, wanted, settled_from, own_starts) -> (energies,
-# floor); see `anchor_energies`.
+# (policy, options, schedule, lora, frozen, tuples, wanted, settled_from, own_starts, transition) ->
+# (energies, floor); see `anchor_energies`.
 Energies = Callable[..., tuple[Array, Array | None]]
 
 
@@ -41,6 +41,8 @@ def record_tuples(
     start_frames: Sequence[int],
     segments: Sequence[int],
     noise: Sequence[Array] | None,
+    anchor: Sequence[Array] | None = None,
+    fresh: Sequence[Array] | None = None,
 ) -> ReplayTuples:
     """ReplayTuples of the W blocks of a window (Algorithm 1, step 2).
 
@@ -53,7 +55,13 @@ def record_tuples(
       segments: prompt segment of each block.
       noise: float[P, F, Y, X, C] each, of the cache-writing pass; None if it is not read
         (`READS_NOISE`).
+      anchor: float[P, S, F, Y, X, C] each, states of the anchor; None if they are not replayed.
+      fresh: float[P, N, F, Y, X, C] each, noise for end points; None if they are not replayed.
     """
+
+    def stacked(blocks: Sequence[Array] | None) -> Array | None:
+        return None if blocks is None else jnp.stack(blocks, axis=1)
+
     return ReplayTuples(
         z=jnp.stack([record.z for record in records], axis=2),
         u=jnp.stack([record.u for record in records], axis=2),
@@ -62,7 +70,9 @@ def record_tuples(
         frames=jnp.stack([routing.deployment_frames(window, start) for start in start_frames]),
         start_frame=jnp.asarray(start_frames, jnp.int32),
         segment=jnp.asarray(segments, jnp.int32),
-        noise=None if noise is None else jnp.stack(noise, axis=1),
+        noise=stacked(noise),
+        anchor=stacked(anchor),
+        fresh=stacked(fresh),
     )
 
 
@@ -76,12 +86,17 @@ class States(struct.PyTreeNode):
 
     Attributes:
       z: float[..., F, Y, X, C], the state.
-      u: float[..., F, Y, X, C], the velocity that the branch followed.
+      u: float[..., F, Y, X, C], the velocity that the policy's is compared with; that which the
+        branch followed, or what STATES says.
       sigma: float[...], the level.
       start_frame: int32[...], first frame of the block.
       prompt: int32[...].
       segment: int32[...], whose text is read.
       context: int32[...], the batch row of a Context that is read.
+      weight: float[...], what the energy of a state counts; None: 1.
+      advantage: float[...], of the branch; where a state is compared with all branches float[...,
+        G], of each; None where the loss is not taken state by state.
+      peers: int32[...], where it is compared with all branches: the row of their latents.
     """
 
     z: Array
@@ -91,6 +106,9 @@ class States(struct.PyTreeNode):
     prompt: Array
     segment: Array
     context: Array
+    weight: Array | None = None
+    advantage: Array | None = None
+    peers: Array | None = None
 
     def __getitem__(self, index) -> States:
         return jax.tree.map(lambda x: x[index], self)
@@ -102,24 +120,124 @@ class States(struct.PyTreeNode):
 
 def replay_states(schedule: flow.Schedule, tuples: ReplayTuples) -> States:
     """Every recorded state, [P, G, W, S]. Its context is that of its prompt and block, of P * W."""
-    p, g, w, s = tuples.z.shape[:4]
+    s = tuples.z.shape[3]
     chex.assert_equal_shape([tuples.z, tuples.u])
-    chex.assert_shape([tuples.start_frame, tuples.segment], (w,))
     chex.assert_shape(schedule.sigma, (s + 1,))
+    return _states(tuples, tuples.z, tuples.u, schedule.sigma[:s])
+
+
+def _states(
+    tuples: ReplayTuples, z: Array, u: Array, sigma: Array, weight: Array | None = None
+) -> States:
+    """States [P, G, W, N] of z and u float[P, G, W, N, ...], with levels and weights float[N]."""
+    p, g, w, n = z.shape[:4]
+    chex.assert_shape([tuples.start_frame, tuples.segment], (w,))
     prompt, block = jnp.arange(p)[:, None, None, None], jnp.arange(w)[:, None]
 
     def every(x: Array) -> Array:
-        return jnp.broadcast_to(x, (p, g, w, s))
+        return jnp.broadcast_to(x, (p, g, w, n))
 
     return States(
-        z=tuples.z,
-        u=tuples.u,
-        sigma=every(schedule.sigma[:s]),
+        z=z,
+        u=u,
+        sigma=every(sigma),
         start_frame=every(tuples.start_frame[:, None]),
         prompt=every(prompt),
         segment=every(tuples.segment[:, None]),
         context=every(prompt * w + block),
+        weight=None if weight is None else every(weight),
     )
+
+
+def clean_latents(schedule: flow.Schedule, tuples: ReplayTuples) -> Array:
+    """The branches' blocks, float[P, G, W, F, Y, X, C]: where the last solver step ends."""
+    return flow.to_clean(tuples.z[:, :, :, -1], tuples.u[:, :, :, -1], schedule.sigma[-2])
+
+
+# ---------------------------------------------------------------- which states are replayed
+
+
+class Source(NamedTuple):
+    """Where the states of a replay come from.
+
+    Attributes:
+      make: (options, schedule, transition, tuples) -> States [P, G, W, N].
+      followed: u is the velocity that the branch followed there, and z where it was.
+      of_anchor: z is the same for all branches of a prompt.
+      size: (options, solver steps) -> N.
+    """
+
+    make: Callable[
+        [ml_collections.ConfigDict, flow.Schedule, flow.Transition | None, ReplayTuples], States
+    ]
+    followed: bool = False
+    of_anchor: bool = False
+    size: Callable[[ml_collections.ConfigDict, int], int] = lambda options, steps: steps
+
+
+def branch_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+    """KVPO: the states of the branches, and the velocities that they followed."""
+    return replay_states(schedule, tuples)
+
+
+def anchor_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+    """Eq. 21: the states of the anchor, and the velocities from them to the branch's clean latent.
+
+    sigma^2 |v - u|^2 is then the distance of clean latents (energy = "latent").
+    """
+    assert tuples.anchor is not None
+    p, g, w, s = tuples.z.shape[:4]
+    sigma = schedule.sigma[:s]
+    z = jnp.broadcast_to(tuples.anchor[:, None], tuples.z.shape)
+    clean = clean_latents(schedule, tuples)[:, :, :, None]
+    return _states(tuples, z, (z - clean) / sigma[:, None, None, None, None], sigma)
+
+
+def times(options: ml_collections.ConfigDict, schedule: flow.Schedule) -> Array:
+    """The levels float[N] at which end points are replayed: options.times, or the solver's."""
+    given = options.times
+    return jnp.asarray(given, schedule.sigma.dtype) if given else schedule.sigma[:-1]
+
+
+def end_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+    """Forward process: the branches' clean latents, noised anew; the velocities noise - clean."""
+    assert tuples.fresh is not None
+    clean = clean_latents(schedule, tuples)[:, :, :, None]
+    sigma, noise = times(options, schedule), tuples.fresh[:, None]
+    z = flow.add_noise(clean, noise, sigma[:, None, None, None, None])
+    return _states(tuples, z, noise - clean, sigma)
+
+
+def transition_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+    """The states before each drawn step, and the velocities whose mean is the state after it.
+
+    A drawn step is z' = m(z, v) + std eps, with m linear in v: m = a z + b v. So z' - m(z, v) is
+    b (u - v), and the log-probability of z' is -b^2 / (2 std^2) |u - v|^2 and a constant, which is
+    the weight here. As in all published code it is of the mean over elements, not of the sum.
+    """
+    assert transition is not None
+    s = tuples.z.shape[3]
+    sigma, after = schedule.sigma[: s - 1], schedule.sigma[1:s]
+    kept, std = transition.kept * after, transition.drawn * after
+    of_state, of_velocity = 1 - after + kept, kept * (1 - sigma) - (1 - after) * sigma
+
+    def spread(x: Array) -> Array:
+        return x[:, None, None, None, None]
+
+    z, reached = tuples.z[:, :, :, :-1], tuples.z[:, :, :, 1:]
+    u = (reached - spread(of_state) * z) / spread(of_velocity)
+    return _states(tuples, z, u, sigma, jnp.square(of_velocity) / (2 * jnp.square(std)))
+
+
+STATES: Registry[Source] = Registry(
+    "replay.states",
+    {
+        "branch": Source(branch_states, followed=True),
+        "anchor": Source(anchor_states, of_anchor=True),
+        "ends": Source(end_states, size=lambda options, steps: len(options.times) or steps),
+        "transitions": Source(transition_states, size=lambda options, steps: steps - 1),
+    },
+)
 
 
 def replayed_velocity(network: Network, text: TextKV, context: Context, states: States) -> Array:
@@ -150,12 +268,25 @@ def clean_energy(velocity: Array, u: Array, sigma: Array, options) -> Array:
     return jnp.square(sigma) * error / (2 * floor)
 
 
+def latent_energy(velocity: Array, u: Array, sigma: Array, options) -> Array:
+    """Eq. 21: mean squared error of the clean latent, sigma^2 (1/d) |v - u|^2."""
+    return jnp.square(sigma) * velocity_energy(velocity, u, sigma, options)
+
+
 ENERGIES: Registry[StepEnergy] = Registry(
-    "replay.energy", {"velocity": velocity_energy, "clean": clean_energy}
+    "replay.energy", {"velocity": velocity_energy, "clean": clean_energy, "latent": latent_energy}
 )
 
 
 # ---------------------------------------------------------------- Eq. 5
+
+
+def state_energy(
+    options: ml_collections.ConfigDict, velocity: Array, u: Array, states: States
+) -> Array:
+    """What a state adds to the energy of velocities u, float[R] of states [R]."""
+    energy = ENERGIES[options.energy](velocity, u, states.sigma, options)
+    return energy if states.weight is None else states.weight * energy
 
 
 def branch_energies(
@@ -172,17 +303,17 @@ def branch_energies(
     float[P, G] of states [P, G, N], some or all of a branch's W * S; `wanted` as in
     `chunked.sum_over_steps`.
     """
-    step_energy = ENERGIES[options.energy]
 
-    def per_step(lora: PyTree, frozen_and_context: PyTree, states: States) -> Array:
+    def per_step(lora: PyTree, frozen_and_context: PyTree, states: States) -> tuple[Array, dict]:
         frozen, context = frozen_and_context
         velocity = replayed_velocity(*policy(frozen, lora), context, states)
-        return step_energy(velocity, states.u, states.sigma, options)
+        return state_energy(options, velocity, states.u, states), {}
 
-    return chunked.sum_over_steps(per_step, lora, (frozen, context), states, options.chunk, wanted)
+    constants = frozen, context
+    return chunked.sum_over_steps(per_step, lora, constants, states, options.chunk, wanted)[0]
 
 
-def first_step_energies(
+def shared_energies(
     policy: Policy,
     options: ml_collections.ConfigDict,
     lora: PyTree,
@@ -190,22 +321,21 @@ def first_step_energies(
     context: Context,
     states: States,
 ) -> Array:
-    """The summands of Eq. 5 of the first step of some blocks; float[P, G] of states [P, G, W].
+    """The summands of Eq. 5 of states that the branches share; float[P, G] of states [P, G, W].
 
-    Here the branches of a prompt begin a block with the same noise, and under the anchor's context
-    they read the same past. So one velocity serves all of them, and one gradient, once the weight
-    of each branch is known. A chunk then runs forward again: that is little, as it is one for all
-    branches.
+    Such are the first steps of blocks that the branches begin with the same noise, and all states
+    of the anchor. Under the anchor's context they read the same past too. So one velocity serves
+    all of them, and one gradient, once the weight of each branch is known. A chunk then runs
+    forward again: that is little, as it is one for all branches.
     """
     p, g, w = states.sigma.shape
-    step_energy = ENERGIES[options.energy]
     followed = chunked.fold(jnp.moveaxis(states.u, 1, 2), 2, p * w)  # [P * W, G, F, Y, X, C]
 
     def of_chunk(rows: tuple[States, Array]) -> Array:
         shared, followed = rows
         velocity = replayed_velocity(*policy(frozen, lora), context, shared)
         of_branch = jax.vmap(
-            lambda u: step_energy(velocity, u, shared.sigma, options), in_axes=1, out_axes=1
+            lambda u: state_energy(options, velocity, u, shared), in_axes=1, out_axes=1
         )
         return of_branch(followed)
 
@@ -221,33 +351,39 @@ def first_step_energies(
 # ---------------------------------------------------------------- the context of the replay
 
 
-class Later(NamedTuple):
-    """The steps of a branch that the others do not share, as masks bool[W * S].
+class Steps(NamedTuple):
+    """The states of a branch as masks bool[W * N]; those that the branches share apart.
 
     Attributes:
+      shared: one for all branches, with gradient.
+      shared_plain: one for all branches, without.
       learned: with gradient.
       plain: without.
       settled: whose residual and gradient are 0.
     """
 
+    shared: np.ndarray
+    shared_plain: np.ndarray
     learned: np.ndarray
     plain: np.ndarray
     settled: np.ndarray
 
 
-def later_steps(
+def split_steps(
     options: ml_collections.ConfigDict,
     blocks: int,
-    steps: int,
+    count: int,
     settled_from: int | None,
     own_starts: int = 0,
-) -> Later:
-    """How `anchor_energies` treats the steps of a branch, with its arguments."""
-    block, step = np.divmod(np.arange(blocks * steps), steps)
-    settled = (block == 0) & (step >= (steps if settled_from is None else settled_from))
-    learned = (step < options.grad_steps) & ~settled
-    later = (step > 0) | (block < own_starts)
-    return Later(later & learned, later & ~learned & ~settled, later & settled)
+) -> Steps:
+    """How `anchor_energies` treats the `count` states of each block, with its arguments."""
+    source = STATES[options.states]
+    block, step = np.divmod(np.arange(blocks * count), count)
+    shared = (step == 0) & (block >= own_starts) & source.followed | source.of_anchor
+    settled = (block == 0) & (step >= (count if settled_from is None else settled_from))
+    settled = settled & ~shared & source.followed
+    learned, rest = step < options.grad_steps, ~shared & ~settled
+    return Steps(shared & learned, shared & ~learned, rest & learned, rest & ~learned, settled)
 
 
 def anchor_energies(
@@ -260,6 +396,7 @@ def anchor_energies(
     wanted: Array | bool = True,
     settled_from: int | None = None,
     own_starts: int = 0,
+    transition: flow.Transition | None = None,
 ) -> tuple[Array, Array | None]:
     """Paper: Eq. 5 under the anchor's own cache, all blocks and steps at once.
 
@@ -278,27 +415,28 @@ def anchor_energies(
         gradient. From it on the branches read in the first block what the replay reads, so that
         their residual and its gradient are 0, and none is computed. None: every step has one.
       own_starts: in the first so many blocks each branch begins with noise of its own; in the
-        others one velocity serves the first step of all (`first_step_energies`).
+        others one velocity serves the first step of all (`shared_energies`).
+      transition: of drawn steps, where these are replayed.
 
     Returns:
       Energies float[P, G], and what rounding makes of the zeros, float[P, G], or None.
     """
-    p, g, w, s = tuples.z.shape[:4]
-    states = replay_states(schedule, tuples)
-    frames = jnp.broadcast_to(tuples.frames, (p, *tuples.frames.shape))
-    context = kv_cache.read(frames, tuples.history, tuples.page)
-    steps = later_steps(options, w, s, settled_from, own_starts)
+    states = STATES[options.states].make(options, schedule, transition, tuples)
+    context = _anchor_context(tuples)
+    p, g, w, n = states.sigma.shape
+    steps = split_steps(options, w, n, settled_from, own_starts)
     constant = jax.lax.stop_gradient((lora, frozen))
-    flat = chunked.fold(states, 4, p, g, w * s)
+    flat = chunked.fold(states, 4, p, g, w * n)
 
     def energies_of(which: np.ndarray, lora: PyTree, frozen: PyTree, wanted: Array | bool) -> Array:
         chosen = flat[:, :, np.flatnonzero(which)]
         return branch_energies(policy, options, lora, frozen, context, chosen, wanted)
 
     total = jnp.zeros((p, g), tuples.z.dtype)
-    if own_starts < w:
-        first = states[:, :, own_starts:, 0]
-        total = first_step_energies(policy, options, lora, frozen, context, first)
+    for which, of in ((steps.shared, (lora, frozen)), (steps.shared_plain, constant)):
+        if which.any():
+            chosen = flat[:, :, np.flatnonzero(which)]
+            total += shared_energies(policy, options, *of, context, chosen)
     if steps.learned.any():
         total += energies_of(steps.learned, lora, frozen, wanted)
     if steps.plain.any():
@@ -307,6 +445,50 @@ def anchor_energies(
         return total, None
     floor = energies_of(steps.settled, *constant, False)
     return total + floor, floor
+
+
+def _anchor_context(tuples: ReplayTuples) -> Context:
+    """What the anchor read at each block, P * W batch rows."""
+    frames = jnp.broadcast_to(tuples.frames, (tuples.z.shape[0], *tuples.frames.shape))
+    return kv_cache.read(frames, tuples.history, tuples.page)
+
+
+def _own_context(tuples: ReplayTuples, page: KVCache, states: States) -> tuple[Context, States]:
+    """What each branch reads of its own page, W * P * G batch rows, and states that point there."""
+    p, g, w = states.sigma.shape[:3]
+    context = Context.join([_branch_context(tuples, page, b) for b in range(w)])
+    row = jnp.arange(w)[:, None] * p * g + jnp.arange(p * g).reshape(p, g, 1, 1)
+    return context, states.replace(context=jnp.broadcast_to(row, states.context.shape))
+
+
+def own_energies(
+    policy: Policy,
+    options: ml_collections.ConfigDict,
+    schedule: flow.Schedule,
+    lora: PyTree,
+    frozen: PyTree,
+    tuples: ReplayTuples,
+    wanted: Array | bool = True,
+    settled_from: int | None = None,
+    own_starts: int = 0,
+    transition: flow.Transition | None = None,
+) -> tuple[Array, None]:
+    """Energies under what each branch itself had written when it was rolled out.
+
+    Arguments and result as in `anchor_energies`, but no step is settled or shared. Under it a state
+    that a branch followed has no energy, so it is of use for other states (STATES) alone.
+    """
+    states = STATES[options.states].make(options, schedule, transition, tuples)
+    context, states = _own_context(tuples, tuples.page, states)
+    p, g, w, n = states.sigma.shape
+    flat, learned = chunked.fold(states, 4, p, g, w * n), np.arange(w * n) % n < options.grad_steps
+    total = jnp.zeros((p, g), tuples.z.dtype)
+    constant = (*jax.lax.stop_gradient((lora, frozen)), False)
+    for steps, (of, still, read) in ((learned, (lora, frozen, wanted)), (~learned, constant)):
+        if steps.any():
+            chosen = flat[:, :, np.flatnonzero(steps)]
+            total += branch_energies(policy, options, of, still, context, chosen, read)
+    return total, None
 
 
 def self_rolled_energies(
@@ -319,6 +501,7 @@ def self_rolled_energies(
     wanted: Array | bool = True,
     settled_from: int | None = None,
     own_starts: int = 0,
+    transition: flow.Transition | None = None,
 ) -> tuple[Array, None]:
     """Release: from the second block on, each branch reads what the replaying model wrote.
 
@@ -335,9 +518,7 @@ def self_rolled_energies(
     learned = min(options.grad_steps, s)
     states = replay_states(schedule, tuples)
     page, energies = _roll_pages(policy, options, schedule, lora, frozen, tuples)
-    context = Context.join([_branch_context(tuples, page, b) for b in range(w)])
-    row = jnp.arange(w)[:, None] * p * g + jnp.arange(p * g).reshape(p, g, 1, 1)
-    states = states.replace(context=jnp.broadcast_to(row, states.context.shape))
+    context, states = _own_context(tuples, page, states)
     learned_states = chunked.fold(states[:, :, :, :learned], 4, p, g, w * learned)
     energies += branch_energies(policy, options, lora, frozen, context, learned_states, wanted)
     return energies, None
@@ -403,9 +584,123 @@ def _roll_pages(
 
 
 CONTEXTS: Registry[Energies] = Registry(
-    "replay.context", {"anchor": anchor_energies, "self_rolled": self_rolled_energies}
+    "replay.context",
+    {"anchor": anchor_energies, "own": own_energies, "self_rolled": self_rolled_energies},
 )
 READS_NOISE = ("self_rolled",)  # the contexts that read `ReplayTuples.noise`
+
+
+# ---------------------------------------------------------------- state by state
+
+
+class Replica(NamedTuple):
+    """States [R] with what the policies predict there; only `theta` carries gradient.
+
+    Attributes:
+      states: [R].
+      theta: float[R, F, Y, X, C], the velocities of the policy that is trained.
+      old: of the policy of the rollout; on policy exactly those of theta.
+      on_policy: bool[], theta equals old.
+      reference: of the frozen initial policy; None where nobody asks.
+      peers: float[R, G, F, Y, X, C], clean latents of all branches; None where nobody asks.
+    """
+
+    states: States
+    theta: Array
+    old: Array
+    on_policy: Array
+    reference: Array | None
+    peers: Array | None
+
+
+class Others(struct.PyTreeNode):
+    """What a loss that is taken state by state reads besides the states.
+
+    Attributes:
+      advantages: float[P, G].
+      on_policy: bool[], theta equals old.
+      old: LoRA tree of pi_old; None if it is always that of theta.
+      reference: LoRA tree of pi_ref; None where it is not read.
+    """
+
+    advantages: Array
+    on_policy: Array
+    old: PyTree | None
+    reference: PyTree | None
+
+
+# (Replica) -> float[R], the loss of each state; and what is seen, name -> float[R].
+StateLoss = Callable[[Replica], tuple[Array, chunked.Seen]]
+
+
+def with_peers(schedule: flow.Schedule, tuples: ReplayTuples, anchors: int) -> ReplayTuples:
+    """The tuples of the first `anchors` branches, with the clean latents of all at every state."""
+    s = tuples.z.shape[3]
+    sigma = schedule.sigma[:s, None, None, None, None]
+    clean = flow.to_clean(tuples.z, tuples.u, sigma)
+    return tuples.replace(
+        z=tuples.z[:, :anchors], u=tuples.u[:, :anchors], peers=jnp.moveaxis(clean, 1, 3)
+    )
+
+
+def state_losses(
+    policy: Policy,
+    options: ml_collections.ConfigDict,
+    schedule: flow.Schedule,
+    lora: PyTree,
+    frozen: PyTree,
+    tuples: ReplayTuples,
+    wanted: Array | bool,
+    transition: flow.Transition | None,
+    loss: StateLoss,
+    others: Others,
+    seen: Sequence[str],
+) -> tuple[Array, chunked.Seen]:
+    """The mean loss of a branch's states, float[P, G], and the means of what is seen.
+
+    Arguments as in `anchor_energies`; `loss` of states, what it reads, and the names of `seen`. No
+    state stands for several branches, and none is left out.
+    """
+    states = STATES[options.states].make(options, schedule, transition, tuples)
+    if options.context == "own":
+        context, states = _own_context(tuples, tuples.page, states)
+    else:
+        context = _anchor_context(tuples)
+    p, g, w, n = states.sigma.shape
+    advantage = others.advantages[:, :, None, None]
+    peers = None
+    if tuples.peers is not None:
+        advantage = jnp.moveaxis(advantage, 1, -1)[:, None]
+        peers = chunked.fold(tuples.peers, 3, p * w * n)
+        row = (jnp.arange(p)[:, None, None] * w + jnp.arange(w)[:, None]) * n + jnp.arange(n)
+        states = states.replace(peers=jnp.broadcast_to(row[:, None], (p, g, w, n)))
+    states = states.replace(
+        advantage=jnp.broadcast_to(advantage, (p, g, w, n, *advantage.shape[4:]))
+    )
+
+    def per_state(lora: PyTree, constants: PyTree, states: States) -> tuple[Array, chunked.Seen]:
+        frozen, context, peers, others = constants
+
+        def velocity(lora: PyTree) -> Array:
+            return replayed_velocity(*policy(frozen, lora), context, states)
+
+        def of(lora: PyTree) -> Array:
+            return jax.lax.stop_gradient(velocity(lora))
+
+        theta = velocity(lora)
+        old = jax.lax.stop_gradient(theta)
+        if others.old is not None:
+            old = jnp.where(others.on_policy, old, of(others.old))
+        reference = None if others.reference is None else of(others.reference)
+        around = None if peers is None else peers[states.peers]
+        return loss(Replica(states, theta, old, others.on_policy, reference, around))
+
+    steps = np.arange(w * n) % n
+    learned = np.flatnonzero(steps < options.grad_steps)
+    chosen = chunked.fold(states, 4, p, g, w * n)[:, :, learned]
+    constants = frozen, context, peers, others
+    sums = chunked.sum_over_steps(per_state, lora, constants, chosen, options.chunk, wanted, seen)
+    return jax.tree.map(lambda x: x / len(learned), sums)
 
 
 # ---------------------------------------------------------------- the text of the replay
@@ -459,10 +754,20 @@ CountRows = Callable[[ml_collections.ConfigDict, Extent], Rows]  # of section `r
 
 def anchor_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
     """Of `anchor_energies`: the branches share the first step of a block."""
-    branches, blocks, _, _, own_starts = extent
-    later = later_steps(options, *extent[1:])
-    learned, plain = later.learned.sum(), (later.plain | later.settled).sum()
-    return Rows(blocks - own_starts + branches * int(learned), branches * int(plain))
+    count = STATES[options.states].size(options, extent.steps)
+    steps = split_steps(options, extent.blocks, count, extent.settled_from, extent.own_starts)
+    learned, plain = steps.learned.sum(), (steps.plain | steps.settled).sum()
+    shared, shared_plain = steps.shared.sum(), steps.shared_plain.sum()
+    return Rows(
+        int(shared + extent.branches * learned), int(shared_plain + extent.branches * plain)
+    )
+
+
+def own_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
+    """Of `own_energies` and of `state_losses`: every state of every branch."""
+    count = STATES[options.states].size(options, extent.steps)
+    learned, states = min(options.grad_steps, count), extent.branches * extent.blocks
+    return Rows(states * learned, states * (count - learned))
 
 
 def self_rolled_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
@@ -478,4 +783,8 @@ def self_rolled_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows
 
 
 # Of an alternative that is not here, every state is taken to be replayed once with its gradient.
-ROWS: dict[str, CountRows] = {"anchor": anchor_rows, "self_rolled": self_rolled_rows}
+ROWS: dict[str, CountRows] = {
+    "anchor": anchor_rows,
+    "own": own_rows,
+    "self_rolled": self_rolled_rows,
+}

@@ -199,7 +199,8 @@ def deployed_subset(window: Window, fork: Array | int) -> Array:
     return jnp.concatenate([sink, fork - window.past + jnp.arange(window.past - window.near)])
 
 
-# A draw: (key, window, branches, pool bool[frames], fork) -> int32[G, routed], frames of the pool.
+# A draw: (key, window, branches, pool bool[frames], fork) -> int32[G, routed], frames of the pool;
+# -1 leaves a slot empty.
 Draw = Callable[[Array, Window, int, Array, Array], Array]
 
 # Redraws of a branch, of which a pool with more subsets than branches hardly ever needs ten.
@@ -244,8 +245,27 @@ def draw_dispersed(key: Array, window: Window, branches: int, pool: Array, fork:
     return disperse(_permutation(key, pool), jnp.sum(pool), window.routed, branches)
 
 
+def draw_random_length(
+    key: Array, window: Window, branches: int, pool: Array, fork: Array
+) -> Array:
+    """Table 2, a local window of random length: of a branch's frames 1 to all are kept, as likely.
+
+    The others are -1: their slots stay empty.
+    """
+    drawn = draw_independent(key, window, branches, pool, fork)
+    length_key, order_key = jax.random.split(jax.random.fold_in(key, branches))
+    lengths = jax.random.randint(length_key, (branches, 1), 1, window.routed + 1)
+    kept = jax.random.permutation(order_key, drawn, axis=1, independent=True)
+    return jnp.sort(jnp.where(jnp.arange(window.routed) < lengths, kept, -1), axis=1)
+
+
 DRAWS: Registry[Draw] = Registry(
-    "rollout.draw", {"independent": draw_independent, "dispersed": draw_dispersed}
+    "rollout.draw",
+    {
+        "independent": draw_independent,
+        "dispersed": draw_dispersed,
+        "random_length": draw_random_length,
+    },
 )
 
 

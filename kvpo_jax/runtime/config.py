@@ -1,7 +1,8 @@
 """The configuration of a run: loaded from a file, overridden by flags, checked and compared.
 
 A configuration is named `FILE[:PRESET]`, as in `configs/tiny.py:release`; FILE defines
-`get_config(preset)`. Whatever is wrong with one is a UsageError that names the file or the field,
+`get_config(preset)`. `FILE:METHOD` and `FILE:PRESET+METHOD` have the fields of a method over it
+(`methods.METHODS`). Whatever is wrong with one is a UsageError that names the file or the field,
 and the nearest name or value if there is one.
 """
 
@@ -24,8 +25,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from kvpo_jax.algorithm import explore, flow, objective, replay, routing
+from kvpo_jax.algorithm import explore, flow, losses, objective, replay, routing
 from kvpo_jax.errors import UsageError, nearest, shortened
+from kvpo_jax.methods import METHODS, apply
 from kvpo_jax.models import attention, layers, wan, wan_vae
 from kvpo_jax.runtime.records import with_tuples
 
@@ -44,9 +46,11 @@ REGISTRIES = (
     explore.EXPLORES,
     explore.MIXES,
     routing.DRAWS,
+    replay.STATES,
     replay.CONTEXTS,
     replay.TEXTS,
     replay.ENERGIES,
+    losses.KINDS,
     objective.TAU_UNITS,
     objective.ADVANTAGES,
     objective.NORMALIZERS,
@@ -81,6 +85,7 @@ MINIMUM = {
     "replay.blocks": 0,
     "replay.grad_steps": 1,
     "replay.chunk": 0,
+    "objective.anchors": 1,
     "objective.beta": 0.0,
     "objective.clip_low": 0.0,
     "objective.clip_high": 0.0,
@@ -94,6 +99,8 @@ MINIMUM = {
     "train.prompts_per_iteration": 1,
     "train.epochs": 1,
     "train.rollouts_per_sync": 1,
+    "train.old_decay_step": 0.0,
+    "train.old_decay": 0.0,
     "train.learning_rate": 0.0,
     "train.warmup": 0,
     "train.weight_decay": 0.0,
@@ -109,7 +116,15 @@ MINIMUM = {
     "mesh.branch": 0,
 }
 SEEDS = 2**32  # as many keys as JAX makes of a seed; others would repeat them
-POSITIVE = ("sampler.shift", "objective.tau", "lora.alpha", "train.grad_clip")
+POSITIVE = (
+    "sampler.shift",
+    "objective.tau",
+    "objective.mix",
+    "objective.quasi_norm",
+    "objective.reward_tau",
+    "lora.alpha",
+    "train.grad_clip",
+)
 # What may differ when a run is continued: how long it runs, what is only looked at, and the
 # machine: its devices, how much they take at once, and where it has the files, which are taken to
 # be the same ones.
@@ -164,8 +179,9 @@ def derive(path: str, preset: str) -> ConfigDict:
 
 
 def load(spec: str) -> ConfigDict:
-    """The configuration FILE[:PRESET]."""
-    path, _, preset = spec.partition(":")
+    """The configuration FILE[:PRESET], FILE:METHOD or FILE:PRESET+METHOD."""
+    path, _, names = spec.partition(":")
+    preset, method = _preset_and_method(names)
     file = find(path)
     if file.suffix != ".py":
         raise UsageError(f"{path}: a configuration is a Python file with a get_config()")
@@ -177,9 +193,14 @@ def load(spec: str) -> ConfigDict:
     if preset and not inspect.signature(get_config).parameters:
         raise UsageError(f"{path} has no presets, so not {preset!r} either")
     if preset and preset not in presets:
-        raise UsageError(f"{path} has the presets {', '.join(presets)}, not {preset!r}")
+        raise UsageError(
+            f"{path} has the presets {', '.join(presets)}, not {preset!r}"
+            f"{nearest(preset, [*presets, *METHODS])}; methods are {', '.join(METHODS)}"
+        )
     with _naming_faults(file):
         config = get_config(*([preset] if preset else [])).lock()
+    if method:
+        config = apply(config, method).lock()
     if file != shipped(TINY):
         check_fields(config, file)
     return config
@@ -194,6 +215,16 @@ def presets() -> dict[str, ConfigDict]:
         for name in runpy.run_path(str(file)).get("PRESETS", ())
     ]
     return {spec: load(spec) for spec in specs}
+
+
+def _preset_and_method(names: str) -> tuple[str, str]:
+    """The preset and the method of PRESET, METHOD or PRESET+METHOD; empty where there is none."""
+    first, plus, second = names.partition("+")
+    if plus and second not in METHODS:
+        raise UsageError(f"{second!r} is no method{nearest(second, METHODS)}: {', '.join(METHODS)}")
+    if plus and first in METHODS:
+        raise UsageError(f"{first} and {second} are two methods; a configuration has one")
+    return (first, second) if plus else ("", first) if first in METHODS else (first, "")
 
 
 @contextmanager
@@ -309,14 +340,42 @@ def segment_of(frame: int, switch_frames: Sequence[int]) -> int:
     return sum(frame >= switch for switch in switch_frames)
 
 
+def compares_energies(config: ConfigDict) -> bool:
+    """Whether the loss is one of the energies of a group, not of its states one by one."""
+    return losses.KINDS[config.objective.kind].of_state is None
+
+
+def has_energy_unit(config: ConfigDict) -> bool:
+    """Whether tau is counted in the spread of the energies of the iterations before."""
+    return compares_energies(config) and config.objective.tau_unit == "running_std"
+
+
+def replay_times(config: ConfigDict) -> int:
+    """At how many levels end points are replayed: replay.times, or those of the solver."""
+    return len(config.replay.times or config.sampler.steps)
+
+
+def old_decay(config: ConfigDict, iteration: int) -> float:
+    """The share of itself that pi_old keeps when it follows pi_theta after `iteration` of them."""
+    return min(config.train.old_decay_step * iteration, config.train.old_decay)
+
+
+def is_synced(config: ConfigDict, iteration: int) -> bool:
+    """Whether pi_old has just followed pi_theta."""
+    return iteration % config.train.rollouts_per_sync == 0
+
+
 def is_on_policy(config: ConfigDict, iteration: int) -> bool:
     """Whether pi_old has just been set to pi_theta."""
-    return iteration % config.train.rollouts_per_sync == 0
+    return is_synced(config, iteration) and (not iteration or not old_decay(config, iteration))
 
 
 def always_on_policy(config: ConfigDict) -> bool:
     """Whether pi_old is pi_theta in every gradient of a run."""
-    return config.train.rollouts_per_sync == config.train.epochs == 1
+    train = config.train
+    return train.rollouts_per_sync == train.epochs == 1 and not (
+        train.old_decay_step and train.old_decay
+    )
 
 
 def settled_from(config: ConfigDict) -> int | None:
@@ -474,6 +533,7 @@ def check(config: ConfigDict) -> None:
     _check_model(config, fields)
     _check_video(config, fields)
     _check_batches(config)
+    _check_method(config)
 
 
 def _check_ranges(fields: Mapping[str, Any]) -> None:
@@ -486,7 +546,7 @@ def _check_ranges(fields: Mapping[str, Any]) -> None:
             raise UsageError(f"config.{name}={value} is not positive")
     if not 0 <= fields["seed"] < SEEDS:
         raise UsageError(f"config.seed={fields['seed']}: expected 0 to {SEEDS - 1}")
-    for name in ("train.ema_decay", "reward.min_behind"):
+    for name in ("train.ema_decay", "train.old_decay", "reward.min_behind", "rollout.noise_scale"):
         if fields[name] > 1:
             raise UsageError(f"config.{name}={fields[name]} is more than 1")
 
@@ -578,6 +638,72 @@ def _check_batches(config: ConfigDict) -> None:
     ):
         if part and whole % part:
             raise UsageError(f"config.{name}={part} does not divide config.{whole_name}={whole}")
+
+
+def _check_method(config: ConfigDict) -> None:
+    """What is explored, replayed and made a loss of: that they fit together and teach something."""
+    explored, source = explore.EXPLORES[config.rollout.explore], replay.STATES[config.replay.states]
+    kind, section = losses.KINDS[config.objective.kind], config.objective
+    states, context = f"config.replay.states={config.replay.states!r}", config.replay.context
+    objective_kind = f"config.objective.kind={section.kind!r}"
+    if explored.draws:
+        flow.transition_coefficients(config.sampler, config.rollout)
+    if config.replay.states == "transitions" and not explored.draws:
+        raise UsageError(
+            f"{states} are drawn steps, but config.rollout.explore={config.rollout.explore!r} draws"
+            " none; set it to transition"
+        )
+    if config.replay.states == "transitions" and not config.rollout.stochasticity:
+        raise UsageError(
+            f"{states} have no probability with config.rollout.stochasticity=0, which draws nothing"
+        )
+    if section.kind == "ratio" and config.replay.states != "transitions":
+        raise UsageError(f"{objective_kind} needs config.replay.states=transitions, not {states}")
+    if section.kind == "nft" and config.replay.states != "ends":
+        raise UsageError(f"{objective_kind} needs config.replay.states=ends, not {states}")
+    if kind.peers and not source.followed:
+        raise UsageError(f"{objective_kind} needs config.replay.states=branch, not {states}")
+    if kind.peers and section.anchors > config.rollout.branches:
+        raise UsageError(
+            f"config.objective.anchors={section.anchors} is more than config.rollout.branches="
+            f"{config.rollout.branches}"
+        )
+    if kind.peers and section.tau_unit == "running_std":
+        raise UsageError(
+            f"{objective_kind} has a tau for every state: config.objective.tau_unit is group_std or"
+            " absolute, not running_std"
+        )
+    if context == "self_rolled" and (kind.of_state or not source.followed):
+        raise UsageError(
+            f"config.replay.context='self_rolled' is for config.objective.kind=gibbs and"
+            f" config.replay.states=branch, not for {objective_kind} and {states}; own is another"
+            " context of each branch"
+        )
+    if context == "own" and source.of_anchor:
+        raise UsageError(f"{states} are read under config.replay.context=anchor, not {context}")
+    if not (times := config.replay.times) or all(0 < t <= 1 for t in times):
+        pass
+    else:
+        raise UsageError(f"config.replay.times={times}: expected levels above 0, up to 1")
+    if kind.of_state is None and source.followed:
+        _check_energies(config, explored.routes)
+
+
+def _check_energies(config: ConfigDict, routes: bool) -> None:
+    """That followed states have an energy: something in the replay is not what the branch read."""
+    context = config.replay.context
+    if context == "own":
+        raise UsageError(
+            "config.replay.context='own' is what the branches read: every state that they followed"
+            " has an energy of 0, and nothing is learned"
+        )
+    if not routes and (context == "self_rolled" or recorded_blocks(config) == 1):
+        raise UsageError(
+            f"config.rollout.explore={config.rollout.explore!r} leaves the history of the pivot as"
+            " it is, so that its states have an energy of 0, as have all under"
+            " config.replay.context=self_rolled: nothing is learned. Replay more blocks"
+            " (config.replay.blocks), or use config.replay.states=ends or anchor"
+        )
 
 
 def another_run(saved: ConfigDict, given: ConfigDict) -> list[str]:

@@ -135,8 +135,10 @@ def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any
         "energy": as_lists(replayed.energies),
         "energy_old": as_lists(group.energies_old),
         "energy_reference": as_lists(group.energies_ref),
-        "probability": as_lists(replayed.probability),
-        "ratio": as_lists(replayed.ratio),
+        **{
+            name: [None] * len(group.sentences) if x is None else as_lists(x)
+            for name, x in (("probability", replayed.probability), ("ratio", replayed.ratio))
+        },
         "gate_open": as_lists(judged.gate_open),
         "weight": as_lists(replayed.weight),
     }

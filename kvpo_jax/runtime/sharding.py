@@ -44,17 +44,24 @@ def cache_spec(cache: KVCache, frame: Spec) -> KVCache:
     return jax.tree.map(lambda _: kv, cache).replace(frame=frame)
 
 
-def replay_spec(history: KVCache) -> ReplayTuples:
-    """Specs of ReplayTuples, from those of a history, with or without a memory bank."""
+def replay_spec(history: KVCache, own: bool = False) -> ReplayTuples:
+    """Specs of ReplayTuples, from those of a history, with or without a memory bank.
+
+    `own`: the page is that of each branch.
+    """
+    page = cache_spec(history.replace(bank=None), TRAJECTORIES).replace(bank=history.bank)
     return ReplayTuples(
         z=TRAJECTORIES,
         u=TRAJECTORIES,
         history=history.replace(bank=None),
-        page=history,
+        page=page if own else history,
         frames=REPLICATED,
         start_frame=REPLICATED,
         segment=REPLICATED,
         noise=PROMPTS,
+        anchor=PROMPTS,
+        fresh=PROMPTS,
+        peers=PROMPTS,
     )
 
 
