@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax.algorithm import keys, routing
+from kvpo_jax.algorithm import explore, keys, routing
 from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.rewards import scorers
 from kvpo_jax.rollout import rollout
@@ -48,11 +48,26 @@ class Sampled(NamedTuple):
 # ---------------------------------------------------------------- what is asked for
 
 
+# What --explore says -> the fields of config.rollout. Branches with noise share none of it.
+EXPLORE: Mapping[str, Mapping[str, Any]] = {
+    "routing": {"explore": "routing"},
+    "noise": {"explore": "init_noise", "noise_mix": "preserving", "noise_scale": 1.0},
+}
+
+
 def config_of(
-    config: ml_collections.ConfigDict, branches: int, frames: int
+    config: ml_collections.ConfigDict, branches: int, frames: int, explored: str | None = None
 ) -> ml_collections.ConfigDict:
-    """The configuration of a rollout of so many branches and latent frames."""
+    """The configuration of a rollout of so many branches and latent frames.
+
+    Args:
+      config: of the run.
+      branches: K.
+      frames: of the video.
+      explored: a key of EXPLORE; None is what the run explores.
+    """
     out = config.copy_and_resolve_references().unlock()
+    out.rollout.update({} if explored is None else EXPLORE[explored])
     out.video.blocks = frames // config.video.block_frames
     out.rollout.branches = branches
     out.rollout.branch_chunk = math.gcd(branches, config.rollout.branch_chunk)
@@ -81,9 +96,11 @@ def check_pivot(config: ml_collections.ConfigDict, pivot: int | None) -> int:
     """
     window, video = routing.window(config.window), config.video
     branches, length = config.rollout.branches, config.rollout.window_blocks
-    possible = routing.eligible_pivots(
-        window, video.blocks, video.block_frames, video.switch_frames, branches, length, length
-    )
+    possible = list(range(video.blocks - length + 1))
+    if explore.EXPLORES[config.rollout.explore].routes:
+        possible = routing.eligible_pivots(
+            window, video.blocks, video.block_frames, video.switch_frames, branches, length, length
+        )
     if pivot is None and possible:
         return possible[0]
     if pivot in possible:
@@ -219,6 +236,7 @@ def record(
     return {
         "prompt": list(sampled.sentences),
         **metrics.place_of(config, pivot),
+        "explore": config.rollout.explore,
         "routed": np.asarray(sampled.rolled.routed_frames[0]).tolist(),
         **({} if sampled.scores is None else metrics.score_records(sampled.scores)[0]),
         "seed": seed,
@@ -238,9 +256,8 @@ def print_tables(row: Mapping[str, Any]) -> None:
             [name, *(f"{x:.4f}" for x in line)]
             for name, line in zip(names, found["matrix"], strict=True)
         ]
-        progress.table(
-            f"RMS difference in {what}, from frame {row['fork_frame']} on", columns, rows
-        )
+        where = f"{what} from latent frame {row['fork_frame']} on"
+        progress.table(f"RMS difference in {where} ({row['explore']})", columns, rows)
         mean = "" if found["mean"] is None else f"mean of the pairs {found['mean']:.4f}, "
         progress.say(f"{mean}to the anchor {found['to_anchor']:.4f}\n")
     if rewards:

@@ -15,8 +15,9 @@ With --interactive every line that is typed, or comes from a pipe, is a prompt. 
 the next block, one per block in their order, and the last one stays. The video is made no faster
 than it plays, so that there is time to type.
 
-With --branches=K the video is an anchor, from which K branches part at block --pivot as in training
-(Causal History Routing). branches.jsonl beside the videos says how far apart they are.
+With --branches=K the video is an anchor, from which K branches part at block --pivot as in
+training: by --explore=routing (Causal History Routing), or by --explore=noise of their own.
+branches.jsonl beside the videos says how far apart they are.
 """
 
 from __future__ import annotations
@@ -379,8 +380,9 @@ def find_pivots(
 ) -> list[int]:
     """The pivot of each video; empty unless there are --branches."""
     if given.branches is None:
-        if given.pivot is not None:
-            raise UsageError("--pivot is where --branches part; give their number")
+        for name in ("pivot", "explore"):
+            if given[name].value is not None:
+                raise UsageError(f"--{name} is of --branches; give their number")
         return []
     if given.interactive:
         raise UsageError("--branches: they share their prompts, so --interactive has no use")
@@ -394,7 +396,9 @@ def main(arguments: list[str]) -> None:
     config = find_config(given, arguments[1:])
     videos = find_videos(given, config)
     if given.branches is not None:
-        config = diversity.config_of(config, given.branches, frames_of(given, config))
+        config = diversity.config_of(
+            config, given.branches, frames_of(given, config), given.explore
+        )
     pivots = find_pivots(given, config, videos)
     video.ffmpeg()  # without it nothing can be written
     blocks = frames_of(given, config) // config.video.block_frames
@@ -455,6 +459,12 @@ def define_flags() -> None:
         "branches", None, "also so many branches that part from the video at a block", lower_bound=1
     )
     flags.DEFINE_integer("pivot", None, "that block; default: the first that can be it")
+    flags.DEFINE_enum(
+        "explore",
+        None,
+        list(diversity.EXPLORE),
+        "what makes them differ: routed history, or noise of their own; default: what the run has",
+    )
     command.define_path("output", "videos", "folder for the mp4 files")
 
 

@@ -199,9 +199,10 @@ def test_a_video_that_cannot_be_written_whole_is_an_error_and_does_not_take_its_
 # ---------------------------------------------------------------- branches
 
 
-def branched(branches: int) -> tuple[Run, PyTree]:
+def branched(branches: int, explored: str | None = None) -> tuple[Run, PyTree]:
     """A run of `BLOCKS + 1` blocks that switches prompts in the middle of them."""
-    config = diversity.config_of(config_lib.load("configs/tiny.py"), branches, 3 * (BLOCKS + 1))
+    frames = 3 * (BLOCKS + 1)
+    config = diversity.config_of(config_lib.load("configs/tiny.py"), branches, frames, explored)
     run = run_lib.load(diversity.switching(config, (12,)), sharding.make_mesh(1, 1, 1, 1))
     return run, run.variables(init_variables(wan_config(config), jax.random.key(0))["lora"])
 
@@ -242,6 +243,30 @@ def test_every_branch_remembers_other_frames_and_a_seed_says_which(fork):
         assert not np.array_equal(other.anchor, rolled.anchor)
 
 
+def test_branches_with_noise_of_their_own_part_from_the_same_anchor(fork):
+    run, variables = branched(3, "noise")
+    rolled = diversity.sample(run, variables, SENTENCES, 5, 0, PIVOT)
+    frame, anchor = 3 * PIVOT, fork[2].anchor
+    np.testing.assert_array_equal(rolled.anchor[:, :frame], anchor[:, :frame])
+    np.testing.assert_allclose(rolled.anchor, anchor, atol=1e-4)
+    # Where the solver begins: independent of one another and of the anchor, of variance 1.
+    begun = np.asarray(rolled.replay.z[0, :, :, 0]).reshape(3, -1)
+    shared = np.asarray(fork[2].replay.z[0, :1, :, 0]).reshape(1, -1)
+    correlation = np.corrcoef(np.concatenate([shared, begun]))
+    assert np.abs(correlation - np.eye(4)).max() < 0.1
+    np.testing.assert_allclose(begun.std(axis=1), 1, atol=0.05)
+    for branch in rolled.branches[0]:
+        np.testing.assert_array_equal(branch[:frame], anchor[0, :frame])
+        assert np.abs(branch - anchor[0]).max() > 0.01
+    # No past is needed, and a prompt may switch where they differ.
+    config = diversity.switching(run.config, (6,))
+    assert [diversity.check_pivot(config, pivot) for pivot in (None, 0, 1, 5)] == [0, 0, 1, 5]
+    with pytest.raises(UsageError, match="--pivot=6: the 3 perturbed blocks must lie in blocks 0"):
+        diversity.check_pivot(config, 6)
+    rolled = diversity.sample(run, variables, SENTENCES, 5, 0, 0)
+    assert np.isfinite(rolled.branches).all()
+
+
 def test_command_writes_branches_and_how_far_apart_they_are(tmp_path, fork):
     _, _, rolled = fork
     arguments = [f"--prompt={sentence}" for sentence in SENTENCES]
@@ -251,7 +276,7 @@ def test_command_writes_branches_and_how_far_apart_they_are(tmp_path, fork):
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "branches.jsonl").read_text().splitlines())
     assert (row["prompt"], row["pivot"]) == (list(SENTENCES), PIVOT)  # the first that can be it
-    assert (row["fork_frame"], row["window"]) == (15, [5, 7])
+    assert (row["fork_frame"], row["window"], row["explore"]) == (15, [5, 7], "routing")
     assert row["routed"] == rolled.routed_frames[0].tolist()
     assert len(row["reward"]) == 3 and row["components"]["MQ"].keys() == {"branches", "anchor"}
     for name in ("anchor", "branch_0", "branch_1", "branch_2"):
@@ -326,7 +351,12 @@ def test_blocks_that_cannot_be_the_pivot_are_told_why(arguments, message):
     "arguments, message",
     [
         (["--prompt=a red disk moves left", "--branches=0"], "flag --branches=0: "),
-        (["--prompt=a red disk moves left", "--pivot=5"], "--pivot is where --branches part"),
+        (["--prompt=a red disk moves left", "--pivot=5"], "--pivot is of --branches; give"),
+        (["--prompt=a red disk moves left", "--explore=noise"], "--explore is of --branches; give"),
+        (
+            ["--prompt=a red disk moves left", "--branches=2", "--explore=chance"],
+            "flag --explore=chance: value should be one of <routing|noise>",
+        ),
         (["--interactive", "--branches=2"], "--branches: they share their prompts, so --interac"),
         (["--prompt=a red disk moves left", "--branches=2", "--pivot=99"], "--pivot=99: the 3 "),
         (
