@@ -21,11 +21,13 @@ from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.rewards import scorers
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import metrics, progress, statistics
+from kvpo_jax.runtime import media, metrics, page, progress, statistics
 from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.types import Array, PyTree, Rollout, Scores
 
-RECORDS = "branches.jsonl"  # beside the videos: a JSON object per prompt sequence
+# Beside the videos:
+RECORDS = "branches.jsonl"  # a JSON object per prompt sequence
+PAGE = "branches.html"
 
 
 class Sampled(NamedTuple):
@@ -268,3 +270,37 @@ def write_records(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Writes RECORDS, whole or not at all."""
     with replacing(output / RECORDS) as temporary:
         temporary.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
+
+
+def write_page(
+    rows: Sequence[Mapping[str, Any]], configs: Sequence[ml_collections.ConfigDict], output: Path
+) -> None:
+    """Writes PAGE: the gallery of each record, as a run's report has it.
+
+    Args:
+      rows: the records.
+      configs: of their rollouts.
+      output: the folder of the videos.
+    """
+    paths = [{name: output / file for name, file in row["videos"].items()} for row in rows]
+    files = {i: list(of_row.values()) for i, of_row in enumerate(paths)}
+    contents = media.fitting(files, page.ROOM)
+    groups = [
+        page.gallery(
+            _mapped(config),
+            row,
+            paths[i],
+            dict(zip(paths[i], contents[i], strict=True)) if i in contents else {},
+        )
+        for i, (row, config) in enumerate(zip(rows, configs, strict=True))
+    ]
+    page.write_branches(f"Branches of a fork: {rows[0]['explore']}", groups, output / PAGE)
+
+
+def _mapped(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """What a gallery reads; without the window it draws no map of routed frames."""
+    if explore.EXPLORES[config.rollout.explore].routes:
+        return config
+    out = config.copy_and_resolve_references().unlock()
+    del out.window
+    return out

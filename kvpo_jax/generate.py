@@ -17,7 +17,7 @@ than it plays, so that there is time to type.
 
 With --branches=K the video is an anchor, from which K branches part at block --pivot as in
 training: by --explore=routing (Causal History Routing), or by --explore=noise of their own.
-branches.jsonl beside the videos says how far apart they are.
+branches.jsonl beside the videos says how far apart they are, and branches.html shows them.
 """
 
 from __future__ import annotations
@@ -236,9 +236,10 @@ def write_branches(
       output: the folder.
     """
     rows = []
-    for index, (sentences, switch_frames) in enumerate(videos):
+    configs = [diversity.switching(run.config, v.switch_frames) for v in videos]
+    for index, (sentences, _) in enumerate(videos):
         pivot, files = pivots[index], names[index]
-        one = replace(run, config=diversity.switching(run.config, switch_frames))
+        one = replace(run, config=configs[index])
         rolled = diversity.sample(one, variables, sentences, seed, index, pivot)
         fork = run.backbone.to_pixel(pivot * run.config.video.block_frames)
         kept = []
@@ -257,6 +258,8 @@ def write_branches(
         rows.append(diversity.record(run.config, sampled, pivot, files, seed))
         diversity.write_records(rows, output)
         diversity.print_tables(rows[-1])
+    diversity.write_page(rows, configs, output)
+    progress.say(f"{output / diversity.PAGE} shows them")
 
 
 def keeping(items: Iterable[np.ndarray], kept: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -406,8 +409,11 @@ def main(arguments: list[str]) -> None:
     names = [name_of(index, len(videos), first) for index, first in enumerate(firsts)]
     of_branches = [diversity.file_names(name, given.branches) for name in names if pivots]
     output = Path(given.output)
-    files = [diversity.RECORDS, *itertools.chain(*(x.values() for x in of_branches))]
-    if replaced := [name for name in (files if pivots else names) if (output / name).exists()]:
+    files = names
+    if pivots:
+        beside, of_each = (diversity.RECORDS, diversity.PAGE), (x.values() for x in of_branches)
+        files = [*beside, *itertools.chain(*of_each)]
+    if replaced := [name for name in files if (output / name).exists()]:
         print(f"to be replaced in {output}: {listed(replaced)}", flush=True)
     command.use_compilation_cache()
     checkpoint = Path(given.checkpoint) if given.checkpoint else None

@@ -291,6 +291,9 @@ def test_command_writes_branches_and_how_far_apart_they_are(tmp_path, fork):
     np.testing.assert_allclose(found["latents"]["mean"], np.mean(pairs), atol=1e-5)
     assert f"{found['pixels']['matrix'][0][1]:.4f}" in done.stdout
     assert 0 < found["pixels"]["mean"] < 0.1
+    page = (tmp_path / "branches.html").read_text()
+    assert page.count("data:video/mp4") == 4 and SENTENCES[1] in page
+    assert page.count('<rect class="routed"') == 18  # frames of the map, six a branch
 
 
 def test_one_branch_has_no_pairs(capsys):

@@ -18,7 +18,7 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import evaluate
 from kvpo_jax import run as run_lib
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import command, pictures
+from kvpo_jax.runtime import command, pictures, progress
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.state import policy_of, saved_state
@@ -37,13 +37,15 @@ def main(arguments: list[str]) -> None:
     config_lib.check(config)
     backbone_lib.check_files(config)
     command.use_compilation_cache()
-    run = run_lib.load(config)
-    state = saved_state(workdir, config, run.mesh, given.iteration)
+    with progress.bar("preparing"):
+        run = run_lib.load(config)
+        state = saved_state(workdir, config, run.mesh, given.iteration)
     results: dict[str, evaluate.Heldout] = {}
     videos: dict[str, dict[int, np.ndarray]] = {"before": {}, "after": {}}
     for name, policy in (("before", "reference"), ("after", "online")):
         film = videos[name].__setitem__
-        results[name] = evaluate.evaluate(run, policy_of(state, policy), film)
+        with progress.bar(name):
+            results[name] = evaluate.evaluate(run, policy_of(state, policy), film)
     pictures.moving(
         [run.backbone.prompts("heldout", i) for i in range(given.prompts)],
         backbone_lib.switch_pixels(config, run.backbone),
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> None:
         run.backbone.fps,
         output,
     )
-    print(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB", flush=True)
+    progress.say(f"wrote {output}, {output.stat().st_size / 1e6:.2f} MB")
 
 
 def define_flags() -> None:
