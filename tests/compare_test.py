@@ -22,7 +22,7 @@ from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import checkpoint, workdir
 from kvpo_jax.runtime.config import wan_config
-from kvpo_jax.runtime.statistics import mean_interval
+from kvpo_jax.runtime.statistics import heldout_summary, mean_interval
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare.py"
 BUDGET = 1000
@@ -50,10 +50,11 @@ def finish(folder: Path, method: str, seed: int, gains: list[float]) -> Path:
     (run / "checkpoints" / "2").mkdir(parents=True)
     gain, reference = float(np.mean(gains)), [0.4] * len(gains)
     online = [0.4 + x for x in gains]
+    heldout = heldout_summary(*map(np.asarray, (reference, online, online)))
     spent = {"passes_forward": 500 + seed, "passes_backward": 400, "videos_scored": 18}
-    heldout = {"reference": 0.4, "online": 0.4 + gain, "gain": gain}
     summary = {"iterations": 2, "eval": config.eval.to_dict(), "heldout": heldout, **spent}
-    summary["components"] = {"reference": {"VQ": 0.3}, "online": {"VQ": 0.3 + gain}}
+    after = {"VQ": 0.3 + gain}
+    summary["components"] = {"reference": {"VQ": 0.3}, "online": after, "ema": after}
     summary["passes_with_another_iteration"] = BUDGET + 1
     write(run / "summary.json", summary)
     policies = {"reference": reference, "online": online, "ema": online}
@@ -119,6 +120,8 @@ def test_the_table_of_finished_runs_by_hand(runs):
     assert kept["methods"][1]["over_first"] == pytest.approx(-2 / 15)
     with Image.open(runs / "comparison.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    page = (runs / "report.html").read_text()
+    assert all(name in page for name in ("paper-0", "paper-1", "release-0", "release-1"))
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last one has a path
 
 

@@ -8,11 +8,11 @@ method whose iterations cost less makes more of them (README, "Equal compute"). 
 every run makes train.iterations. The same command continues a comparison: finished runs are not
 made again, an interrupted one goes on, a failed one is tried again; with a larger budget all go on.
 
-DIR has the runs, comparison.md, comparison.json and comparison.png. All policies are judged on the
-same held-out prompts, from the same noise. The gain of a method on a prompt is the mean over its
-seeds, which count as repetitions; its interval is over the prompts, and so is that of the
-difference to the first method. The interval over seeds is of the gains of whole runs, and says
-whether another seed would do as well.
+DIR has the runs, comparison.md, comparison.json, comparison.png and report.html, the page of all
+runs (`python -m kvpo_jax.report`). All policies are judged on the same held-out prompts, from the
+same noise. The gain of a method on a prompt is the mean over its seeds, which count as repetitions;
+its interval is over the prompts, and so is that of the difference to the first method. The interval
+over seeds is of the gains of whole runs, and says whether another seed would do as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import study
 from absl import flags
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import command, records
+from kvpo_jax.runtime import command, page, records
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.progress import table
@@ -277,10 +277,14 @@ def main(arguments: list[str]) -> None:
     with replacing(output / "comparison.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     picture(found, methods, output / "comparison.png")
+    finished = [r.trial.workdir for name in names for r in found[name] if not r.fault]
+    if finished:
+        page.write(finished, output / "report.html")
     print()
     table("", list(compared[0]), [list(row.values()) for row in compared])
     print("".join(f"\n{row['method']} {row['seeds']}" for row in failed))
-    print(f"wrote {output}/comparison.md, .json and .png", flush=True)
+    pages = " and report.html" if finished else ""
+    print(f"wrote {output}/comparison.md, .json, .png{pages}", flush=True)
     if failed:
         raise UsageError(f"{len(failed)} of {len(trials)} runs failed; the table says why")
 
