@@ -181,3 +181,29 @@ def test_a_budget_that_allows_no_iteration_is_an_error_that_says_what_one_takes(
     run = memory.trace_iteration(config, jax.devices()[:1]).run
     with pytest.raises(UsageError, match=r"budget_passes=99: the first iteration takes \d{4}"):
         budget.limited(run)
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [
+        # G 8, W 5, S 4: states times 4, and what other policies add to each.
+        ("kvpo", (5 + 8 * 5 * 3 - 8 * 2) * 4 + 8 * 2),  # first steps shared, 2 of the pivot settled
+        ("chr_l2", 5 * 4 * 4),
+        (
+            "ar_copo",
+            4 * 4 * (4 + 1),
+        ),  # 4 anchors, one block; the second update reads the old policy
+        ("neighbor_grpo", 4 * 5 * 4 * 4),
+        ("flow_grpo", 8 * 5 * 3 * (4 + 1)),
+        ("dance_grpo", 8 * 5 * 3 * 4),
+        ("nft", 8 * 5 * 4 * 6),
+        ("astrolabe", 8 * 5 * 4 * 6),
+        ("rwr", 8 * 5 * 4 * 4),
+        ("awm", 8 * 5 * 4 * 4),
+    ],
+)
+def test_what_the_update_of_a_method_takes(method, passes):
+    config = config_lib.load(f"configs/longlive.py:{method}").copy_and_resolve_references()
+    with config.unlocked():
+        config.replay.grad_steps = 4
+    assert budget.of_replay(config, wanted=True).passes == passes

@@ -58,7 +58,7 @@ def test_overrides_of_every_type():
         ("--config.model.rank=3", "no field config.model.rank; did you mean 'lora.rank'?"),
         (
             "--config.objective=3",
-            "config.objective is a section; its fields are objective.advantage,",
+            "config.objective is a section; its fields are objective.adaptive,",
         ),
         ("--config.train.iterations=2.5", "config.train.iterations=2.5: expected int, as in "),
         ("--config.objective.tau=high", "config.objective.tau=high: expected float, as in "),
@@ -93,7 +93,7 @@ def test_a_wrong_override_is_named(argument, message):
     [
         (
             "--config.objective.gate=zer",
-            "config.objective.gate='zer' is not one of zero, mechanism_1, mechanism_2; di",
+            "config.objective.gate='zer' is not one of zero, none, mechanism_1, mechanism_2; di",
         ),
         ("--config.objective.tau=nan", "config.objective.tau=nan is not finite"),
         (

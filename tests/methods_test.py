@@ -17,7 +17,7 @@ from kvpo_jax.runtime.process import Clock
 FILES = ("configs/tiny.py", "configs/longlive.py", "configs/memflow.py")
 # A training of the shipped generator that takes seconds once it is compiled.
 FIELDS = {
-    "video.blocks": 7,
+    "video.blocks": 8,
     "video.switch_frames": (12,),
     "rollout.branches": 4,
     "rollout.window_blocks": 2,
@@ -126,7 +126,7 @@ def test_every_method_trains_and_resumes_bit_for_bit(method, tmp_path):
     """
     config = make_config(method)
     run = run_lib.load(config)
-    clock, state = Clock(None), state_lib.init_state(config, run.mesh, run.initial_lora())
+    clock, state = Clock(), state_lib.init_state(config, run.mesh, run.initial_lora())
     first, metrics, groups = train.improve(run, state, 0, clock)
     if config.train.epochs == 1:
         assert metrics["ratio_deviation"] == 0
@@ -164,7 +164,7 @@ def test_a_mesh_changes_nothing(method):
         config = make_config(method, **fields)
         run = run_lib.load(config)
         state = state_lib.init_state(config, run.mesh, run.initial_lora())
-        state, metrics, groups = train.improve(run, state, 0, Clock(None))
+        state, metrics, groups = train.improve(run, state, 0, Clock())
         return metrics, sharding.whole(groups[0].judged.scores.branches)
 
     one, rewards = improved()
@@ -195,6 +195,6 @@ def test_a_method_from_outside_the_package(monkeypatch):
     config = make_config("rvm")
     run = run_lib.load(config)
     state = state_lib.init_state(config, run.mesh, run.initial_lora())
-    _, metrics, groups = train.improve(run, state, 0, Clock(None))
+    _, metrics, groups = train.improve(run, state, 0, Clock())
     assert metrics["update_norm"] > 0 and (2 * 4 * 2,) in seen
     assert groups[0].replayed.energies.shape == (2, 4) and groups[0].replayed.ratio is None
