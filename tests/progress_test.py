@@ -217,6 +217,24 @@ def test_nothing_is_announced_when_nothing_is_under_way():
     assert stages.announcement() is None  # it has just begun
 
 
+@pytest.mark.parametrize(
+    ("width", "told"),
+    [
+        (80, "planning, shared blocks 0/5, compiling shared_block, 0:09"),
+        (57, "planning, shared blocks 0/5, compiling shared_block, 0:09"),
+        (56, "planning, compiling shared_block, 0:09"),
+        (10, "planning, compiling shared_block, 0:09"),
+    ],
+)
+def test_an_announcement_leaves_out_what_is_between(width, told):
+    stages = progress.Stages(clock := Time())
+    stages.enter("planning")
+    stages.enter("shared blocks", 5)
+    stages.enter("compiling shared_block")
+    clock.now += 9.0
+    assert stages.announcement(width) == told
+
+
 BAR = """
 import time
 with progress.bar('encoding the ' + 20 * 'long ' + 'list', 40) as advance:

@@ -198,8 +198,11 @@ class Stages:
         """Notes that the user has been told something."""
         self._heard = self._clock()
 
-    def announcement(self) -> str | None:
-        """The line that a pipe gets now; None if it has not been silent for long enough."""
+    def announcement(self, width: int = 80) -> str | None:
+        """The line that a pipe gets now; None if it has not been silent for long enough.
+
+        Stages in the middle are left out where it would be wider than `width`.
+        """
         stages, now = [*self._stages], self._clock()
         known = tuple(stage.name for stage in stages)
         young = now - self._begin < YOUNG or known not in self._announced
@@ -207,8 +210,9 @@ class Stages:
             return None
         self._heard = now
         self._announced.add(known)
-        texts = [stage.text() for stage in stages]
-        return ", ".join([*texts, duration(now - stages[0].moved)])
+        seconds = duration(now - stages[0].moved)
+        texts = _outer_and_inner([stage.text() for stage in stages], width - len(seconds) - 2)
+        return ", ".join([*texts, seconds])
 
     def bar(self, out: Console) -> Table:
         """The line at the bottom of a terminal: what is done, a bar, and a time.
@@ -243,12 +247,17 @@ class Stages:
                 )
             )
             room -= width + 1
-        texts = [_encodable(stage.text(), out) for stage in stages]
-        while len(texts) > 2 and cell_len(", ".join(texts)) > room:
-            del texts[1]
+        texts = _outer_and_inner([_encodable(stage.text(), out) for stage in stages], room)
         text = set_cell_size(", ".join(texts), max(room, 0))
         line.add_row(Text(text, no_wrap=True), *cells, Text(seconds, no_wrap=True))
         return line
+
+
+def _outer_and_inner(texts: list[str], room: int) -> list[str]:
+    """The texts of stages, outermost first, without as many in the middle as have no room."""
+    while len(texts) > 2 and cell_len(", ".join(texts)) > room:
+        texts = [texts[0], *texts[2:]]
+    return texts
 
 
 STAGES = Stages()  # of this process
@@ -340,7 +349,7 @@ def _told(out: Console) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(TICK):
-            if (text := STAGES.announcement()) is not None:
+            if (text := STAGES.announcement(out.width)) is not None:
                 with suppress(OSError):  # what cannot be written, the command itself meets too
                     out.print(_encodable(text, out), soft_wrap=True)
 
