@@ -435,8 +435,13 @@ def anchor_energies(
     total = jnp.zeros((p, g), tuples.z.dtype)
     for which, of in ((steps.shared, (lora, frozen)), (steps.shared_plain, constant)):
         if which.any():
-            chosen = flat[:, :, np.flatnonzero(which)]
-            total += shared_energies(policy, options, *of, context, chosen)
+            # A slice of the steps of every block, which XLA reads in place of a gathered copy.
+            own = which.reshape(w, n)
+            of_blocks, of_steps = np.flatnonzero(own.any(axis=1)), np.flatnonzero(own.any(axis=0))
+            chosen = states[:, :, of_blocks[0] :, of_steps[0] : of_steps[-1] + 1]
+            total += shared_energies(
+                policy, options, *of, context, chunked.fold(chosen, 4, p, g, -1)
+            )
     if steps.learned.any():
         total += energies_of(steps.learned, lora, frozen, wanted)
     if steps.plain.any():
