@@ -137,6 +137,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.reward.scorer = "toy"
     # Whether the scorers' weights stay on the devices; if not, they are loaded whenever one scores.
     c.reward.resident = True
+    c.reward.segments = ()  # prompt segments that are scored, numbered from 0; empty = all
     c.reward.clip_frames = 0  # pixel frames scored per prompt segment, centred; 0 = all of them
     c.reward.clip_spacing = 160  # a longer segment has a clip for every so many frames; 0 = one
     c.reward.min_behind = 0.25  # share of the scored frames that lies behind a block that forks

@@ -122,6 +122,29 @@ class Context(struct.PyTreeNode):
         return jnp.stack([self.layer(i)[1] for i in range(self.stores[0].k.shape[0])])
 
 
+class Peers(struct.PyTreeNode):
+    """A context of other rows of the same batch: the frames of a whole video are one pass.
+
+    Each layer attends to the keys and values that it has just made for those rows, and their
+    gradient flows. Pretraining knows every block beforehand and reads its past so; see
+    tools/pretrain_toy.py.
+
+    Attributes:
+      frame: int32[batch, A], each entry as row * F + frame of that row; -1 is empty and masked.
+    """
+
+    frame: Array
+
+    def gather(self, x: Array) -> Array:
+        """Entries float[batch, A, N, H, D] of what the rows made, float[batch, F, N, H, D]."""
+        return x.reshape(-1, *x.shape[2:])[jnp.maximum(self.frame, 0)]
+
+    def valid_first(self) -> Peers:
+        """The same entries, the empty ones last."""
+        order = jnp.argsort(self.frame < 0, axis=1, stable=True)
+        return Peers(jnp.take_along_axis(self.frame, order, axis=1))
+
+
 def _flat(x: Array) -> Array:
     """Keys [L, ..., slots, N, H, D] with the trajectories flattened, [L, R, slots, N, H, D]."""
     return x.reshape(x.shape[0], -1, *x.shape[-4:])

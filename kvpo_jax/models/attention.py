@@ -1,10 +1,10 @@
 """Eq. 4: softmax attention over a block and its past.
 
-The past carries no gradient and is never concatenated to the block: two products of logits share
-one softmax. Logits exist for a few (batch row, head) pairs at a time. The backward pass computes
-them again from the queries, the keys and the log-sum-exp of each query (FlashAttention, arXiv
-2205.14135, with one head as its smallest tile). On NVIDIA GPUs cuDNN does all of this, on one array
-of keys.
+The past is never concatenated to the block: two products of logits share one softmax. It carries
+no gradient, except where pretraining asks for one. Logits exist for a few (batch row, head) pairs
+at a time. The backward pass computes them again from the queries, the keys and the log-sum-exp of
+each query (FlashAttention, arXiv 2205.14135, with one head as its smallest tile). On NVIDIA GPUs
+cuDNN does all of this, on one array of keys.
 """
 
 from __future__ import annotations
@@ -44,19 +44,27 @@ class Keys(NamedTuple):
 
 
 def attention(
-    q: Array, block: Keys, past: Keys | None = None, implementation: str = "auto"
+    q: Array,
+    block: Keys,
+    past: Keys | None = None,
+    implementation: str = "auto",
+    *,
+    past_gradient: bool = False,
 ) -> Array:
     """Eq. 4: softmax(Q [K_sink; K_local; K_block]^T / sqrt(d)) [V_sink; V_local; V_block].
 
     `past` holds the sink and the local slots, `block` the block itself. Their order does not matter
-    to a softmax. Gradients flow to `q` and to the keys and values of `block`.
+    to a softmax. Gradients flow to `q` and to the keys and values of `block`, and with
+    `past_gradient` to those of `past`.
 
     Args:
       q: float[batch, T, H, D].
-      block: keys with a gradient; every batch row must attend to at least one of them.
-      past: any number of keys without a gradient; None is the same as no keys.
+      block: keys with a gradient; every batch row must attend to at least one of them or of `past`.
+      past: any number of keys; None is the same as no keys.
       implementation: a name in IMPLEMENTATIONS. cuDNN takes half precision without masks only; what
         it does not take goes through tiles.
+      past_gradient: whether the past carries a gradient too. Then all logits exist at once, which
+        suits small models only.
 
     Returns:
       float[batch, T, H, D].
@@ -64,9 +72,11 @@ def attention(
     batch, _, heads, head_dim = q.shape
     parts: tuple[Keys, ...] = (block,)
     if past is not None and past.k.shape[1]:
-        parts = (block, _without_gradient(past))
+        parts = (block, past if past_gradient else _without_gradient(past))
     for part in parts:
         chex.assert_shape([part.k, part.v], (batch, part.k.shape[1], heads, head_dim))
+    if past_gradient:
+        return _at_once(q, parts)
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     masked = block.length is not None or any(part.mask is not None for part in parts)
     fused = IMPLEMENTATIONS[implementation]()
@@ -88,7 +98,10 @@ def _softmax(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, Array]:
       float[R, T, D], and the log-sum-exp of each query's logits, float32[R, T, 1].
     """
     logits = [_logits(q, part) for part in parts]
-    top = jnp.stack([x.max(axis=-1, keepdims=True) for x in logits]).max(axis=0)
+    # The result does not depend on it, so that it needs no gradient.
+    top = jax.lax.stop_gradient(
+        jnp.stack([x.max(axis=-1, keepdims=True) for x in logits]).max(axis=0)
+    )
     weights = [jnp.exp(x - top) for x in logits]
     total = _sum(w.sum(axis=-1, keepdims=True) for w in weights)
     out = _sum(
@@ -235,6 +248,20 @@ def _per_head(part: Keys, heads: int) -> Keys:
     return Keys(_heads_as_rows(part.k), _heads_as_rows(part.v), length, mask)
 
 
+def _rows_of(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, tuple[Keys, ...]]:
+    """Queries and keys of (batch row, head) pairs, as `_softmax` takes them."""
+    return _heads_as_rows(q), tuple(_per_head(part, q.shape[2]) for part in parts)
+
+
+def _heads_of(rows: Array, heads: int) -> Array:
+    return rearrange(rows, "(b h) t d -> b t h d", h=heads)
+
+
+def _at_once(q: Array, parts: tuple[Keys, ...]) -> Array:
+    """`_softmax` of everything, whose gradient JAX derives: it reaches every part."""
+    return _heads_of(_softmax(*_rows_of(q, parts))[0], q.shape[2])
+
+
 @jax.custom_vjp
 def _tiled(q: Array, parts: tuple[Keys, ...]) -> Array:
     """`_softmax` tile by tile. The first part has a gradient, the others have none."""
@@ -243,9 +270,8 @@ def _tiled(q: Array, parts: tuple[Keys, ...]) -> Array:
 
 def _tiled_forward(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, tuple]:
     heads, key_count = q.shape[2], sum(part.k.shape[1] for part in parts)
-    rows = (_heads_as_rows(q), tuple(_per_head(part, heads) for part in parts))
-    out, lse = _in_tiles(_softmax, key_count, rows)
-    out = rearrange(out, "(b h) t d -> b t h d", h=heads)
+    out, lse = _in_tiles(_softmax, key_count, _rows_of(q, parts))
+    out = _heads_of(out, heads)
     out, lse = (checkpoint_name(x, "attention") for x in (out, lse))
     return out, (q, parts, out, lse)
 
@@ -253,10 +279,9 @@ def _tiled_forward(q: Array, parts: tuple[Keys, ...]) -> tuple[Array, tuple]:
 def _tiled_backward(residuals: tuple, d_out: Array) -> tuple:
     q, parts, out, lse = residuals
     heads, key_count = q.shape[2], sum(part.k.shape[1] for part in parts)
-    keys = tuple(_per_head(part, heads) for part in parts)
-    rows = (_heads_as_rows(q), keys, _heads_as_rows(out), lse, _heads_as_rows(d_out))
+    rows = (*_rows_of(q, parts), _heads_as_rows(out), lse, _heads_as_rows(d_out))
     gradients = _in_tiles(_softmax_gradients, key_count, rows)
-    d_q, d_k, d_v = (rearrange(x, "(b h) t d -> b t h d", h=heads) for x in gradients)
+    d_q, d_k, d_v = (_heads_of(x, heads) for x in gradients)
     return d_q, (Keys(d_k, d_v), *[None] * (len(parts) - 1))
 
 

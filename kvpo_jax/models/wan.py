@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kvpo_jax.algorithm.kv_cache import Context, KVShape
+from kvpo_jax.algorithm.kv_cache import Context, KVShape, Peers
 from kvpo_jax.errors import Registry, UsageError
 from kvpo_jax.models import attention as attention_lib
 from kvpo_jax.models.attention import Keys, attention
@@ -140,7 +140,7 @@ class Block(nn.Module):
         text: TextKV,
         e0: Array,
         rope: tuple[Array, Array],
-        context: Context,
+        context: Context | Peers,
         own_mask: Array | None,
     ) -> tuple[Array, BlockKV]:
         """Layer `index` of the transformer.
@@ -175,8 +175,16 @@ class Block(nn.Module):
         k = RMSNorm(cfg.eps, name="self_norm_k")(_linear(cfg, cfg.dim, "self_k")(y))
         v = _split_heads(_linear(cfg, cfg.dim, "self_v")(y), cfg)
         q, k = (apply_rope(_split_heads(t, cfg), *rope) for t in (q, k))
-        past = self._past(q, context, index)
-        y = attention(q, Keys(k, v, mask=own_mask), past, cfg.attention)  # Eq. 4
+        k_frames, v_frames = (
+            einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v)
+        )
+        own, learns_past = Keys(k, v, mask=own_mask), isinstance(context, Peers)
+        if isinstance(context, Peers):
+            entries = context.gather(k_frames), context.gather(v_frames)
+        else:
+            entries = context.layer(index)
+        past = self._past(q, context, *entries)
+        y = attention(q, own, past, cfg.attention, past_gradient=learns_past)  # Eq. 4
         y = einops.rearrange(y, "b t h d -> b t (h d)")
         y = _linear(cfg, cfg.dim, "self_o")(y)
         x = (x + per_token(per_frame(wide(y)) * gate1)).astype(dtype)
@@ -194,14 +202,16 @@ class Block(nn.Module):
         y = _linear(cfg, cfg.dim, "ffn_2")(y)
         x = (x + per_token(per_frame(wide(y)) * gate2)).astype(dtype)
 
-        k, v = (einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v))
-        return x, BlockKV(k=k, v=v)
+        return x, BlockKV(k=k_frames, v=v_frames)
 
-    def _past(self, q: Array, context: Context, index: Array) -> Keys:
-        """Keys and values of one layer's context; empty entries and inactive ones are left out."""
-        k, v = (x.astype(q.dtype) for x in context.layer(index))
+    def _past(self, q: Array, context: Context | Peers, k: Array, v: Array) -> Keys:
+        """Keys and values of a context, float[batch, A, N, H, D] of one layer.
+
+        Empty entries and inactive ones are left out.
+        """
+        k, v = k.astype(q.dtype), v.astype(q.dtype)
         mask = None
-        if self.cfg.sparse_memory and context.far is not None:
+        if self.cfg.sparse_memory and isinstance(context, Context) and context.far is not None:
             mask = self._activated(q, k, context.far)
         return Keys(
             k=einops.rearrange(k, "b a n h d -> b (a n) h d"),
@@ -276,7 +286,7 @@ class Wan(nn.Module):
         x: Array,
         sigma: Array,
         text: TextKV,
-        context: Context,
+        context: Context | Peers,
         start_frame: Array,
         own_keys: Array | None = None,
     ) -> tuple[Array, BlockKV]:
@@ -288,8 +298,8 @@ class Wan(nn.Module):
           text: TextKV float[L, batch, K, H, D].
           context: the past of each batch row; A may be any number.
           start_frame: int32[batch], absolute index of the first frame.
-          own_keys: bool[F], which of the block's own frames are attended to (None: all). Used by
-            the recache at a prompt switch, whose oldest frames are queries only.
+          own_keys: bool[F] or bool[batch, F], which of the block's own frames are attended to; None
+            is all. Used by the recache at a prompt switch, whose oldest frames are queries only.
 
         Returns:
           velocity float32[batch, F, Y, X, C] (noise - clean, see flow.py), BlockKV.
@@ -301,14 +311,16 @@ class Wan(nn.Module):
         chex.assert_shape(x, (None, None, None, None, cfg.channels))
         chex.assert_shape(sigma, (batch,))
         chex.assert_shape(start_frame, (batch,))
-        for store in context.stores:
-            chex.assert_shape(
-                [store.k, store.v],
-                (cfg.num_layers, None, None, tokens, cfg.num_heads, cfg.head_dim),
-            )
-        chex.assert_shape([context.frame, *context.slot], (batch, context.frame.shape[1]))
-        chex.assert_shape(list(context.row), (batch,))
-        if cfg.sparse_memory and context.far is None:
+        chex.assert_shape(context.frame, (batch, None))
+        if isinstance(context, Context):
+            for store in context.stores:
+                chex.assert_shape(
+                    [store.k, store.v],
+                    (cfg.num_layers, None, None, tokens, cfg.num_heads, cfg.head_dim),
+                )
+            chex.assert_shape([context.frame, *context.slot], context.frame.shape)
+            chex.assert_shape(list(context.row), (batch,))
+        if cfg.sparse_memory and getattr(context, "far", None) is None:
             raise UsageError(
                 "model.sparse_memory needs a Context whose `far` marks the entries of the far past"
             )
@@ -328,9 +340,8 @@ class Wan(nn.Module):
 
         own_mask = None
         if own_keys is not None:
-            chex.assert_shape(own_keys, (frames,))
-            own_mask = jnp.repeat(own_keys, tokens)
-            own_mask = jnp.broadcast_to(own_mask, (batch, 1, frames * tokens))
+            own_keys = jnp.broadcast_to(own_keys, (batch, frames))
+            own_mask = jnp.repeat(own_keys, tokens, axis=1)[:, None]
         rope = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
         h, new_kv = self.blocks(
             h, jnp.arange(cfg.num_layers), text, e0, rope, context.valid_first(), own_mask

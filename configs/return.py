@@ -1,0 +1,42 @@
+"""KVPO in the world "return", where history decides what is seen: docs/worlds.md. On a CPU.
+
+    python -m kvpo_jax.main --config=configs/return.py          # the majority returns (exponent 6)
+    python -m kvpo_jax.main --config=configs/return.py:weak     # a weak vote (exponent 1.5)
+
+Expected outcome: see docs/worlds.md.
+
+Only what differs from configs/tiny.py stands here; every field is explained there.
+"""
+
+from ml_collections import ConfigDict
+
+from kvpo_jax.runtime.config import derive
+
+PRESETS = ("strong", "weak")
+
+
+def get_config(preset: str = "strong") -> ConfigDict:
+    """The configuration; `preset` is "strong" or "weak", the generator's vote."""
+    c = derive("configs/tiny.py", "paper")
+    c.backbone = "return" if preset == "strong" else "return_weak"
+
+    # One token for every latent frame of 4x4x3.
+    c.model.update(dim=64, ffn_dim=128, text_dim=16, text_len=3, channels=3, patch=(1, 4, 4))
+
+    # Two blocks of the first object, a block of each of the next two, an empty one, three returns.
+    c.video.update(blocks=8, switch_frames=(6, 9, 12, 15))
+    c.window.update(cache_frames=24, recache_frames=6)
+
+    # What counts is what returns, half its identity (SC) and half its looks (VQ); the fork is where
+    # that is decided.
+    c.reward.scorer = "return"
+    c.reward.weights = ConfigDict({"SC": 0.5, "VQ": 0.5})
+    c.reward.segments = (4,)
+    c.reward.min_behind = 1.0
+
+    # Set on few seeds, for CHR with TVE: a window of one block, and many prompts, because a few of
+    # them would own the update.
+    c.rollout.window_blocks = 1
+    c.objective.beta = 0.15
+    c.train.update(prompts_per_iteration=16, learning_rate=2e-3, iterations=60)
+    return c
