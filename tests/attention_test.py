@@ -122,6 +122,26 @@ def test_gradients_are_finite_differences():
         check_grads(function, (q, own_k, own_v), order=1, modes=("rev",), atol=1e-7, rtol=1e-7)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_the_past_has_a_gradient_where_it_is_asked_for(rule):
+    arguments = inputs()
+
+    def total(past_gradient, *arrays):
+        return jnp.sum(jnp.sin(ours(rule, *arrays, past_gradient=past_gradient)))
+
+    def of_library(*arrays):
+        return jnp.sum(jnp.sin(theirs(rule, *arrays)))
+
+    every = tuple(range(5))
+    found = jax.grad(partial(total, True), every)(*arguments)
+    for one, other in zip(found, jax.grad(of_library, every)(*arguments), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
+    assert all(jnp.abs(x).max() > 0.01 for x in found)
+    stopped = jax.grad(partial(total, False), every)(*arguments)
+    assert not jnp.any(stopped[3]) and not jnp.any(stopped[4])
+    np.testing.assert_allclose(stopped[0], found[0], atol=2e-5)
+
+
 def test_half_precision_is_close():
     arguments = inputs()
     half = ours("length", *(x.astype(jnp.bfloat16) for x in arguments))

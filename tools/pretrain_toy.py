@@ -481,8 +481,8 @@ def train(
     return ema, losses
 
 
-def pretrain(spec: str, recipe: Recipe, output: Path) -> None:
-    """Trains the generator of the configuration `spec` and writes it."""
+def pretrain(spec: str, recipe: Recipe, output: Path) -> list[float]:
+    """Trains the generator of the configuration `spec` and writes it; returns the losses."""
     config = config_lib.load(spec)
     begin, commit = time.monotonic(), workdir_lib.versions()["git_commit"]
     print(f"{config.backbone}: {recipe.steps} steps of {recipe.batch} videos", flush=True)
@@ -513,6 +513,7 @@ def pretrain(spec: str, recipe: Recipe, output: Path) -> None:
     }
     checkpoint.save_weights(output, params, metadata)
     print(f"wrote {output}: {metadata}", flush=True)
+    return losses
 
 
 def main(arguments: list[str]) -> None:

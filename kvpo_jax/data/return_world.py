@@ -136,7 +136,7 @@ def _colour(o: int) -> int:
 
 def _is_held_out(first: int, second: int) -> bool:
     """Whether training never sees stories of these two objects: a quarter of the pairs."""
-    return (first + 2 * second) % 4 == 0
+    return (first + second) % 4 == 0
 
 
 # Ordered pairs of objects of different colours, as many as a story is about.
@@ -241,20 +241,23 @@ def sample_objects(
       exponent: of `vote_probabilities`.
     """
     chex.assert_shape(said, (len(switch_frames) + 1,))
-    blocks = contexts.shape[0]
-    shown = jnp.full(blocks * block_frames, NOTHING)
-    for b in range(blocks):
-        start = b * block_frames
-        now = said[sum(start >= frame for frame in switch_frames)]
-        attended = contexts[b]
+    blocks = jnp.arange(len(contexts))
+    starts = blocks * block_frames
+    segment = jnp.sum(starts[:, None] >= jnp.asarray(switch_frames, jnp.int32), axis=1)
+
+    def of_block(shown: Array, block: tuple[Array, ...]) -> tuple[Array, None]:
+        """Adds what a block shows, from what those before it have shown."""
+        number, now, attended = block
         seen = jnp.where(attended >= 0, shown[attended], NOTHING)
         votes = jnp.sum(seen[:, None] == jnp.arange(len(OBJECTS)), axis=0)
-        drawn = jax.random.categorical(
-            jax.random.fold_in(key, b), jnp.log(vote_probabilities(votes, exponent))
-        )
+        chances = jnp.log(vote_probabilities(votes, exponent))
+        drawn = jax.random.categorical(jax.random.fold_in(key, number), chances)
         now = jnp.where(now == VOTED, drawn, jnp.where(now == FIRST, said[0], now))
-        shown = shown.at[start : start + block_frames].set(now)
-    return shown.astype(jnp.int32)
+        now = jnp.full(block_frames, now, jnp.int32)
+        return jax.lax.dynamic_update_slice_in_dim(shown, now, number * block_frames, 0), None
+
+    shown = jnp.full(len(contexts) * block_frames, NOTHING, jnp.int32)
+    return jax.lax.scan(of_block, shown, (blocks, said[segment], contexts))[0]
 
 
 # ---------------------------------------------------------------- pictures

@@ -1,0 +1,148 @@
+"""Pretraining: one pass is the walk with a cache, and a file says how it was made."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pretrain_toy
+import pytest
+from equipment import SMALL, configure
+
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax.algorithm import block as block_lib
+from kvpo_jax.algorithm import kv_cache
+from kvpo_jax.models.wan import Wan, WanConfig
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import weight_file
+
+PROMPTS, COPIES = 3, 2
+SPECS = ("configs/tiny.py", "configs/return.py")
+RECIPE = pretrain_toy.Recipe(steps=6, batch=4, copies=1, learning_rate=1e-2, ema=0.5, seed=0)
+# The losses of RECIPE with a SMALL generator in the world "return".
+CURVE = (1.643509, 1.703469, 1.717643, 1.600930, 1.605702, 1.553345)
+
+
+def small(spec):
+    """The configuration with a SMALL generator, and its model."""
+    config = configure(spec, SMALL)
+    return config, Wan(WanConfig(**config.model))
+
+
+def random_params(config):
+    """Weights far from the initial ones, whose head is zero."""
+    params = pretrain_toy.initial_params(WanConfig(**config.model), 4, seed=0)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def random_videos(config):
+    """Videos, noisy copies of their blocks, and noise levels."""
+    world, segments = pretrain_toy.WORLDS[config.backbone], len(config.video.switch_frames) + 1
+    told = pretrain_toy.told(world, np.random.default_rng(1), PROMPTS, segments)
+    videos = pretrain_toy.sample_videos(config, world, jax.random.key(0), *told)
+    noisy = jax.random.normal(jax.random.key(2), (PROMPTS, COPIES, *videos.latents.shape[1:]))
+    sigma = jax.random.uniform(jax.random.key(3), (PROMPTS, COPIES, config.video.blocks))
+    return videos, noisy, sigma
+
+
+def walk(config, model, params, videos, noisy, sigma):
+    """The same velocities, block by block with the cache of a rollout."""
+    network, f = partial(model.apply, {"params": params}), config.video.block_frames
+    frames, (height, width) = config.video.blocks * f, (config.video.height, config.video.width)
+    clean = videos.latents.reshape(PROMPTS, frames, *videos.latents.shape[3:])
+    kv = model.cfg.kv_shape(height, width)
+    cache = kv_cache.empty(kv, (PROMPTS,), frames, config.window.sink, jnp.float32)
+    out = []
+    for b in range(config.video.blocks):
+        start = b * f
+        m = config_lib.segment_of(start, config.video.switch_frames)
+        text = network(videos.text[:, m], method=Wan.encode_text)
+        if start in config.video.switch_frames:
+            first = start - config.window.recache_frames
+            again = clean[:, None, first:start]
+            cache = block_lib.switch_prompt(
+                network, text, videos.changed[:, m], cache, None, again, first, global_sink=True
+            )
+        context = kv_cache.read(videos.contexts[:, None, b], cache)
+        starts = jnp.full(PROMPTS, start, jnp.int32)
+        velocities = [
+            network(noisy[:, c, b], sigma[:, c, b], text, context, starts)[0] for c in range(COPIES)
+        ]
+        out.append(jnp.stack(velocities, axis=1))
+        kv = network(clean[:, start : start + f], jnp.zeros(PROMPTS), text, context, starts)[1]
+        cache = kv_cache.append(cache, kv, start)
+    return jnp.stack(out, axis=2)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_one_pass_is_the_walk_with_the_cache(spec):
+    config, model = small(spec)
+    params, (videos, noisy, sigma) = random_params(config), random_videos(config)
+    # Some sentences do not change, and then nothing is cached anew.
+    assert not videos.changed.all() and videos.changed[:, 1:].any()
+    # Some blocks attend to a routed window.
+    deployed = pretrain_toy.routing.window(config.window)
+    starts = config.video.block_frames * np.arange(config.video.blocks)
+    usual = [pretrain_toy.routing.deployment_frames(deployed, start) for start in starts]
+    assert np.any(videos.contexts != jnp.stack(usual))
+    arguments = (config, model, params, videos, noisy, sigma)
+    found = pretrain_toy.velocities(*arguments)
+    assert jnp.abs(found).mean() > 0.1
+    np.testing.assert_allclose(found, walk(*arguments), atol=1e-5)
+
+
+def test_gradients_flow_through_the_keys_of_the_past():
+    config, model = small("configs/return.py")
+    params, (videos, noisy, sigma) = random_params(config), random_videos(config)
+
+    def of_last(latents):
+        velocity = pretrain_toy.velocities(
+            config, model, params, videos._replace(latents=latents), noisy, sigma
+        )
+        return jnp.sum(jnp.square(velocity[:, :, -1]))
+
+    gradient = jnp.abs(jax.grad(of_last)(videos.latents)).max(axis=(0, *range(2, 6)))
+    # The last block attends to the sink and to blocks before it, not to its own clean latents.
+    assert gradient[0] > 1e-4 and gradient[-2] > 1e-4 and gradient[-1] == 0
+
+
+def test_a_generator_is_made_from_one_command(tmp_path):
+    """Its losses are those of a run that was stored, and its file says where it is from."""
+    spec = tmp_path / "small.py"
+    spec.write_text(
+        "from kvpo_jax.runtime.config import derive\n"
+        "def get_config():\n"
+        "    c = derive('configs/return.py', 'strong')\n"
+        f"    c.update_from_flattened_dict({SMALL})\n"
+        "    return c\n"
+    )
+    output = tmp_path / "generator.safetensors"
+    losses = pretrain_toy.pretrain(str(spec), RECIPE, output)
+    np.testing.assert_allclose(losses, CURVE, rtol=2e-3)
+    metadata = weight_file.open_file(output).metadata
+    assert metadata["command"] == (
+        f"python tools/pretrain_toy.py --config={spec} --steps=6 --batch=4 --copies=1"
+        " --learning_rate=0.01 --ema=0.5 --seed=0"
+    )
+    assert {"commit", "minutes"} <= metadata.keys() and metadata["seed"] == "0"
+    config = config_lib.load(str(spec))
+    backbone_lib.load_params(output, WanConfig(**config.model))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_half_of_the_blocks_with_enough_history_are_routed(spec):
+    config = config_lib.load(spec)
+    window = pretrain_toy.routing.window(config.window)
+    frames, f = config.video.blocks * config.video.block_frames, config.video.block_frames
+    keys = jax.random.split(jax.random.key(0), 400)
+    contexts = jax.vmap(lambda key: pretrain_toy.draw_contexts(key, window, frames, f))(keys)
+    starts = np.arange(0, frames, f)
+    usual = np.stack([pretrain_toy.routing.deployment_frames(window, start) for start in starts])
+    share = (contexts != usual).any(axis=2).mean(axis=0)
+    # Six routable frames are those of the deployment window; six of nine are so once in 84.
+    assert (share[:5] == 0).all() and np.all(np.abs(share[5:] - 0.5) < 0.1)
+    for context, start in zip(contexts[0], starts, strict=True):
+        assert context.max() < max(start, 1)  # causal
