@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kvpo_jax import programs
-from kvpo_jax.data import prompts, text, toy_world
+from kvpo_jax.data import prompts, return_world, text, toy_world
 from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, abstract_variables
@@ -31,7 +31,7 @@ from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, Windows
 if TYPE_CHECKING:
     from kvpo_jax.data.embeddings import Embeddings
 
-TOY_WEIGHTS = Path(__file__).parent / "assets" / "toy_generator.safetensors"
+ASSETS = Path(__file__).parent / "assets"
 TEXT_BATCH = 8  # prompts that the text encoder takes at once
 SHORTEST = 3  # pixel frames of a block that is scored alone
 
@@ -132,13 +132,25 @@ def heldout_shown(config: ml_collections.ConfigDict, backbone: Backbone) -> np.n
 def scored_clips(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]
 ) -> list[composite.Clip]:
-    """The clips of a run's videos that are scored; `to_pixel` is the backbone's."""
+    """The clips of a run's videos that are scored; `to_pixel` is the backbone's.
+
+    Raises:
+      UsageError: a segment of config.reward.segments is none, or has no clip.
+    """
     video, reward = config.video, config.reward
+    segments = len(video.switch_frames) + 1
     clipping = composite.Clipping(
         video.switch_frames, reward.clip_frames, to_pixel, reward.clip_spacing
     )
     total = to_pixel(video.blocks * video.block_frames)
-    return composite.segment_clips(total, len(video.switch_frames) + 1, clipping)
+    clips = composite.segment_clips(total, segments, clipping)
+    wanted = reward.segments or range(segments)
+    if missing := set(reward.segments) - {clip.segment for clip in clips}:
+        raise UsageError(
+            f"config.reward.segments={reward.segments}: {min(missing)} is no prompt segment with"
+            f" frames to score; there are {segments}, numbered from 0"
+        )
+    return [clip for clip in clips if clip.segment in wanted]
 
 
 def scored_frames(config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]) -> int:
@@ -247,7 +259,7 @@ def score_group(
     if window is None:
         return whole, None
     segment = segment_of(pivot * config.video.block_frames, config.video.switch_frames)
-    at_fork = [sequence[segment] for sequence in sentences]
+    at_fork = [composite.Sentence.of(sequence, segment) for sequence in sentences]
     return whole, composite.score_window(scorer, pixels, at_fork, weights, window)
 
 
@@ -308,19 +320,58 @@ def _placed(like: PyTree, sharding: Placement) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
 
 
-# ---------------------------------------------------------------- the toy
+# ---------------------------------------------------------------- small worlds
+
+
+class World(Protocol):
+    """What a module of a small world has; see `toy_world` and `return_world`."""
+
+    SIZE: int  # pixels per side
+    SIDE: int  # pixels along a side of a latent pixel
+
+    def heldout_prompts(self, count: int, segments: int) -> list[list[str]]: ...
+    def sample_prompts(
+        self, seed: int | tuple[int, ...], split: str, segments: int
+    ) -> list[str]: ...
+    def check(self, prompts: Sequence[str]) -> None: ...
+    def embed(self, prompts: Sequence[str]) -> np.ndarray: ...
+    def depths(self, windows: Windows, latents: int) -> np.ndarray: ...
+    def decode(self, latents: Array) -> Array: ...
+
+
+class Toy(NamedTuple):
+    """A small world, and the generator of it that ships with the package."""
+
+    world: World
+    weights: Path
+
+
+TOYS = {
+    "toy": Toy(toy_world, ASSETS / "toy_generator.safetensors"),
+    "return": Toy(return_world, ASSETS / "return_generator.safetensors"),
+    "return_weak": Toy(return_world, ASSETS / "return_weak_generator.safetensors"),
+}
+
+
+def shipped_weights(config: ml_collections.ConfigDict) -> Path | None:
+    """The generator that the package ships for a backbone, or None."""
+    return TOYS[config.backbone].weights if config.backbone in TOYS else None
 
 
 def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
-    """The toy world, with the generator that ships or the one that config.weights names."""
-    path, cfg = config.weights or TOY_WEIGHTS, wan_config(config)
+    """A small world, with the generator that ships or the one that config.weights names.
+
+    It is the world of TOYS that config.backbone names, or the first.
+    """
+    world, shipped = TOYS.get(config.backbone, TOYS["toy"])
+    path, cfg = config.weights or shipped, wan_config(config)
     segments = len(config.video.switch_frames) + 1
-    heldout = cache(lambda: toy_world.heldout_prompts(config.eval.prompts, segments))
+    heldout = cache(lambda: world.heldout_prompts(config.eval.prompts, segments))
 
     def sequence(split: str, index: int) -> list[str]:
         if split == "heldout":
             return heldout()[index]
-        return toy_world.sample_prompts((config.seed, index), split, segments)
+        return world.sample_prompts((config.seed, index), split, segments)
 
     return Backbone(
         load_params=partial(load_params, path, cfg),
@@ -328,26 +379,27 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
             load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
         ),
         prompts=sequence,
-        check_sentences=toy_world.check,
-        embed=toy_world.embed,
+        check_sentences=world.check,
+        embed=world.embed,
         load_decoder=lambda sharding: {},
-        depths=toy_world.depths,
-        decode=lambda decoder, latents, depth, state: (toy_world.decode(latents), ()),
+        depths=world.depths,
+        decode=lambda decoder, latents, depth, state: (world.decode(latents), ()),
         rewards=scorers.Scorers(config.reward.scorer, config.paths),
         watch=scorers.Scorers(config.eval.scorer, config.paths),
         to_pixel=lambda frame: frame,
-        side=toy_world.SIDE,
+        side=world.SIDE,
         fps=8,
     )
 
 
 def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
-    """`toy_backbone`; UsageError unless the latent frames are of its size."""
+    """`toy_backbone`; UsageError unless the latent frames are of its world's size."""
+    world = TOYS[config.backbone].world
     for name in ("height", "width"):
-        if config.video[name] != toy_world.SIZE // toy_world.SIDE:
+        if config.video[name] != world.SIZE // world.SIDE:
             raise UsageError(
-                f"config.video.{name}={config.video[name]}: a latent frame of the toy has"
-                f" {toy_world.SIZE // toy_world.SIDE}"
+                f"config.video.{name}={config.video[name]}: a latent frame of the"
+                f" {config.backbone} has {world.SIZE // world.SIDE}"
             )
     return toy_backbone(config)
 
@@ -514,7 +566,7 @@ WAN_FILES = ("weights", "paths.vae", "paths.prompts")
 BACKBONES: Registry[Kind] = Registry(
     "backbone",
     {
-        "toy": Kind(sized_toy),
+        **dict.fromkeys(TOYS, Kind(sized_toy)),
         "longlive": Kind(wan_backbone, WAN_FILES),
         "memflow": Kind(wan_backbone, WAN_FILES),
     },
@@ -593,7 +645,7 @@ def files_read(config: ml_collections.ConfigDict) -> dict[str, Path]:
     """
     fields = config_lib.flat(config)
     files = {f"config.{name}": Path(fields[name]) for name in FILES if fields[name]}
-    if config.backbone == "toy" and not config.weights:
-        files["config.weights"] = TOY_WEIGHTS
+    if not config.weights and (shipped := shipped_weights(config)):
+        files["config.weights"] = shipped
     modules = scorers.sources(f"{config.reward.scorer},{config.eval.scorer}")
     return files | {f"scorer {name}": path for name, path in modules.items()}

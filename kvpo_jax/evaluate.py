@@ -29,7 +29,7 @@ from kvpo_jax import budget, fitting
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
-from kvpo_jax.data import prompts
+from kvpo_jax.data import prompts, return_world, toy_world
 from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.programs import APPEARANCE
 from kvpo_jax.rewards import composite, scorers, video_files
@@ -424,10 +424,12 @@ def evaluate_videos(given: flags.FlagValues) -> None:
         raise UsageError(
             "--rewards names nothing; there are hpsv3, videoalign, motion, module:function"
         )
-    if "toy" in names:
-        raise UsageError(
-            "--rewards=toy scores the toy's own 8x8 pixels, which no video file has; try motion"
-        )
+    for name, side in (("toy", toy_world.SIZE), ("return", return_world.SIZE)):
+        if name in names:
+            raise UsageError(
+                f"--rewards={name} scores its own world's {side}x{side} pixels, which no video file"
+                " has; try motion"
+            )
     command.use_compilation_cache()
     paths = {"hpsv3": given.hpsv3, "videoalign": given.videoalign}
     scorer = scorers.Scorers(given.rewards, paths)

@@ -148,7 +148,7 @@ def fileless_backbone(config: ml_collections.ConfigDict) -> Backbone:
     config = config.copy_and_resolve_references()
     config.weights = config.reward.scorer = config.eval.scorer = ""
     toy = backbone_lib.toy_backbone(config)
-    if config.backbone == "toy":
+    if config.backbone in backbone_lib.TOYS:
         return toy
     vae = backbone_lib.vae_config(config)
     return dataclasses.replace(
@@ -507,7 +507,7 @@ def _parts(iteration: Iteration, decoding: Decoding) -> dict[str, PyTree]:
 def _text_encoder(run: Run) -> PyTree:
     """UMT5 if it encodes prompts on the fly: it stays on the first device of every process."""
     paths = run.config.paths
-    if run.config.backbone == "toy" or paths.embeddings or not paths.umt5:
+    if run.config.backbone in backbone_lib.TOYS or paths.embeddings or not paths.umt5:
         return {}
     cfg = umt5.UMT5Config(**checkpoint.metadata_config(paths.umt5, "umt5"))
     return placed(umt5.abstract_params(cfg), run.mesh)

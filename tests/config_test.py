@@ -427,9 +427,12 @@ def test_which_files_a_run_depends_on(tmp_path, monkeypatch):
         "--config.reward.scorer=motion,mine_for_files:score", "--config.paths.vae=v"
     )
     assert backbone_lib.files_read(config) == {
-        "config.weights": backbone_lib.TOY_WEIGHTS,
+        "config.weights": backbone_lib.ASSETS / "toy_generator.safetensors",
         "config.paths.vae": Path("v"),
         "scorer mine_for_files:score": tmp_path / "mine_for_files.py",
+    }
+    assert backbone_lib.files_read(config_lib.load("configs/return.py")) == {
+        "config.weights": backbone_lib.ASSETS / "return_generator.safetensors"
     }
 
 

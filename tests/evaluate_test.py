@@ -344,7 +344,7 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
         ),
         (
             ["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=toy"],
-            "--rewards=toy scores the toy's own 8x8 pixels",
+            "--rewards=toy scores its own world's 8x8 pixels",
         ),
         (["--workdir={dir}", "--rewards=motion"], "--rewards is for --videos"),
         (["--workdir={dir}", "--clip_frames=36"], "--clip_frames is for --videos"),

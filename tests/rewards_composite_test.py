@@ -10,8 +10,9 @@ import pytest
 import torch
 from equipment import pixels_of
 
+from kvpo_jax import backbone
 from kvpo_jax import run as run_lib
-from kvpo_jax.data import toy_world
+from kvpo_jax.data import return_world, toy_world
 from kvpo_jax.errors import NotFiniteError, UsageError
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.rewards.composite import Clip, Clipping
@@ -179,6 +180,33 @@ def test_each_segment_is_one_call_with_its_own_sentences():
     ]
 
 
+def test_a_sentence_knows_those_before_it():
+    told = []
+
+    def scorer(pixels, prompts):
+        told.extend((str(prompt), prompt.before) for prompt in prompts)
+        return {"red": pixels[:, 0, 0, 0, 0]}
+
+    clips = [Clip(0, 0, 2), Clip(2, 2, 4)]
+    stories = [["a", "b", "c"], ["d", "e", "f"]]
+    composite.segment_rewards(scorer, pixels_of(counting_video(2, 1, 4)), stories, clips)
+    assert told == [("a", ()), ("d", ()), ("c", ("a", "b")), ("f", ("d", "e"))]
+    assert composite.Sentence("a").before == ()
+
+
+def test_only_the_segments_that_are_named_are_scored():
+    config = config_lib.load("configs/return.py")
+    # The last of five sentences, under which frames 15 to 23 are made.
+    assert backbone.scored_clips(config, lambda frame: frame) == [Clip(4, 15, 24)]
+    with config.unlocked():
+        config.reward.segments = (0, 4)
+    assert [clip.segment for clip in backbone.scored_clips(config, lambda f: f)] == [0, 4]
+    with config.unlocked():
+        config.reward.segments = (5,)
+    with pytest.raises(UsageError, match=r"reward.segments=\(5,\): 5 is no prompt segment.* are 5"):
+        backbone.scored_clips(config, lambda frame: frame)
+
+
 def test_a_score_that_is_not_finite_names_component_prompt_and_trajectory():
     def scorer(pixels, prompts):
         values = pixels[:, 0, 0, 0, 0]
@@ -283,8 +311,12 @@ def test_rewards_that_cannot_be_weighed_are_an_error_before_anything_is_generate
 
 def test_components_are_those_that_the_scorers_give():
     """Without weights; those of hpsv3 and videoalign are in rewards_learned_test.py."""
-    for name, sentence in (("motion", "a"), ("toy", "a red disk moves left")):
-        given = scorers.Scorers(name, {})(jnp.ones((1, 4, 8, 8, 3)), [sentence])
+    for name, sentence, side in (
+        ("motion", "a", 8),
+        ("toy", "a red disk moves left", toy_world.SIZE),
+        ("return", "a red dot", return_world.SIZE),
+    ):
+        given = scorers.Scorers(name, {})(jnp.ones((1, 4, side, side, 3)), [sentence])
         assert given.keys() == set(scorers.components_of(name))
     assert scorers.components_of("toy, motion") == ["VQ", "MQ", "TA", "motion", "smoothness"]
     assert scorers.components_of("") == [] and scorers.components_of("toy,mine:score") is None

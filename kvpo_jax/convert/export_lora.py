@@ -73,7 +73,7 @@ def from_run(workdir: Path, policy: str, which: checkpoint.Which = checkpoint.NE
     cfg = LoRAConfig(
         model.dim, model.ffn_dim, model.num_layers, config.lora.rank, config.lora.alpha
     )
-    base = Path(config.weights or backbone.TOY_WEIGHTS)
+    base = Path(config.weights) if config.weights else backbone.shipped_weights(config)
     return LoRA(cfg, flax.traverse_util.flatten_dict(lora, sep="/"), base)
 
 

@@ -34,12 +34,29 @@ class Scorer(Protocol):
         Args:
           pixels: float[n, frames, h, w, 3] in [0, 1]. `scorers.Scorers` makes them of uint8, which
             only the scorers that it says so of are given.
-          prompts: n sentences.
+          prompts: n sentences, each a `Sentence`.
 
         Returns:
           component -> float[n].
         """
         ...
+
+
+class Sentence(str):
+    """The sentence of a clip, which knows what was said before it.
+
+    Attributes:
+      before: the sentences of its sequence before it, none for a sentence that stands alone.
+    """
+
+    before: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, sequence: Sequence[str], segment: int) -> Sentence:
+        """The sentence of a prompt segment of a sequence."""
+        sentence = cls(sequence[segment])
+        sentence.before = tuple(sequence[:segment])
+        return sentence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +235,11 @@ def segment_rewards(
         )
     scores = [
         score_clip(
-            scorer, pixels, clip.start, clip.end, [sequence[clip.segment] for sequence in prompts]
+            scorer,
+            pixels,
+            clip.start,
+            clip.end,
+            [Sentence.of(sequence, clip.segment) for sequence in prompts],
         )
         for clip in progress.steps(clips, "scoring clips")
     ]

@@ -1,4 +1,4 @@
-"""Scorers by name: the paper's "hpsv3,videoalign", "motion", "toy", or "module:function".
+"""Scorers by name: the paper's "hpsv3,videoalign", "motion", "toy", "return", "module:function".
 
 The last is a function of your own, see `composite.Scorer`.
 """
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.rewards import hpsv3, motion, preprocess, toy, videoalign
+from kvpo_jax.rewards import hpsv3, motion, preprocess, returning, toy, videoalign
 from kvpo_jax.rewards.composite import Scorer, Shared
 from kvpo_jax.types import Array
 
@@ -32,6 +32,7 @@ SCORERS: dict[str, Callable[[Paths], Scorer]] = {
     "videoalign": lambda paths: videoalign.load(paths["videoalign"]),
     "motion": lambda paths: motion.score,
     "toy": lambda paths: toy.score,
+    "return": lambda paths: returning.score,
 }
 # Name -> its components, so that the weights in a config are checked before weights are loaded.
 COMPONENTS = {
@@ -39,6 +40,7 @@ COMPONENTS = {
     "videoalign": ("MQ", "TA", "videoalign_VQ", "videoalign_MQ", "Overall"),
     "motion": ("motion", "smoothness"),
     "toy": ("VQ", "MQ", "TA"),
+    "return": ("SC", "VQ", "wanted", "shown", "other"),
 }
 # Scorers of the package that anybody can use at once.
 WITHOUT_FILES = ("motion", "toy")
