@@ -340,16 +340,16 @@ class World(Protocol):
 
 
 class Toy(NamedTuple):
-    """A small world, and the generator of it that ships with the package."""
+    """A small world, and the generator of it that ships with the package, if one does."""
 
     world: World
-    weights: Path
+    weights: Path | None
 
 
 TOYS = {
     "toy": Toy(toy_world, ASSETS / "toy_generator.safetensors"),
     "return": Toy(return_world, ASSETS / "return_generator.safetensors"),
-    "return_weak": Toy(return_world, ASSETS / "return_weak_generator.safetensors"),
+    "return_weak": Toy(return_world, None),
 }
 
 
@@ -364,7 +364,7 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     It is the world of TOYS that config.backbone names, or the first.
     """
     world, shipped = TOYS.get(config.backbone, TOYS["toy"])
-    path, cfg = config.weights or shipped, wan_config(config)
+    path, cfg = config.weights or shipped or "", wan_config(config)  # a plan reads no file
     segments = len(config.video.switch_frames) + 1
     heldout = cache(lambda: world.heldout_prompts(config.eval.prompts, segments))
 
@@ -393,8 +393,17 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
 
 def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
-    """`toy_backbone`; UsageError unless the latent frames are of its world's size."""
-    world = TOYS[config.backbone].world
+    """`toy_backbone`.
+
+    Raises:
+      UsageError: the latent frames are not of its world's size, or it has no generator.
+    """
+    world, shipped = TOYS[config.backbone]
+    if not (config.weights or shipped):
+        raise UsageError(
+            f"no generator of the backbone {config.backbone!r} ships: make one with"
+            " tools/pretrain_toy.py (docs/worlds.md), and name it with --config.weights=FILE"
+        )
     for name in ("height", "width"):
         if config.video[name] != world.SIZE // world.SIDE:
             raise UsageError(

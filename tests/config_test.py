@@ -436,6 +436,14 @@ def test_which_files_a_run_depends_on(tmp_path, monkeypatch):
     }
 
 
+def test_small_worlds_have_frames_of_their_size_and_a_generator():
+    config = config_lib.override(config_lib.load("configs/return.py"), ["--config.video.height=8"])
+    with pytest.raises(UsageError, match="video.height=8: a latent frame of the return has 4"):
+        backbone_lib.load(config)
+    with pytest.raises(UsageError, match="'return_weak' ships: make one with tools/pretrain_toy"):
+        backbone_lib.load(config_lib.load("configs/return.py:weak"))
+
+
 def test_a_run_is_finished_if_its_summary_is_of_its_last_checkpoint(tmp_path):
     config = overridden("--config.train.iterations=7")
     evaluated = {"eval": config.eval.to_dict()}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from kvpo_jax.backbone import TOY_WEIGHTS
+from kvpo_jax.backbone import TOYS
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import checkpoint, weight_file
 
@@ -114,8 +114,9 @@ def test_a_kind_without_a_config_is_an_error(tmp_path, config):
         checkpoint.metadata_config(tmp_path / "w.safetensors", "wan")
 
 
-def test_the_shipped_weights_have_checksums():
-    opened = weight_file.open_file(TOY_WEIGHTS)
+@pytest.mark.parametrize("name", [name for name, toy in TOYS.items() if toy.weights])
+def test_the_shipped_weights_have_checksums(name):
+    opened = weight_file.open_file(TOYS[name].weights)
     assert opened.sums.keys() == opened.tensors.keys()
     jax.tree.map(opened.read, list(opened.tensors))
 

@@ -118,14 +118,14 @@ def _returning(exponent: float) -> World:
         video=video,
         # The block in which something returns decides; an empty one is soon learnt.
         importance=lambda block: {4: 0.5, 5: 2.0, 6: 1.5, 7: 1.5}.get(block, 1.0),
-        steps=2000,
+        steps=3000,
         batch=48,
     )
 
 
 WORLDS = {
     "toy": World(
-        _toy_story, toy_world.parse, toy_world.embed, _toy_video, lambda block: 1.0, 3600, 8
+        _toy_story, toy_world.parse, toy_world.embed, _toy_video, lambda block: 1.0, 3000, 8
     ),
     **{name: _returning(exponent) for name, exponent in return_world.EXPONENTS.items()},
 }
@@ -544,8 +544,8 @@ def define_flags() -> None:
     """The flags of the command."""
     flags.DEFINE_string("config", config_lib.TINY, "configuration of the world and its generator")
     flags.DEFINE_string("output", None, "safetensors file to write", required=True)
-    flags.DEFINE_integer("steps", None, "optimiser steps; by default as many as ship", 1)
-    flags.DEFINE_integer("batch", None, "videos per step; by default as many as ship", 1)
+    flags.DEFINE_integer("steps", None, "optimiser steps; by default the world's own", 1)
+    flags.DEFINE_integer("batch", None, "videos per step; by default the world's own", 1)
     flags.DEFINE_integer("copies", 2, "noise levels per block", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-2, "peak learning rate (warm-up, cosine decay)")
     flags.DEFINE_float("ema", 0.99, "decay of the weights that are saved")

@@ -42,7 +42,7 @@ COMPONENTS = {
     "toy": ("VQ", "MQ", "TA"),
     "return": ("SC", "VQ", "wanted", "shown", "other"),
 }
-# Scorers of the package that anybody can use at once.
+# Scorers of the package that anybody can use at once; "return" needs a whole story of its world.
 WITHOUT_FILES = ("motion", "toy")
 # Scorers of uint8 pixels, of which floats would be a copy four times as large.
 TAKES_BYTES = ("hpsv3", "videoalign")
