@@ -392,24 +392,25 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     )
 
 
-def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
-    """`toy_backbone`.
-
-    Raises:
-      UsageError: the latent frames are not of its world's size, or it has no generator.
-    """
-    world, shipped = TOYS[config.backbone]
-    if not (config.weights or shipped):
-        raise UsageError(
-            f"no generator of the backbone {config.backbone!r} ships: make one with"
-            " tools/pretrain_toy.py (docs/worlds.md), and name it with --config.weights=FILE"
-        )
+def check_size(config: ml_collections.ConfigDict) -> None:
+    """UsageError unless the latent frames are of the size of their small world."""
+    world = TOYS[config.backbone].world
     for name in ("height", "width"):
         if config.video[name] != world.SIZE // world.SIDE:
             raise UsageError(
                 f"config.video.{name}={config.video[name]}: a latent frame of the"
                 f" {config.backbone} has {world.SIZE // world.SIDE}"
             )
+
+
+def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
+    """`toy_backbone`; UsageError if it has no generator, and as `check_size`."""
+    check_size(config)
+    if not (config.weights or shipped_weights(config)):
+        raise UsageError(
+            f"no generator of the backbone {config.backbone!r} ships: make one with"
+            " tools/pretrain_toy.py (docs/worlds.md), and name it with --config.weights=FILE"
+        )
     return toy_backbone(config)
 
 

@@ -1,5 +1,7 @@
 """Pretraining: one pass is the walk with a cache, and a file says how it was made."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -12,6 +14,7 @@ from equipment import SMALL, configure
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import kv_cache
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import Wan, WanConfig
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import weight_file
@@ -130,6 +133,33 @@ def test_a_generator_is_made_from_one_command(tmp_path):
     assert {"commit", "minutes"} <= metadata.keys() and metadata["seed"] == "0"
     config = config_lib.load(str(spec))
     backbone_lib.load_params(output, WanConfig(**config.model))
+
+
+def test_a_loss_that_is_not_finite_stops_it():
+    pretrain_toy.check_finite([1.0, 2.0], RECIPE)
+    with pytest.raises(UsageError, match="loss of step 2 is nan: lower --learning_rate, .* 0.01"):
+        pretrain_toy.check_finite([1.0, float("nan")], RECIPE)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=configs/longlive.py"], "backbone 'longlive' has no world to pretrain in"),
+        (["--config=configs/nowhere.py"], "there is no configuration file"),
+        (["--output={folder}"], "cannot be written; name a file in a folder of yours"),
+        (["--ema=2"], "ema"),
+        (["more"], "unexpected argument 'more'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(tmp_path, arguments, message):
+    given = [argument.format(folder=tmp_path) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, pretrain_toy.__file__, f"--output={tmp_path / 'x'}", *given],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,6 +38,7 @@ import optax
 import optax.contrib
 from absl import flags
 
+from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.algorithm import flow, kv_cache, routing
 from kvpo_jax.data import return_world, toy_world
 from kvpo_jax.errors import UsageError
@@ -444,6 +446,15 @@ def told(world: World, rng: np.random.Generator, count: int, segments: int) -> t
     return said, text.reshape(count, segments, *text.shape[1:]), np.array(changed)
 
 
+def check_finite(losses: Sequence[float], recipe: Recipe) -> None:
+    """UsageError if the last loss is not finite."""
+    if not np.isfinite(losses[-1]):
+        raise UsageError(
+            f"the loss of step {len(losses)} is {losses[-1]}: lower --learning_rate, which is"
+            f" {recipe.learning_rate}"
+        )
+
+
 def train(
     config: ml_collections.ConfigDict,
     recipe: Recipe,
@@ -455,6 +466,9 @@ def train(
       config: the model, its world and its window.
       recipe: how long, and with what.
       report: told the losses so far and the last loss of every block, after each step.
+
+    Raises:
+      UsageError: a loss is not finite.
     """
     world, video = WORLDS[config.backbone], config.video
     cfg = WanConfig(**config.model)
@@ -477,6 +491,7 @@ def train(
         own = jax.random.fold_in(key, step)
         params, ema, state, value, by_block = update(params, ema, state, batch, own)
         losses.append(float(value))
+        check_finite(losses, recipe)
         report(losses, np.asarray(by_block))
     return ema, losses
 
@@ -521,14 +536,20 @@ def main(arguments: list[str]) -> None:
     if arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
     given = flags.FLAGS
-    backbone = config_lib.load(given.config).backbone
-    if backbone not in WORLDS:
+    config, output = config_lib.load(given.config), Path(given.output)
+    if config.backbone not in WORLDS:
         raise UsageError(
-            f"--config={given.config}: backbone {backbone!r} has no world to pretrain in; there are"
-            f" {', '.join(WORLDS)}"
+            f"--config={given.config}: backbone {config.backbone!r} has no world to pretrain in;"
+            f" there are {', '.join(WORLDS)}"
         )
+    config_lib.check(config)
+    backbone_lib.check_size(config)
+    # Now, and not when the training is done.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output={output} cannot be written; name a file in a folder of yours")
     command.use_compilation_cache()
-    world = WORLDS[backbone]
+    world = WORLDS[config.backbone]
     recipe = Recipe(
         given.steps or world.steps,
         given.batch or world.batch,
@@ -537,18 +558,18 @@ def main(arguments: list[str]) -> None:
         given.ema,
         given.seed,
     )
-    pretrain(given.config, recipe, Path(given.output))
+    pretrain(given.config, recipe, output)
 
 
 def define_flags() -> None:
     """The flags of the command."""
     flags.DEFINE_string("config", config_lib.TINY, "configuration of the world and its generator")
-    flags.DEFINE_string("output", None, "safetensors file to write", required=True)
+    command.define_path("output", None, "safetensors file to write", required=True)
     flags.DEFINE_integer("steps", None, "optimiser steps; by default the world's own", 1)
     flags.DEFINE_integer("batch", None, "videos per step; by default the world's own", 1)
     flags.DEFINE_integer("copies", 2, "noise levels per block", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-2, "peak learning rate (warm-up, cosine decay)")
-    flags.DEFINE_float("ema", 0.99, "decay of the weights that are saved")
+    flags.DEFINE_float("ema", 0.99, "decay of the weights that are saved", 0.0, 1.0)
     flags.DEFINE_integer(
         "seed",
         0,
