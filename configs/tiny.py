@@ -173,7 +173,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.eval.batch = 0  # videos generated at once; 0 = as many as prompts in training, so that one
     # program serves both
     c.eval.by_block = True  # also the reward of every block alone, by the package's own scorers
-    c.eval.scorer = "motion"  # as reward.scorer; watched and never optimised, to see reward hacking
+    # As reward.scorer, and scorers.OF_VIDEOS; watched and never optimised, to see reward hacking.
+    c.eval.scorer = "motion,stream"
 
     c.mesh = ConfigDict()
     c.mesh.data = 0  # devices over prompts; 0 = chosen from the device count

@@ -178,6 +178,12 @@ def block_clips(
     return clips
 
 
+def block_starts(config: ml_collections.ConfigDict, to_pixel: Callable[[int], int]) -> list[int]:
+    """The pixel frames at which blocks begin after others: where a video may jump."""
+    count, frames = config.video.block_frames, config.video.blocks * config.video.block_frames
+    return [to_pixel(first) for first in range(count, frames, count)]
+
+
 def local_window(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int], pivot: int
 ) -> tuple[int, int] | None:
@@ -590,6 +596,11 @@ def load(config: ml_collections.ConfigDict) -> Backbone:
 
 def check_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
     """UsageError for a reward that is none, cannot be imported, or cannot be weighed."""
+    if whole := [x for x in scorers.names_of(config.reward.scorer) if x in scorers.OF_VIDEOS]:
+        raise UsageError(
+            f"config.reward.scorer={config.reward.scorer}: {whole[0]} compares the frames of whole"
+            " videos, which is watched and not optimised; name it in config.eval.scorer"
+        )
     backbone.rewards.check()
     backbone.watch.check()
     optimised = scorers.components_of(config.reward.scorer)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Heldout(struct.PyTreeNode):
         (config.eval.scorer).
       blocks: float[n, B], the composite reward of each block alone; [n, 0] unless eval.by_block.
       appearance: name -> float[n], of the pixels that are scored, see `programs.appearance`.
+      similarity: float[n, lags], of the latent frames up to the last that is scored, see
+        `programs.self_similarity`.
     """
 
     pixels: np.ndarray
@@ -74,6 +77,7 @@ class Heldout(struct.PyTreeNode):
     components: dict[str, np.ndarray]
     blocks: np.ndarray
     appearance: dict[str, np.ndarray] = struct.field(default_factory=dict)
+    similarity: np.ndarray = struct.field(default_factory=partial(np.zeros, (0, 0)))
 
 
 Film = Callable[[int, np.ndarray], None]
@@ -92,11 +96,12 @@ def evaluate(run: Run, lora: PyTree, film: Film | None = None) -> Heldout:
     """
     config, to_pixel = run.config, run.backbone.to_pixel
     windows = backbone_lib.windows_read(config, to_pixel)
+    made_frames = backbone_lib.blocks_read(config, to_pixel, windows) * config.video.block_frames
     count = config_lib.heldout_at_once(config, run.mesh.shape["data"])
     own = sharding.own_prompts(run.mesh, count)
     shown = backbone_lib.heldout_shown(config, run.backbone)
     pixels: dict[int, np.ndarray] = {}
-    components = []
+    components, similarity = [], []
     batches = range(0, config.eval.prompts, count)
     for first in progress.steps(batches, "held-out prompts", size=count):
         numbers = np.arange(first, first + count, dtype=np.int32)
@@ -106,6 +111,7 @@ def evaluate(run: Run, lora: PyTree, film: Film | None = None) -> Heldout:
         made = jax.tree.map(sharding.own_part, run.decoder.videos(latents, windows))
         sentences = [batch.sentences[i] for i in own]
         scores = sharding.gather(_Scores(run, made, sentences), run.mesh)
+        similarity.append(sharding.whole(run.programs.self_similarity(latents, made_frames)))
         del made
         if film is not None:
             for number, video in run.decoder.films(latents, filmed):
@@ -119,7 +125,7 @@ def evaluate(run: Run, lora: PyTree, film: Film | None = None) -> Heldout:
     appearance = {name: merged.pop(_look(name)) for name in APPEARANCE}
     reward = np.asarray(composite.composite(merged, config.reward.weights))
     pictured = np.array([pixels[i] for i in sorted(pixels)])
-    return Heldout(pictured, reward, merged, blocks, appearance)
+    return Heldout(pictured, reward, merged, blocks, appearance, np.concatenate(similarity))
 
 
 def _latents(run: Run, lora: PyTree, batch: PromptBatch, whole: bool = False) -> Array:
@@ -155,6 +161,10 @@ class _Scores:
         rewards, watched = (
             composite.segment_rewards(scorer, self._pixels, self._sentences, clips)
             for scorer in (backbone.rewards, backbone.watch)
+        )
+        starts = backbone_lib.block_starts(config, backbone.to_pixel)
+        watched |= composite.video_rewards(
+            backbone.watch.of_videos, self._pixels, self._sentences, clips, starts
         )
         composite.check_weights(rewards, watched, config.reward.weights)
         alone = enumerate(backbone_lib.block_clips(config, backbone.to_pixel))
@@ -215,6 +225,7 @@ def _save_heldout(path: Path, made_of: str, made: Heldout) -> None:
         "reward": made.reward,
         "pixels": made.pixels,
         "blocks": made.blocks,
+        "similarity": made.similarity,
         **{f"component {name}": x for name, x in made.components.items()},
         **{_look(name): x for name, x in made.appearance.items()},
     }
@@ -229,7 +240,9 @@ def _load_heldout(path: Path, made_of: str) -> Heldout | None:
             arrays = dict(file)
         if str(arrays["made_of"]) != made_of:
             return None
-        pixels, reward, blocks = (arrays[name] for name in ("pixels", "reward", "blocks"))
+        pixels, reward, blocks, similarity = (
+            arrays[name] for name in ("pixels", "reward", "blocks", "similarity")
+        )
         appearance = {name: arrays[_look(name)] for name in APPEARANCE}
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
         return None
@@ -237,7 +250,7 @@ def _load_heldout(path: Path, made_of: str) -> Heldout | None:
     components = {
         name.removeprefix(start): x for name, x in arrays.items() if name.startswith(start)
     }
-    return Heldout(pixels, reward, components, blocks, appearance)
+    return Heldout(pixels, reward, components, blocks, appearance, similarity)
 
 
 def heldout_metrics(
@@ -288,6 +301,11 @@ def heldout_record(run: Run, results: Mapping[str, Heldout]) -> dict[str, Any]:
             policy: as_lists(result.blocks.mean(axis=0))
             for policy, result in results.items()
             if result.blocks.size
+        },
+        "self_similarity": {
+            policy: as_lists(result.similarity.mean(axis=0))
+            for policy, result in results.items()
+            if result.similarity.size
         },
     }
 
@@ -422,7 +440,8 @@ def evaluate_videos(given: flags.FlagValues) -> None:
             raise UsageError(f"--rewards={name} needs --{name}=FILE, {source}")
     if not names:
         raise UsageError(
-            "--rewards names nothing; there are hpsv3, videoalign, motion, module:function"
+            "--rewards names nothing; there are hpsv3, videoalign, motion, stream, flow,"
+            " module:function"
         )
     for name, side in (("toy", toy_world.SIZE), ("return", return_world.SIZE)):
         if name in names:
@@ -437,11 +456,33 @@ def evaluate_videos(given: flags.FlagValues) -> None:
     sequences = prompts.load(Path(given.prompts))
     output = Path(given.output or Path(given.videos) / "scores.csv")
     clips = given.clip_frames, given.clip_spacing
-    video_files.score(scorer, Path(given.videos), sequences, clips, output)
+    blocks = _blocks_of(given.block_pixels)
+    video_files.score(scorer, Path(given.videos), sequences, clips, output, blocks)
+
+
+def _blocks_of(given: Sequence[str]) -> tuple[int, int] | None:
+    """What --block_pixels says: pixel frames of the first block and of every other one."""
+    if not given:
+        return None
+    if len(given) > 2 or not all(x.isdecimal() and int(x) for x in given):
+        raise UsageError(
+            f"--block_pixels={','.join(given)}: expected the pixel frames of the first block and of"
+            " the others, as in 9,12 (Wan's blocks of 3 latent frames), or one number for all"
+        )
+    return int(given[0]), int(given[-1])
 
 
 # Flags that say nothing of a run.
-OF_VIDEOS = ("prompts", "rewards", "hpsv3", "videoalign", "clip_frames", "clip_spacing", "output")
+OF_VIDEOS = (
+    "prompts",
+    "rewards",
+    "hpsv3",
+    "videoalign",
+    "clip_frames",
+    "clip_spacing",
+    "block_pixels",
+    "output",
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -472,12 +513,15 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "rewards",
         "motion",
-        "names, separated by commas: hpsv3, videoalign, motion, module:function",
+        "names, separated by commas: hpsv3, videoalign, motion, stream, flow, module:function",
     )
     command.define_path("hpsv3", "", "converted HPSv3")
     command.define_path("videoalign", "", "converted VideoAlign")
     flags.DEFINE_integer("clip_frames", 36, "frames scored of each segment, centred; 0 = all")
     flags.DEFINE_integer("clip_spacing", 160, "a long segment has a clip every so many; 0 = one")
+    flags.DEFINE_list(
+        "block_pixels", [], "pixel frames of the first block and of the others, as in 9,12"
+    )
     command.define_path("output", None, "CSV file; scores.csv beside the videos by default")
 
 

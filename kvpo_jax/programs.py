@@ -34,6 +34,7 @@ from kvpo_jax.algorithm import (
 from kvpo_jax.models import umt5
 from kvpo_jax.models.layers import exact
 from kvpo_jax.models.wan import Wan, init_variables
+from kvpo_jax.rewards import stream
 from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import (
     branches_at_once,
@@ -87,6 +88,8 @@ class Programs:
         their std over the branches, the mean, float[].
       appearance: (pixels [P, T, frames, h, w, 3], how many of the frames count, the first ones) ->
         name -> float[P, T], see `appearance`.
+      self_similarity: (latents float[P, 1, n, Y, X, C], how many of the frames count) -> float[P,
+        lags], see `self_similarity`.
       all_finite: (latents of a rollout, or of held-out videos) -> whether every number is, bool[].
     """
 
@@ -104,6 +107,7 @@ class Programs:
     follow: Callable[[PyTree, PyTree, np.ndarray], PyTree]
     pixel_std: Callable[[Array, int], Array]
     appearance: Callable[[Array, int], dict[str, Array]]
+    self_similarity: Callable[[Array, int], Array]
     all_finite: Callable[[PyTree], Array]
 
     def compilations(self) -> dict[str, int]:
@@ -131,6 +135,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         follow=jax.jit(follow, out_shardings=replicated),
         pixel_std=jax.jit(pixel_std, static_argnums=1),
         appearance=jax.jit(appearance, static_argnums=1),
+        self_similarity=jax.jit(self_similarity, static_argnums=1),
         all_finite=jax.jit(all_finite, out_shardings=replicated),
     )
 
@@ -539,31 +544,33 @@ APPEARANCE = ("exposure", "saturation", "clipped")  # what `appearance` tells
 
 
 def appearance(pixels: Array, frames: int) -> dict[str, Array]:
-    """How bright and how colourful videos are, name -> float[P, T], means over their pixels.
-
-    Channels are in [0, 1], as they are stored, not linear light.
-
-    exposure: luma, 0.2126 R + 0.7152 G + 0.0722 B (Rec. 709).
-    saturation: the largest channel less the smallest one, 0 for greys.
-    clipped: the share of pixels with a luma of 254/255 or more: white, with no detail left.
+    """How bright and how colourful videos are, name -> float[P, T]: means of `stream.looks`.
 
     Args:
       pixels: [P, T, n, h, w, 3], float in [0, 1] or uint8.
       frames: of the n frames the first so many count.
     """
-    scale = 255.0 if pixels.dtype == jnp.uint8 else 1.0
-
-    def of_frame(index: Array) -> list[Array]:
-        frame = jax.lax.dynamic_index_in_dim(pixels, index, axis=2, keepdims=False)
-        frame = frame.astype(jnp.float32) / scale
-        luma = jnp.sum(frame * jnp.array([0.2126, 0.7152, 0.0722]), axis=-1)
-        clipped = luma >= 253.99 / 255  # rounded, 254 of 255 may be a little less
-        maps = (luma, frame.max(axis=-1) - frame.min(axis=-1), clipped.astype(jnp.float32))
-        return [x.mean(axis=(2, 3)) for x in maps]
-
     # A frame at a time, so that no float copy of the videos is made.
-    by_frame = jax.lax.map(of_frame, jnp.arange(frames))
-    return {name: x.mean(axis=0) for name, x in zip(APPEARANCE, by_frame, strict=True)}
+    by_frame = jax.lax.map(
+        lambda index: stream.looks(stream.frame_of(pixels, index, 2)), jnp.arange(frames)
+    )
+    return {name: by_frame[name].mean(axis=0) for name in APPEARANCE}
+
+
+def self_similarity(latents: Array, frames: int) -> Array:
+    """How alike the latent frames of a video are that lie some frames apart, float[P, frames - 1].
+
+    Entry i is the mean cosine of frames t and t + i + 1, over all t.
+
+    Args:
+      latents: float[P, 1, n, Y, X, C] of single videos.
+      frames: of the n frames the first so many count.
+    """
+    flat = latents[:, 0, :frames].astype(jnp.float32).reshape(len(latents), frames, -1)
+    unit = flat / (jnp.linalg.norm(flat, axis=-1, keepdims=True) + 1e-12)
+    cosines = jnp.einsum("pid,pjd->pij", unit, unit, precision="highest")
+    diagonals = [jnp.diagonal(cosines, lag, 1, 2).mean(axis=-1) for lag in range(1, frames)]
+    return jnp.stack(diagonals, axis=-1)
 
 
 def all_finite(tree: PyTree) -> Array:

@@ -294,6 +294,8 @@ def test_a_reward_that_rises_while_a_watched_one_falls_is_found(
     assert not named or "motion (-0.0770 on held-out prompts)" in found[0].text
     records = [heldout(20, gain, 0.1, prompts, ("VQ", "motion"), motion=change)]
     assert diagnose(config, rows(30), (), records) == {}
+    livelier = [heldout(20, gain, 0.1, prompts, temporal_flickering=change)]
+    assert diagnose(config, rows(30), (), livelier) == {}
 
 
 # 10 values x +- 0.1: the error of a difference of two such means is 0.1 sqrt(2 / 9) = 0.0471.

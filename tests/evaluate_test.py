@@ -17,7 +17,7 @@ from kvpo_jax import state as state_lib
 from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
 from kvpo_jax.models.wan import init_variables
-from kvpo_jax.rewards import composite, motion, scorers, toy, video_files
+from kvpo_jax.rewards import composite, motion, scorers, stream, toy, video_files
 from kvpo_jax.runtime import checkpoint, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
@@ -96,8 +96,9 @@ def test_command_scores_files_as_training_does(tmp_path):
     done = run(
         f"--videos={tmp_path}",
         f"--prompts={tmp_path / 'p.txt'}",
-        "--rewards=motion",
+        "--rewards=motion,stream",
         "--clip_frames=8",
+        "--block_pixels=3,6",
     )
     assert (done.returncode, done.stderr) == (0, "")
     with (tmp_path / "scores.csv").open() as file:
@@ -116,6 +117,13 @@ def test_command_scores_files_as_training_does(tmp_path):
         [float(row["motion"]) for row in rows], expected, rtol=0.05
     )  # h264 is not exact
     assert "mean" in done.stdout and "smoothness" in done.stdout
+    whole = stream.score(jnp.asarray(np.stack(videos)), _every_frame(18, (3, 9, 15)))
+    for name in ("temporal_flickering", "exposure_kept", "continuity"):
+        np.testing.assert_allclose([float(row[name]) for row in rows], whole[name], atol=0.05)
+
+
+def _every_frame(count, starts):
+    return composite.footage_of(((0, count),), [composite.Clip(0, 0, count)], starts)
 
 
 def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what_was_scored(
@@ -248,11 +256,21 @@ def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
     run = run_lib.load(configure("configs/tiny.py", fields))
     made = evaluate.evaluate(run, run.initial_lora())
     assert made.blocks.shape == (4, 12) and made.pixels.size == 0
+    assert made.components.keys() >= set(scorers.COMPONENTS["stream"])
     batch = backbone.prompt_batch(run.backbone, run.mesh, "heldout", 0, np.arange(2))
     windows = backbone.windows_read(run.config, run.backbone.to_pixel)
     latents = evaluate._latents(run, run.initial_lora(), batch)
     pixels = run.decoder.videos(latents, windows)
     videos = np.asarray(pixels.videos[:, 0])
+    lag = np.asarray(latents[:2, 0]).reshape(2, 36, -1)
+    cosines = np.sum(lag[:, 0] * lag[:, 35], -1) / np.prod(
+        np.linalg.norm(lag[:, (0, 35)], axis=-1), axis=-1
+    )
+    np.testing.assert_allclose(made.similarity[:2, -1], cosines, rtol=1e-5)
+    change = np.abs(np.diff(videos[:, :36].astype(np.float64), axis=1)).mean((2, 3, 4))
+    at = np.arange(1, 36) % 3 == 0  # blocks of three frames meet
+    seams = np.minimum(change[:, ~at].mean(1) / change[:, at].mean(1), 1)
+    np.testing.assert_allclose(made.components["continuity"][:2], seams, rtol=1e-4)
     for prompt, sentences in enumerate(batch.sentences):
         for block, segment in ((0, 0), (3, 0), (4, 1), (11, 2)):
             here = composite.frames_of(pixels.windows, 3 * block, 3 * block + 3)
@@ -304,6 +322,7 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     assert len(made) == 1
     assert again.reward.tobytes() == first.reward.tobytes()
     assert again.blocks.tobytes() == first.blocks.tobytes()
+    assert again.similarity.tobytes() == first.similarity.tobytes()
     assert again.components.keys() == first.components.keys()
     for name, value in first.components.items():
         assert again.components[name].tobytes() == value.tobytes()
@@ -347,6 +366,11 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
             "--rewards=toy scores its own world's 8x8 pixels",
         ),
         (["--workdir={dir}", "--rewards=motion"], "--rewards is for --videos"),
+        (["--workdir={dir}", "--block_pixels=9"], "--block_pixels is for --videos"),
+        (
+            ["--videos={dir}", "--prompts={dir}/p.txt", "--block_pixels=9,x"],
+            "--block_pixels=9,x: expected the pixel frames of the first block and of the others",
+        ),
         (["--workdir={dir}", "--clip_frames=36"], "--clip_frames is for --videos"),
         (["--videos={dir}", "--iteration=2"], "--iteration names a checkpoint of --workdir"),
         (["--workdir={dir}", "--config=configs/tiny.py"], "the configuration is the run's own"),

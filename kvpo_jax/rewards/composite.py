@@ -60,6 +60,49 @@ class Sentence(str):
 
 
 @dataclasses.dataclass(frozen=True)
+class Footage:
+    """The frames of a video that are scored, of all its clips.
+
+    Attributes:
+      rows: where they are in the pixels.
+      frames: their numbers in the whole video, ascending.
+      starts: the pixel frames at which the generator's blocks begin; none if nobody knows.
+    """
+
+    rows: np.ndarray
+    frames: np.ndarray
+    starts: np.ndarray
+
+    def following(self) -> np.ndarray:
+        """Whether each frame but the first follows the one before it, bool[frames - 1].
+
+        Raises:
+          UsageError: none does.
+        """
+        following = np.diff(self.frames) == 1
+        if not following.any():
+            raise UsageError("whole videos are scored on clips of two frames or more")
+        return following
+
+    def seams(self) -> np.ndarray:
+        """Whether a block begins at the second frame of each pair that follows, bool[pairs]."""
+        return np.isin(self.frames[1:], self.starts)[self.following()]
+
+
+class VideoScorer(Protocol):
+    """A reward of whole videos, which is watched and not optimised."""
+
+    def __call__(self, pixels: Array, footage: Footage, /) -> Mapping[str, Array | np.ndarray]:
+        """The components of the reward by name, float[n] each.
+
+        Args:
+          pixels: [n, m, h, w, 3], float in [0, 1] or uint8.
+          footage: which frames of the video they are.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
 class Shared:
     """Clips that begin alike: of every `clips` in a row, the first `frames` frames are the same."""
 
@@ -184,19 +227,22 @@ def score_clips(
     per_clip = [sentence for sentence in sentences for _ in range(t)]
     told = {"shared": Shared(t, shared)} if shared and t > 1 else {}
     raw = scorer(clips.reshape(p * t, *clips.shape[2:]), per_clip, **told)
-    scores = {}
-    for name, values in raw.items():
-        chex.assert_shape(values, (p * t,))
-        with np.errstate(over="ignore"):  # a float64 that is too large is infinite here
-            scores[name] = jnp.asarray(values, jnp.float32).reshape(p, t)
-        bad = np.argwhere(~np.isfinite(scores[name]))
-        if len(bad):
-            prompt, trajectory = bad[0]
-            which = f", trajectory {trajectory} of {t} (branches first, then the anchor)"
-            raise NotFiniteError(
-                f"reward {name} is {scores[name][prompt, trajectory]} for prompt {prompt}"
-                f" ({sentences[prompt]!r}){which if t > 1 else ''}"
-            )
+    return {name: _finite(name, values, sentences, t) for name, values in raw.items()}
+
+
+def _finite(name: str, values: Array | np.ndarray, sentences: Sequence[str], t: int) -> Array:
+    """The scores float[P * T] of a component as float[P, T]; NotFiniteError if one is not."""
+    chex.assert_shape(values, (len(sentences) * t,))
+    with np.errstate(over="ignore"):  # a float64 that is too large is infinite here
+        scores = jnp.asarray(values, jnp.float32).reshape(len(sentences), t)
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad):
+        prompt, trajectory = bad[0]
+        which = f", trajectory {trajectory} of {t} (branches first, then the anchor)"
+        raise NotFiniteError(
+            f"reward {name} is {scores[prompt, trajectory]} for prompt {prompt}"
+            f" ({sentences[prompt]!r}){which if t > 1 else ''}"
+        )
     return scores
 
 
@@ -251,6 +297,45 @@ def segment_rewards(
                 f" {', '.join(scores[0])}"
             )
     return {name: sum((s[name] for s in scores), zero) / len(scores) for name in scores[0]}
+
+
+def footage_of(windows: Windows, clips: Sequence[Clip], starts: Sequence[int]) -> Footage:
+    """The frames of clips, each once, in `Pixels` with these windows."""
+    rows: dict[int, int] = {}
+    for clip in clips:
+        here = frames_of(windows, clip.start, clip.end)
+        rows |= zip(range(clip.start, clip.end), range(here.start, here.stop), strict=True)
+    frames = sorted(rows)
+    arrays = ([rows[frame] for frame in frames], frames, starts)
+    return Footage(*(np.asarray(x, np.int32) for x in arrays))
+
+
+def video_rewards(
+    scorer: VideoScorer,
+    pixels: Pixels,
+    prompts: Sequence[Sequence[str]],
+    clips: Sequence[Clip],
+    starts: Sequence[int] = (),
+) -> dict[str, Array]:
+    """Scores the frames of all clips of a video together.
+
+    Args:
+      scorer: see VideoScorer; called once.
+      pixels: of single videos; at least the frames of the clips.
+      prompts: P sequences of M sentences, for errors.
+      clips: see `segment_clips`.
+      starts: the pixel frames at which blocks begin.
+
+    Returns:
+      component -> float[P, T].
+
+    Raises:
+      NotFiniteError: a score is not finite; names component, prompt and trajectory.
+    """
+    p, t = pixels.videos.shape[:2]
+    videos = pixels.videos.reshape(p * t, *pixels.videos.shape[2:])
+    raw = scorer(videos, footage_of(pixels.windows, clips, starts))
+    return {name: _finite(name, values, [s[0] for s in prompts], t) for name, values in raw.items()}
 
 
 def check_weights(

@@ -1,6 +1,6 @@
 """Scorers by name: the paper's "hpsv3,videoalign", "motion", "toy", "return", "module:function".
 
-The last is a function of your own, see `composite.Scorer`.
+The last is a function of your own, see `composite.Scorer`. "stream" and "flow" score whole videos.
 """
 
 from __future__ import annotations
@@ -20,8 +20,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.rewards import hpsv3, motion, preprocess, returning, toy, videoalign
-from kvpo_jax.rewards.composite import Scorer, Shared
+from kvpo_jax.rewards import (
+    hpsv3,
+    motion,
+    optical_flow,
+    preprocess,
+    returning,
+    stream,
+    toy,
+    videoalign,
+)
+from kvpo_jax.rewards.composite import Footage, Scorer, Shared, VideoScorer
 from kvpo_jax.types import Array
 
 Paths = Mapping[str, str]  # "hpsv3" and "videoalign" -> file of converted weights
@@ -34,6 +43,8 @@ SCORERS: dict[str, Callable[[Paths], Scorer]] = {
     "toy": lambda paths: toy.score,
     "return": lambda paths: returning.score,
 }
+# Scorers of whole videos, see `composite.VideoScorer`: they are watched and never optimised.
+OF_VIDEOS: dict[str, VideoScorer] = {"stream": stream.score, "flow": optical_flow.score}
 # Name -> its components, so that the weights in a config are checked before weights are loaded.
 COMPONENTS = {
     "hpsv3": ("VQ", "VQ_best"),
@@ -41,6 +52,15 @@ COMPONENTS = {
     "motion": ("motion", "smoothness"),
     "toy": ("VQ", "MQ", "TA"),
     "return": ("SC", "VQ", "wanted", "shown", "other"),
+    "stream": (
+        "temporal_flickering",
+        "unfrozen",
+        "exposure_kept",
+        "saturation_kept",
+        "sharpness_kept",
+        "continuity",
+    ),
+    "flow": ("flow", "flow_continuity"),
 }
 # Scorers of the package that anybody can use at once; "return" needs a whole story of its world.
 WITHOUT_FILES = ("motion", "toy")
@@ -74,14 +94,16 @@ class Scorers:
     `release`.
 
     Args:
-      names: keys of SCORERS and "module:function"s, separated by commas. An empty list is a scorer
-        without components.
+      names: keys of SCORERS and OF_VIDEOS and "module:function"s, separated by commas. An empty
+        list is a scorer without components.
       paths: the files of the scorers that need one.
     """
 
     def __init__(self, names: str, paths: Paths):
         self._names = names
-        self._loaded = cache(lambda: {name: _loader(name)(paths) for name in names_of(names)})
+        self._whole = [name for name in names_of(names) if name in OF_VIDEOS]
+        self._of_clips = [name for name in names_of(names) if name not in OF_VIDEOS]
+        self._loaded = cache(lambda: {name: _loader(name)(paths) for name in self._of_clips})
 
     def check(self) -> None:
         """Imports the functions, and loads no weights.
@@ -89,7 +111,7 @@ class Scorers:
         Raises:
           UsageError: a name is not a scorer, or a function cannot be imported.
         """
-        for name in names_of(self._names):
+        for name in self._of_clips:
             _loader(name)
 
     def __call__(
@@ -109,17 +131,23 @@ class Scorers:
         """
         components: dict[str, Array] = {}
         floats = cache(lambda: preprocess.to_float(pixels))
+        of_videos = {component for name in self._whole for component in COMPONENTS[name]}
         for name, scorer in self._loaded().items():
             taken = pixels if name in TAKES_BYTES else floats()
             told = {"shared": shared} if shared and name in OF_FRAMES else {}
             scores = _checked(name, scorer(taken, prompts, **told), len(prompts))
-            if twice := components.keys() & scores.keys():
+            if twice := (components.keys() | of_videos) & scores.keys():
                 raise UsageError(
                     f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is"
                     " the second"
                 )
             components |= scores
         return components
+
+    def of_videos(self, pixels: Array, footage: Footage) -> dict[str, Array | np.ndarray]:
+        """The components of the list's scorers of videos, see `composite.VideoScorer`."""
+        scores = [OF_VIDEOS[name](pixels, footage) for name in self._whole]
+        return {name: values for of_scorer in scores for name, values in of_scorer.items()}
 
     def release(self) -> None:
         """Frees the weights."""
@@ -183,7 +211,7 @@ def _module_of(name: str) -> ModuleType:
 
 def sources(names: str) -> dict[str, Path]:
     """ "module:function" -> the file of its module, for those in a list that have one."""
-    own = [name for name in names_of(names) if name not in SCORERS]
+    own = [name for name in names_of(names) if name not in {*SCORERS, *OF_VIDEOS}]
     files = {name: _module_of(name).__file__ for name in own}
     return {name: Path(file) for name, file in files.items() if file is not None}
 
@@ -192,7 +220,7 @@ def _loader(name: str) -> Callable[[Paths], Scorer]:
     """How a scorer is loaded; "module:function" is imported at once."""
     if name in SCORERS:
         return SCORERS[name]
-    known = f"expected {', '.join(SCORERS)} or module:function"
+    known = f"expected {', '.join((*SCORERS, *OF_VIDEOS))} or module:function"
     try:
         scorer = getattr(_module_of(name), name.partition(":")[2])
     except (ImportError, AttributeError, ValueError) as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvpo_jax.data import prompts
 from kvpo_jax.errors import UsageError, listed
-from kvpo_jax.rewards import composite
+from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.runtime import progress, video
 from kvpo_jax.runtime.atomic import keeping_part
 from kvpo_jax.types import Pixels
@@ -28,6 +28,7 @@ def score(
     sequences: Sequence[prompts.PromptSequence],
     clips: tuple[int, int],
     output: Path,
+    blocks: tuple[int, int] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores every video of `folder`, writes a CSV file and prints a table.
 
@@ -39,6 +40,7 @@ def score(
       sequences: the prompt sequences of the videos, see `pair`.
       clips: clip_frames and clip_spacing, as in section `reward` of a config.
       output: the CSV file; its folder is made.
+      blocks: pixel frames of a generator's first block and of every other one; None if unknown.
 
     Returns:
       file name -> component -> score, and their "mean".
@@ -56,7 +58,7 @@ def score(
         progress.bar("scoring", len(files)) as advance,
     ):
         for path, sequence in pairs:
-            scores = _score_file(scorer, path, sequence.sentences, clips)
+            scores = _score_file(scorer, path, sequence.sentences, clips, blocks)
             if not rows:
                 names = list(scores)
                 table = csv.DictWriter(file, ["video", "prompt", *names])
@@ -157,9 +159,16 @@ def _videos(folder: Path) -> list[Path]:
 
 
 def _score_file(
-    scorer: composite.Scorer, path: Path, sentences: Sequence[str], clips: tuple[int, int]
+    scorer: composite.Scorer,
+    path: Path,
+    sentences: Sequence[str],
+    clips: tuple[int, int],
+    blocks: tuple[int, int] | None,
 ) -> dict[str, float]:
-    """The components of a video file. Its prompt segments have equal lengths."""
+    """The components of a video file. Its prompt segments have equal lengths.
+
+    Scorers of whole videos get all frames.
+    """
     frames = video.read(path)
     count, segments = len(frames), len(sentences)
     pixels = jnp.asarray(frames[None, None], jnp.float32) / 255
@@ -170,6 +179,10 @@ def _score_file(
         cut = composite.segment_clips(count, segments, clipping)
         whole = Pixels(pixels, None, ((0, count),))
         scores = composite.segment_rewards(scorer, whole, [sentences], cut)
+        if isinstance(scorer, scorers.Scorers):
+            starts = range(blocks[0], count, blocks[1]) if blocks else ()
+            every = [composite.Clip(0, 0, count)]
+            scores |= composite.video_rewards(scorer.of_videos, whole, [sentences], every, starts)
     except Exception as error:
         error.add_note(str(path))
         raise

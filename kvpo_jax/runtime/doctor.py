@@ -21,6 +21,7 @@ ERRORS = 2.0  # standard errors by which a held-out mean must change to count
 TREND_ERRORS = 3.0  # the same of a training reward, which is looked at after every iteration
 PROMPTS = 8  # held-out prompts that a standard error takes
 EARLY = 0.1  # of the gain of later blocks: what an early block may lose
+EITHER = ("temporal_flickering",)  # watched; livelier videos lower it, and are no worse for it
 DRIFT = {"exposure": 0.1, "saturation": 0.1, "clipped": 0.05}  # by how much videos may change
 
 
@@ -412,7 +413,7 @@ def _watched(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     return {
         name: _gain(before[name], after[name])
         for name in after
-        if name in before and name not in record["optimised"]
+        if name in before and name not in (*record["optimised"], *EITHER)
     }
 
 
