@@ -3,15 +3,20 @@
     python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--iteration=40] [--config.eval.prompts=64]
     python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion \\
         [--hpsv3=FILE] [--videoalign=FILE]
+    python -m kvpo_jax.evaluate --export=vbench|vbench_long|custom --prompts=FILE --output=DIR \\
+        [--extended=FILE] [--flickering=FILE] [--samples=5] [--seed=0] [--workdir=RUN]
+    python -m kvpo_jax.evaluate --import=DIR
 
 The first compares reference, online and EMA policy on the same prompts and noise. The second scores
 the videos of a folder as training does: a clip in the middle of every segment. Videos that are
 named by their prompts belong to those, others to the prompt sequences in the order of their names
-(2.mp4 before 10.mp4).
+(2.mp4 before 10.mp4). The third writes what VBench needs, in an environment of its own, and the
+last reads its results (docs/evaluation.md).
 """
 
 from __future__ import annotations
 
+import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,7 +31,7 @@ from flax import struct
 from PIL.Image import Image
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import budget, fitting
+from kvpo_jax import budget, fitting, vbench
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
@@ -472,34 +477,73 @@ def _blocks_of(given: Sequence[str]) -> tuple[int, int] | None:
     return int(given[0]), int(given[-1])
 
 
-# Flags that say nothing of a run.
-OF_VIDEOS = (
-    "prompts",
-    "rewards",
-    "hpsv3",
-    "videoalign",
-    "clip_frames",
-    "clip_spacing",
-    "block_pixels",
-    "output",
-)
+def export_vbench(given: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """Writes what VBench needs to evaluate a policy; see `vbench.write`."""
+    for name in ("prompts", "output"):
+        if not given[name].value:
+            raise UsageError(f"--export needs --{name}=..., see docs/evaluation.md")
+    if Path(given.output).is_file():
+        raise UsageError(f"--output={given.output} is a file; name a folder")
+    if given.flickering and given.export != "vbench":
+        raise UsageError("--flickering is for --export=vbench; the long one filters clips")
+    prompt_file = Path(given.prompts)
+    extended, flickering = (
+        Path(name) if name else None for name in (given.extended, given.flickering)
+    )
+    originals, texts, filtered = vbench.read_prompts(
+        given.export, prompt_file, extended, flickering
+    )
+    export = vbench.Export(given.export, originals, texts, given.samples, given.seed, filtered)
+    generate = [f"--num_frames={given.num_frames}"] if given.num_frames else []
+    if given.workdir:
+        generate += [f"--checkpoint={given.workdir}", f"--iteration={given.iteration}"]
+    files = [path for path in (prompt_file, extended, flickering) if path is not None]
+    vbench.write(export, Path(given.output), [*generate, *arguments], sys.argv[1:], files)
+
+
+# Flags that are for some of what the command does -> for what.
+FLAGS_OF = {
+    "prompts": ("videos", "export"),
+    "output": ("videos", "export", "import"),
+    "rewards": ("videos",),
+    "hpsv3": ("videos",),
+    "videoalign": ("videos",),
+    "clip_frames": ("videos",),
+    "clip_spacing": ("videos",),
+    "block_pixels": ("videos",),
+    "extended": ("export",),
+    "flickering": ("export",),
+    "samples": ("export",),
+    "seed": ("export",),
+    "num_frames": ("export",),
+}
 
 
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    if bool(given.workdir) == bool(given.videos):
-        raise UsageError("give either --workdir or --videos")
-    if given.workdir:
-        if useless := [f"--{name}" for name in OF_VIDEOS if given[name].present]:
-            raise UsageError(
-                f"{useless[0]} is for --videos; --workdir is scored as --config.FIELD=VALUE says"
-            )
-        evaluate_run(Path(given.workdir), given.iteration, arguments[1:])
-    elif given["iteration"].present:
-        raise UsageError("--iteration names a checkpoint of --workdir; --videos have none")
-    elif arguments[1:]:
+    asked = [name for name in ("videos", "export", "import") if given[name].value]
+    if given.workdir and asked != ["export"]:  # of an export it is the policy
+        asked.append("workdir")
+    if len(asked) != 1:
+        raise UsageError("give one of --workdir, --videos, --export and --import")
+    what = asked[0]
+    for name, of in FLAGS_OF.items():
+        if given[name].present and what not in of:
+            needed = " or ".join(f"--{other}" for other in of)
+            says = "; --workdir is scored as --config.FIELD=VALUE says" * (what == "workdir")
+            raise UsageError(f"--{name} is for {needed}{says}")
+    if given["iteration"].present and not given.workdir:
+        raise UsageError("--iteration names a checkpoint of --workdir; there is none here")
+    if what in ("videos", "import") and arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
+    if what == "workdir":
+        evaluate_run(Path(given.workdir), given.iteration, arguments[1:])
+    elif what == "export":
+        export_vbench(given, arguments[1:])
+    elif what == "import":
+        folder = Path(str(given["import"].value))
+        vbench.read(folder, Path(given.output or folder / "vbench.json"))
     else:
         evaluate_videos(given)
 
@@ -509,7 +553,16 @@ def define_flags() -> None:
     command.define_path("workdir", None, "run directory")
     command.define_iteration()
     command.define_path("videos", None, "folder of video files to score instead")
-    command.define_path("prompts", None, "file of their prompt sequences")
+    command.define_path("prompts", None, "file of their prompt sequences, or of those to export")
+    flags.DEFINE_enum("export", None, list(vbench.MODES), "write what VBench needs, to --output")
+    command.define_path("import", None, "folder of VBench's results")
+    command.define_path("extended", None, "of an export: what is generated, line by line")
+    command.define_path("flickering", None, "of an export: prompts with 25 videos to be filtered")
+    flags.DEFINE_integer("samples", 5, "of an export: videos per prompt", lower_bound=1)
+    flags.DEFINE_integer(
+        "seed", 0, "of an export: of the first videos", 0, config_lib.SEEDS - 1 - vbench.FILTERED
+    )
+    flags.DEFINE_integer("num_frames", 0, "of an export: latent frames, as of kvpo-generate")
     flags.DEFINE_string(
         "rewards",
         "motion",
@@ -522,7 +575,11 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "block_pixels", [], "pixel frames of the first block and of the others, as in 9,12"
     )
-    command.define_path("output", None, "CSV file; scores.csv beside the videos by default")
+    command.define_path(
+        "output",
+        None,
+        "CSV file of --videos, JSON file of --import, by default beside them; folder of --export",
+    )
 
 
 def cli() -> None:

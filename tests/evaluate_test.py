@@ -351,7 +351,15 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     "arguments, message",
     [
         (["--videos={dir}"], "--videos needs --prompts"),
-        ([], "give either --workdir or --videos"),
+        ([], "give one of --workdir, --videos, --export and --import"),
+        (["--videos={dir}", "--import={dir}"], "give one of --workdir, --videos, --export"),
+        (["--workdir={dir}", "--samples=3"], "--samples is for --export"),
+        (["--export=vbench", "--output={dir}/x"], "--export needs --prompts"),
+        (
+            ["--export=vbench", "--prompts={dir}/p.txt", "--output={dir}/p.txt"],
+            "p.txt is a file; name a folder",
+        ),
+        (["--import={dir}/none"], "none is no folder"),
         (["--videos={dir}", "--prompts={dir}/p.txt"], "has no videos"),
         (
             ["--videos={dir}", "--prompts={dir}/p.txt", "--rewards=hpsv3"],
