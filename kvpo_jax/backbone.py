@@ -23,7 +23,7 @@ from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
-from kvpo_jax.runtime import checkpoint, pictures, sharding, weight_file
+from kvpo_jax.runtime import checkpoint, pictures, progress, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, Windows
@@ -521,10 +521,15 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
     @cache
     def splits() -> dict[str, list[prompts.PromptSequence]]:
+        loaded = prompts.load(Path(config.paths.prompts))
+        if any(sequence.durations for sequence in loaded):
+            progress.say(
+                f"{config.paths.prompts} has durations; the videos of a run all switch at"
+                f" config.video.switch_frames={tuple(config.video.switch_frames)}"
+            )
         # As they are used, so that nothing held out is trained on word for word.
         sequences = [
-            prompts.segments_to(prompts.cleaned(sequence), segments)
-            for sequence in prompts.load(Path(config.paths.prompts))
+            prompts.segments_to(prompts.cleaned(sequence), segments) for sequence in loaded
         ]
         if stored is not None:
             stored.check([sentence for sequence in sequences for sentence in sequence.sentences])

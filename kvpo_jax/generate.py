@@ -9,7 +9,8 @@
     python -m kvpo_jax.generate --branches=8 --pivot=6 --prompt="a red disk moves left"
 
 --checkpoint is a run directory (its online policy, or with --ema its average) or a converted base
-model. A prompt sequence switches at --switch_frames, or evenly.
+model. A prompt sequence switches at --switch_frames, or where the durations in its file say, or
+evenly.
 
 With --interactive every line that is typed, or comes from a pipe, is a prompt. Each takes over at
 the next block, one per block in their order, and the last one stays. The video is made no faster
@@ -237,7 +238,7 @@ def write_branches(
     """
     rows = []
     configs = [diversity.switching(run.config, v.switch_frames) for v in videos]
-    for index, (sentences, _) in enumerate(videos):
+    for index, (sentences, _, _) in enumerate(videos):
         pivot, files = pivots[index], names[index]
         one = replace(run, config=configs[index])
         rolled = diversity.sample(one, variables, sentences, seed, index, pivot)
@@ -278,10 +279,12 @@ class Video(NamedTuple):
     Attributes:
       sentences: its prompt sequence; empty if it is typed.
       switch_frames: latent frames at which the sentences after the first begin.
+      blocks: how long it is.
     """
 
     sentences: Sequence[str]
     switch_frames: Sequence[int]
+    blocks: int
 
 
 def load_run(
@@ -344,37 +347,59 @@ def find_videos(given: flags.FlagValues, config: ml_collections.ConfigDict) -> l
         )
     if given.interactive and given.switch_frames:
         raise UsageError("--switch_frames: with --interactive a prompt begins when it is typed")
-    frames, block_frames = frames_of(given, config), config.video.block_frames
-    sequences = [given.prompt]
+    sequences = [prompts.PromptSequence(tuple(given.prompt), 0)]
     if given.prompts:
-        sequences = [list(s.sentences) for s in prompts.load(Path(given.prompts))]
-    if not config.window.recache_frames and any(len(s) != 1 for s in sequences):  # typed ones too
-        raise UsageError("config.window.recache_frames=0, but prompts switch")
-    at = given_switches(given.switch_frames, block_frames, frames)
-    videos = []
-    for sentences in sequences:
-        even = (
-            ()
-            if given.interactive
-            else switches(len(sentences), frames // block_frames, block_frames)
+        sequences = prompts.load(Path(given.prompts))
+    if not config.window.recache_frames and any(len(s.sentences) != 1 for s in sequences):
+        raise UsageError("config.window.recache_frames=0, but prompts switch")  # typed ones too
+    videos = [find_video(given, config, sequence) for sequence in sequences]
+    if given.branches is not None and len({v.blocks for v in videos}) > 1:
+        raise UsageError(
+            "--branches: the videos have one length, and the durations of their prompts differ;"
+            " name it with --num_frames"
         )
-        videos.append(Video(sentences, at or even))
-        if sentences and len(videos[-1].switch_frames) != len(sentences) - 1:
-            raise UsageError(
-                f"--switch_frames={','.join(given.switch_frames)}: {len(sentences)} prompts switch "
-                f"{len(sentences) - 1} times: {sentences}"
-            )
     return videos
 
 
-def frames_of(given: flags.FlagValues, config: ml_collections.ConfigDict) -> int:
-    """Latent frames of a video."""
+def find_video(
+    given: flags.FlagValues, config: ml_collections.ConfigDict, sequence: prompts.PromptSequence
+) -> Video:
+    """The video of a prompt sequence.
+
+    Its prompts switch as --switch_frames says, or as long as each lasts, or evenly. It is as long
+    as --num_frames says, or its prompts, or the config.
+    """
+    sentences, block_frames = sequence.sentences, config.video.block_frames
+    timed = () if given.switch_frames else sequence.durations
+    frames = frames_of(given, config, sum(timed))
+    if timed:
+        where = f"{given.prompts}:{sequence.line}: durations {list(timed)}"
+        switch_frames = prompts.switch_frames(sequence)
+        config_lib.check_switches(where, switch_frames, block_frames, frames)
+    elif given.switch_frames:
+        switch_frames = given_switches(given.switch_frames, block_frames, frames)
+    elif given.interactive:
+        switch_frames = ()
+    else:
+        switch_frames = switches(len(sentences), frames // block_frames, block_frames)
+    if sentences and len(switch_frames) != len(sentences) - 1:
+        raise UsageError(
+            f"--switch_frames={','.join(given.switch_frames)}: {len(sentences)} prompts switch "
+            f"{len(sentences) - 1} times: {list(sentences)}"
+        )
+    return Video(sentences, switch_frames, frames // block_frames)
+
+
+def frames_of(given: flags.FlagValues, config: ml_collections.ConfigDict, lasting: int = 0) -> int:
+    """Latent frames of a video; `lasting` are those of its prompts, 0 if they do not say."""
     block_frames = config.video.block_frames
-    frames = given.num_frames or config.video.blocks * block_frames
+    frames = given.num_frames or lasting or config.video.blocks * block_frames
+    asked = bool(given.num_frames or not lasting)
+    what = f"--num_frames={frames}" if asked else f"a prompt sequence of {frames} frames"
     if frames % block_frames or frames < block_frames:
-        raise UsageError(f"--num_frames={frames} is not a multiple of {block_frames} latent frames")
+        raise UsageError(f"{what} is not a multiple of {block_frames} latent frames")
     if frames > MAX_FRAMES:
-        raise UsageError(f"--num_frames={frames}, but there are positions for {MAX_FRAMES} frames")
+        raise UsageError(f"{what}, but there are positions for {MAX_FRAMES} frames")
     return frames
 
 
@@ -399,12 +424,10 @@ def main(arguments: list[str]) -> None:
     config = find_config(given, arguments[1:])
     videos = find_videos(given, config)
     if given.branches is not None:
-        config = diversity.config_of(
-            config, given.branches, frames_of(given, config), given.explore
-        )
+        frames = videos[0].blocks * config.video.block_frames
+        config = diversity.config_of(config, given.branches, frames, given.explore)
     pivots = find_pivots(given, config, videos)
     video.ffmpeg()  # without it nothing can be written
-    blocks = frames_of(given, config) // config.video.block_frames
     firsts = [v.sentences[0] if v.sentences else "interactive" for v in videos]
     names = [name_of(index, len(videos), first) for index, first in enumerate(firsts)]
     of_branches = [diversity.file_names(name, given.branches) for name in names if pivots]
@@ -426,7 +449,7 @@ def main(arguments: list[str]) -> None:
     if pivots:
         write_branches(run, variables, videos, of_branches, pivots, given.seed, output)
         return
-    for index, (sentences, switch_frames) in enumerate(videos):
+    for index, (sentences, switch_frames, blocks) in enumerate(videos):
         if sentences:
             sentence_at = sentence_schedule(sentences, switch_frames)
         else:
@@ -457,9 +480,13 @@ def define_flags() -> None:
     command.define_path("prompts", "", "file of prompt sequences (docs/data.md); a video each")
     flags.DEFINE_bool("interactive", False, "read prompts from the terminal while it streams")
     flags.DEFINE_list(
-        "switch_frames", [], "latent frames at which the next prompt begins; default: evenly"
+        "switch_frames",
+        [],
+        "latent frames at which the next prompt begins; default: durations of the file, or evenly",
     )
-    flags.DEFINE_integer("num_frames", 0, "latent frames; default: as long as the config's videos")
+    flags.DEFINE_integer(
+        "num_frames", 0, "latent frames; default: as the prompts last, or the config"
+    )
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=config_lib.SEEDS - 1)
     flags.DEFINE_integer(
         "branches", None, "also so many branches that part from the video at a block", lower_bound=1

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from kvpo_jax import backbone
-from kvpo_jax.data import embeddings
+from kvpo_jax.data import embeddings, prompts
 from kvpo_jax.runtime import checkpoint
 from kvpo_jax.runtime import config as config_lib
 
@@ -171,6 +171,22 @@ def test_what_is_trained_on_does_not_depend_on_what_is_evaluated(config):
     fewer = backbone.load(config)
     assert [fewer.prompts("train", i) for i in range(12)] == stream
     assert [fewer.prompts("heldout", i) for i in range(2)] == heldout[:2]
+
+
+def test_a_run_reads_prompts_with_durations_and_says_that_its_videos_switch_together(
+    config, tmp_path, capsys
+):
+    made = backbone.load(config)
+    made.prompts("train", 0)
+    assert "durations" not in capsys.readouterr().out
+    config.paths.prompts = str(tmp_path / "timed.jsonl")
+    timed = [prompts.PromptSequence((x, SENTENCES[0]), 1, (39, 108)) for x in SENTENCES[:8]]
+    prompts.write(Path(config.paths.prompts), timed)
+    sequence = backbone.load(config).prompts("train", 0)
+    assert len(sequence) == 4 and sequence[1:] == [SENTENCES[0]] * 3
+    said = capsys.readouterr().out
+    assert "timed.jsonl has durations; the videos of a run all switch at config.video.s" in said
+    assert "(39, 75, 111)" in said
 
 
 def test_nothing_held_out_is_trained_on(config):

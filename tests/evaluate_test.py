@@ -194,6 +194,27 @@ def test_videos_that_belong_to_no_prompts_are_an_error(names, sentences, message
         video_files.pair(files, sequences_of(*sentences))
 
 
+def test_prompts_switch_where_their_durations_say():
+    timed = prompts_lib.PromptSequence(("a", "b", "c"), 1, (6, 3, 6))
+    # 15 latent frames of the Wan VAE are 57 frames: its first is one frame, the others are four.
+    assert video_files.switch_pixels(timed, 57) == [21, 33]
+    assert video_files.switch_pixels(timed, 15) == [6, 9]  # of the toy, frame by frame
+    assert video_files.switch_pixels(timed, 30) == [12, 18]
+    assert video_files.switch_pixels(sequences_of("a")[0], 57) == [28]
+
+
+def test_the_clips_of_a_video_are_those_of_its_durations(tmp_path):
+    write_toy_video(tmp_path / "a.mp4", "a red disk moves left", 0)
+    count = len(video.read(tmp_path / "a.mp4"))
+    timed = prompts_lib.PromptSequence(("a", "b"), 1, (3, count - 3))
+
+    def length(pixels, prompts):
+        return {"length": jnp.full(len(prompts), pixels.shape[1] * (prompts[0] == "a"))}
+
+    rows = video_files.score(length, tmp_path, [timed], (0, 0), tmp_path / "scores.csv")
+    assert rows["a.mp4"] == {"length": 3 / 2}  # on average of the segments
+
+
 def test_a_file_that_is_no_whole_video_is_named_and_others_are_passed_over(tmp_path):
     write_toy_video(tmp_path / "a.mp4", "a red disk moves left", 0)
     whole = (tmp_path / "a.mp4").read_bytes()

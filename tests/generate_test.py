@@ -22,7 +22,8 @@ from equipment import batch_of, configure
 from kvpo_jax import diversity, generate, rollout
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
-from kvpo_jax.data import toy_world
+from kvpo_jax.data import prompts, toy_world
+from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import Run
@@ -126,6 +127,41 @@ def test_switch_frames_are_those_of_blocks():
         generate.given_switches(["3", "a"], 3, 12)
 
 
+def found_videos(path, **asked):
+    """What the command makes of a prompt file and flags."""
+    unasked = {"prompt": [], "interactive": False, "branches": None}
+    given = SimpleNamespace(
+        **({"num_frames": 0, "switch_frames": []} | unasked | asked), prompts=str(path)
+    )
+    return [v[1:] for v in generate.find_videos(given, config_lib.load("configs/tiny.py"))]
+
+
+def test_a_video_is_as_long_as_its_prompts_say(tmp_path):
+    path = tmp_path / "p.jsonl"
+    sequences = [PromptSequence(("a", "b", "c"), 1, (15, 3, 9)), PromptSequence(("a", "b"), 2)]
+    prompts.write(path, sequences)
+    assert found_videos(path) == [((15, 18), 9), ((18,), 12)]  # the second as the config's
+    assert found_videos(path, num_frames=60) == [((15, 18), 20), ((30,), 20)]
+    prompts.write(path, sequences[:1])
+    assert found_videos(path, switch_frames=["3", "12"]) == [((3, 12), 12)]  # flags come first
+    for durations, asked, message in (
+        ((15, 3, 9), {"num_frames": 18}, r"p\.jsonl:1: durations \[15, 3, 9\]: expected ascending"),
+        (
+            (14, 4, 9),
+            {},
+            r"p\.jsonl:1: durations \[14, 4, 9\]: expected ascending multiples of con",
+        ),
+        ((15, 3, 8), {}, "a prompt sequence of 26 frames is not a multiple of 3"),
+        ((900, 900, 9), {}, "a prompt sequence of 1809 frames, but there are positions for 1024"),
+    ):
+        prompts.write(path, [PromptSequence(("a", "b", "c"), 1, durations)])
+        with pytest.raises(UsageError, match=message):
+            found_videos(path, **asked)
+    prompts.write(path, sequences)
+    with pytest.raises(UsageError, match="durations of their prompts differ; name it with --num_f"):
+        found_videos(path, branches=2)
+
+
 def test_names_are_in_the_order_of_the_prompts():
     names = [generate.name_of(index, 1001, "a b") for index in (0, 99, 100, 999, 1000)]
     assert generate.name_of(0, 1, "Ein Café, 東京!") == "000_ein_café_東京.mp4"
@@ -145,21 +181,17 @@ def run_command(*arguments, stdin="", **environment):
 
 
 def test_command_writes_videos_that_play(tmp_path, world):
-    (tmp_path / "prompts.txt").write_text(
-        f"2,[{SENTENCES[0]}],[{SENTENCES[1]}]\n1,[{SENTENCES[1]}]\n"
-    )
+    sequences = [PromptSequence(SENTENCES, 1, (9, 6)), PromptSequence(SENTENCES[1:], 2, (6,))]
+    prompts.write(tmp_path / "prompts.jsonl", sequences)
     done = run_command(
-        f"--prompts={tmp_path / 'prompts.txt'}",
-        "--num_frames=15",
-        f"--output={tmp_path}",
-        "--seed=5",
+        f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path}", "--seed=5"
     )
     assert done.returncode == 0, done.stderr
     written = iio.imread(tmp_path / "000_a_red_disk_moves_left.mp4")
     assert written.shape == (15, 128, 128, 3)
-    assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (15, 128, 128, 3)
+    assert iio.imread(tmp_path / "001_a_blue_cross_moves_up.mp4").shape == (6, 128, 128, 3)
     noise = keys.NoiseKey(keys.draw_key(5, "heldout", 0), jnp.arange(1))
-    latents = jnp.concatenate(video(world, SENTENCES, (6,), 5, noise), axis=1)
+    latents = jnp.concatenate(video(world, SENTENCES, (9,), 5, noise), axis=1)
     pixels = enlarge(np.asarray(world[0].backbone.decode({}, latents, None, None)[0][0]))
     assert np.abs(written.astype(int) - pixels).mean() < 4  # of 255; h264 rounds
     assert "000_a_red_disk_moves_left.mp4: 15 frames, " in done.stdout

@@ -93,6 +93,35 @@ def test_jsonl(tmp_path):
     assert prompts.load(path) == [PromptSequence(("é", "b [c"), 1), PromptSequence(("d",), 3)]
 
 
+def test_durations_belong_to_the_prompts_that_are_kept(tmp_path):
+    line = '{"prompts": ["a", "", "b", "c"], "durations": [6, 3, 12, 9]}'
+    (sequence,) = prompts.load(write(tmp_path, "a.jsonl", line))
+    assert sequence == PromptSequence(("a", "b", "c"), 1, (6, 12, 9))
+    assert prompts.switch_frames(sequence) == (6, 18)
+    (cut,) = prompts.select([sequence], max_segments=2)
+    assert cut == PromptSequence(("a", "b"), 1, (6, 12))
+    # The videos of a run switch together.
+    assert prompts.segments_to(sequence, 4) == PromptSequence(("a", "b", "c", "c"), 1)
+    assert prompts.cleaned(sequence).durations == (6, 12, 9)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    sequences = [PromptSequence(("é, [x]", "b"), 1), PromptSequence(("c",), 2)]
+    for name in ("a.jsonl", "a.txt"):
+        prompts.write(tmp_path / name, sequences)
+        assert prompts.load(tmp_path / name) == sequences
+    assert (tmp_path / "a.txt").read_text() == "2,[é, [x]],[b]\n1,[c]\n"
+    timed = PromptSequence(("d", "e ] [ f", "g\nh"), 1, (3, 6, 9))
+    prompts.write(tmp_path / "b.jsonl", [timed])
+    assert prompts.load(tmp_path / "b.jsonl") == [timed]
+    for lost in (timed, PromptSequence(("e ] [ f",), 1), PromptSequence(("g\nh",), 1)):
+        with pytest.raises(ValueError, match=r"c\.txt: sequence 1 .* write a \.jsonl"):
+            prompts.write(tmp_path / "c.txt", [lost])
+    assert not (tmp_path / "c.txt").exists()
+    with pytest.raises(ValueError, match="ends in .txt or .jsonl"):
+        prompts.write(tmp_path / "c.json", sequences)
+
+
 def test_segments_are_bounded(tmp_path):
     path = write(tmp_path, "a.txt", "1,[a]\n2,[b],[c]\n3,[d],[e],[f]\n")
     assert texts(prompts.load(path, min_segments=2)) == [["b", "c"], ["d", "e", "f"]]
@@ -128,6 +157,14 @@ def test_segments_are_bounded(tmp_path):
             r"a\.jsonl:2: not JSON: .* at column 17",
         ),
         ("a.jsonl", '{"prompt": ["a"]}\n', r'a\.jsonl:1: expected {"prompts"'),
+        (
+            "a.jsonl",
+            '{"prompts": ["a", "b"], "durations": [3]}\n',
+            r"a\.jsonl:1: durations \[3\]: expected latent frames, one number per prompt",
+        ),
+        ("a.jsonl", '{"prompts": ["a"], "durations": [1.5]}\n', r"1: durations \[1.5\]: exp"),
+        ("a.jsonl", '{"prompts": ["a"], "durations": [0]}\n', r"1: durations \[0\]: exp"),
+        ("a.jsonl", '{"prompts": ["a"], "durations": "3"}\n', r'1: durations "3": exp'),
         ("a.jsonl", '["a"]\n', r'a\.jsonl:1: expected {"prompts"'),
         ("a.jsonl", '{"prompts": "a"}\n', r'a\.jsonl:1: expected {"prompts"'),
         ("a.jsonl", '{"prompts": ["a", null]}\n', r"a\.jsonl:1: the prompt null is not a string"),

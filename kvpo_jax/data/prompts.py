@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import unicodedata
@@ -16,6 +17,7 @@ import numpy as np
 from kvpo_jax.data import text
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import file_kind
+from kvpo_jax.runtime.atomic import replacing
 
 T = TypeVar("T")
 
@@ -23,6 +25,7 @@ SUFFIXES = (".txt", ".jsonl")
 _FORMATTED = re.compile(r"(\d+\s*,)?\s*\[")  # how a formatted line begins
 _NUMBER = re.compile(r"^\d+\s*(,|$)")  # what may stand before its fields
 _PLACEHOLDER = re.compile(r"0+\s*,?")  # how the release's formatter writes an empty prompt
+_Read = tuple[list[str], list[int], str | None]  # prompts, their durations, and what is wrong
 _SHOWN = 3  # how many malformed lines an error lists
 
 
@@ -33,10 +36,12 @@ class PromptSequence:
     Attributes:
       sentences: one for each prompt segment, at least one.
       line: its line in the file, counted from 1.
+      durations: latent frames of each segment; empty if the sequence does not say.
     """
 
     sentences: tuple[str, ...]
     line: int
+    durations: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------- files
@@ -45,26 +50,14 @@ class PromptSequence:
 def load(
     path: Path | str, min_segments: int = 1, max_segments: int | None = None
 ) -> list[PromptSequence]:
-    """The sequences of a `.txt` or `.jsonl` file; see `parse` and `select`.
+    """The sequences of a `.txt` or `.jsonl` file; see `read` and `select`.
 
     Raises:
       UsageError: lines are malformed (names file and line of each), or the file is not UTF-8 text,
         has another suffix, or has no sequence that is long enough.
     """
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UsageError(f"{path}: the name of a prompt file ends in {' or '.join(SUFFIXES)}")
-    file_kind.check(path, "a file of prompts", "text", "json", "utf-16", "empty")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UsageError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UsageError(f"{path}:{line}: it has a zero byte, so it is no text; name another file")
-    sequences, problems = parse(text, suffix)
+    sequences, problems = read(path)
     if problems:
         shown = [f"{path}:{line}: {problem}" for line, problem in problems[:_SHOWN]]
         more = [f"and {len(problems) - _SHOWN:,} lines more"] if len(problems) > _SHOWN else []
@@ -78,13 +71,72 @@ def load(
     return selected
 
 
+def read(path: Path) -> tuple[list[PromptSequence], list[tuple[int, str]]]:
+    """What `parse` finds in a file.
+
+    Raises:
+      UsageError: the file is not UTF-8 text, or has another suffix.
+    """
+    suffix = suffix_of(path)
+    file_kind.check(path, "a file of prompts", "text", "json", "utf-16", "empty")
+    return parse(read_text(path), suffix)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; UsageError that names the line if it is not UTF-8."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UsageError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from error
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise UsageError(f"{path}:{line}: it has a zero byte, so it is no text; name another file")
+    return text
+
+
+def write(path: Path, sequences: Sequence[PromptSequence]) -> None:
+    """Writes a `.jsonl`, or a formatted `.txt` as the release has it, whole or not at all.
+
+    Raises:
+      UsageError: the file would not be read back as these sequences, as a `.txt` with durations or
+        with brackets that are not closed; or the name has another suffix.
+    """
+    lines = [_line(sequence, suffix_of(path)) for sequence in sequences]
+    for number, (sequence, line) in enumerate(zip(sequences, lines, strict=True), start=1):
+        back, _ = parse(line, suffix_of(path))
+        if [(s.sentences, s.durations) for s in back] != [(sequence.sentences, sequence.durations)]:
+            raise UsageError(
+                f"{path}: sequence {number} ({sequence.sentences[0][:40]!r}) has durations, line"
+                " breaks or brackets that such a file cannot hold; write a .jsonl"
+            )
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _line(sequence: PromptSequence, suffix: str) -> str:
+    """The line of a file that is read back as the sequence."""
+    if suffix == ".jsonl":
+        durations = {"durations": sequence.durations} if sequence.durations else {}
+        return json.dumps({"prompts": sequence.sentences, **durations}, ensure_ascii=False)
+    return ",".join([str(len(sequence.sentences)), *(f"[{s}]" for s in sequence.sentences)])
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a prompt file; UsageError if it is another one."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{path}: the name of a prompt file ends in {' or '.join(SUFFIXES)}")
+    return path.suffix.lower()
+
+
 def parse(text: str, suffix: str) -> tuple[list[PromptSequence], list[tuple[int, str]]]:
     """The sequences of a prompt file, and (line, problem) of each line that would lose text.
 
-    A `.jsonl` file has an object with the list "prompts" on each line (KVPO, LongLive, MemFlow). A
+    A `.jsonl` file has an object with the list "prompts" on each line (KVPO, LongLive, MemFlow),
+    and may have the latent frames of each prompt in a list "durations" beside it. A
     `.txt` file is *formatted*, `number,[first],[second]` (KVPO), if any line begins with a field,
     numbered or not; otherwise each line is one prompt (LongLive's and MemFlow's single-prompt
-    files). The number, and keys other than "prompts", mean nothing. Brackets inside a field belong
+    files). The number, and other keys, mean nothing. Brackets inside a field belong
     to its text. Empty fields and empty lines are skipped.
 
     The released loader returns the same sequences of jsonl and formatted files, without naming a
@@ -97,15 +149,19 @@ def parse(text: str, suffix: str) -> tuple[list[PromptSequence], list[tuple[int,
         if line.strip()
     ]
     if suffix == ".jsonl":
-        read = _read_json
+        read_line = _read_json
+    elif any(_FORMATTED.match(line) for _, line in lines):
+        read_line = _read_fields
     else:
-        read = _read_fields if any(_FORMATTED.match(line) for _, line in lines) else _read_plain
+        read_line = _read_plain
     sequences, problems = [], []
     for number, line in lines:
-        fields, problem = read(line)
-        sentences = tuple(field.strip() for field in fields if field.strip())
+        fields, durations, problem = read_line(line)
+        kept = [m for m, field in enumerate(fields) if field.strip()]
+        sentences = tuple(fields[m].strip() for m in kept)
         if sentences:
-            sequences.append(PromptSequence(sentences, number))
+            lengths = tuple(durations[m] for m in kept) if durations else ()
+            sequences.append(PromptSequence(sentences, number, lengths))
         elif problem is None and not _PLACEHOLDER.fullmatch(line):
             problem = "there is no prompt in this line; write one or delete the line"
         if problem is not None:
@@ -113,34 +169,41 @@ def parse(text: str, suffix: str) -> tuple[list[PromptSequence], list[tuple[int,
     return sequences, problems
 
 
-def _read_json(line: str) -> tuple[list[str], str | None]:
-    """The prompts of a `.jsonl` line, and what is wrong with it."""
+def _read_json(line: str) -> _Read:
+    """The prompts of a `.jsonl` line."""
     try:
         made = json.loads(line)
     except json.JSONDecodeError as error:
-        return [], f"not JSON: {error.msg} at column {error.colno}"
+        return [], [], f"not JSON: {error.msg} at column {error.colno}"
     prompts = made.get("prompts") if isinstance(made, dict) else None
     if not isinstance(prompts, list):
-        return [], 'expected {"prompts": ["...", "..."]}'
+        return [], [], 'expected {"prompts": ["...", "..."]}'
     wrong = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if wrong:
-        return [], f"the prompt {json.dumps(wrong[0])} is not a string"
-    return prompts, None
+        return [], [], f"the prompt {json.dumps(wrong[0])} is not a string"
+    durations = made.get("durations") or []
+    whole = isinstance(durations, list) and all(type(n) is int and n > 0 for n in durations)
+    if not whole or (durations and len(durations) != len(prompts)):
+        problem = (
+            f"durations {json.dumps(durations)}: expected latent frames, one number per prompt"
+        )
+        return prompts, [], problem
+    return prompts, durations, None
 
 
-def _read_plain(line: str) -> tuple[list[str], str | None]:
+def _read_plain(line: str) -> _Read:
     """A line that is one prompt, unless it was written for a `.jsonl`."""
     if line.startswith("{"):
         try:
             if "prompts" in json.loads(line):
-                return [], 'a line {"prompts": ...} of a .jsonl file; rename the file to .jsonl'
+                return [], [], 'a line {"prompts": ...} of a .jsonl file; rename the file to .jsonl'
         except json.JSONDecodeError:
             pass
-    return [line], None
+    return [line], [], None
 
 
-def _read_fields(line: str) -> tuple[list[str], str | None]:
-    """The bracketed fields of a formatted line, and what is wrong with it."""
+def _read_fields(line: str) -> _Read:
+    """The bracketed fields of a formatted line."""
     fields: list[str] = []
     field, outside, depth = "", "", 0
     for character in _NUMBER.sub("", line, count=1):
@@ -155,11 +218,11 @@ def _read_fields(line: str) -> tuple[list[str], str | None]:
             field = ""
     outside = outside.strip(", \t")
     if depth:
-        return fields, f"a bracket is not closed, and {field!r} would be lost"
+        return fields, [], f"a bracket is not closed, and {field!r} would be lost"
     if not outside:
-        return fields, None
+        return fields, [], None
     lost = f"{outside!r} is outside of the brackets and would be lost"
-    return fields, f"{lost}; a line reads 1,[first],[second]"
+    return fields, [], f"{lost}; a line reads 1,[first],[second]"
 
 
 def select(
@@ -171,7 +234,11 @@ def select(
             f"min_segments={min_segments} to max_segments={max_segments} is not a range of segments"
         )
     return [
-        dataclasses.replace(sequence, sentences=sequence.sentences[:max_segments])
+        dataclasses.replace(
+            sequence,
+            sentences=sequence.sentences[:max_segments],
+            durations=sequence.durations[:max_segments],
+        )
         for sequence in sequences
         if len(sequence.sentences) >= min_segments
     ]
@@ -238,8 +305,14 @@ def cleaned(sequence: PromptSequence) -> PromptSequence:
 def segments_to(sequence: PromptSequence, segments: int) -> PromptSequence:
     """The sequence with M = `segments` sentences.
 
-    Later sentences are cut off; missing ones repeat the last, which is no prompt switch.
+    Later sentences are cut off; missing ones repeat the last, which is no prompt switch. The
+    videos of a run switch together, so durations are dropped.
     """
     sentences = sequence.sentences[:segments]
     sentences += sentences[-1:] * (segments - len(sentences))
-    return dataclasses.replace(sequence, sentences=sentences)
+    return dataclasses.replace(sequence, sentences=sentences, durations=())
+
+
+def switch_frames(sequence: PromptSequence) -> tuple[int, ...]:
+    """The latent frames at which the sentences after the first begin, by its durations."""
+    return tuple(itertools.accumulate(sequence.durations[:-1]))

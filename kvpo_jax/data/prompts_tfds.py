@@ -28,7 +28,7 @@ class PromptFile(tfds.core.BuilderConfig):
 class PromptSequences(tfds.core.GeneratorBasedBuilder):
     """The split "train" and, if sequences are held out, "heldout"; see `prompts.split`."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")  # 1.1.0 has durations
     # There is nothing to download. The search for checksums would need a package that tfds 4.9 does
     # not install (tfds issue 11212).
     url_infos = None
@@ -37,6 +37,7 @@ class PromptSequences(tfds.core.GeneratorBasedBuilder):
         features = {
             "sentences": tfds.features.Sequence(tfds.features.Text()),
             "line": tfds.features.Scalar(np.int64),
+            "durations": tfds.features.Sequence(np.int64),
         }
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
@@ -94,4 +95,5 @@ def build(
 def to_sequence(example: Mapping[str, Any]) -> prompts.PromptSequence:
     """The sequence that an example of the data source holds."""
     sentences = tuple(sentence.decode() for sentence in example["sentences"])
-    return prompts.PromptSequence(sentences, int(example["line"]))
+    durations = tuple(map(int, example["durations"]))
+    return prompts.PromptSequence(sentences, int(example["line"]), durations)

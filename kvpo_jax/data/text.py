@@ -53,6 +53,34 @@ def load_tokenizer(folder: Path | str, files: Sequence[str], hint: str) -> Any:
         ) from error
 
 
+def _umt5(folder: Path | str) -> Any:
+    """UMT5's tokenizer; for the errors see `tokenizer`."""
+    tokenize = load_tokenizer(
+        folder, TOKENIZER_FILES, "the folder google/umt5-xxl of a Wan2.1 checkpoint"
+    )
+    if tokenize("a").input_ids[-1] != tokenize.eos_token_id:
+        raise UsageError(
+            f"the tokenizer in {folder} does not end a sentence with its eos token: it is not"
+            " UMT5's"
+        )
+    return tokenize
+
+
+def token_counter(folder: Path | str) -> Callable[[Sequence[str]], list[int]]:
+    """A function of sentences, which it cleans -> tokens of each, uncut, with the last one.
+
+    Args:
+      folder: of the UMT5 tokenizer.
+
+    Raises:
+      FileNotFoundError, UsageError: see `tokenizer`.
+    """
+    tokenize = _umt5(folder)
+    return lambda sentences: [
+        len(ids) for ids in tokenize([clean(s) for s in sentences], verbose=False).input_ids
+    ]
+
+
 def tokenizer(
     folder: Path | str, text_len: int = 512
 ) -> Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]:
@@ -70,14 +98,7 @@ def tokenizer(
       FileNotFoundError, UsageError: see `load_tokenizer`; UsageError too if the tokenizer does not
         end sentences.
     """
-    tokenize = load_tokenizer(
-        folder, TOKENIZER_FILES, "the folder google/umt5-xxl of a Wan2.1 checkpoint"
-    )
-    if tokenize("a").input_ids[-1] != tokenize.eos_token_id:
-        raise UsageError(
-            f"the tokenizer in {folder} does not end a sentence with its eos token: it is not"
-            " UMT5's"
-        )
+    tokenize = _umt5(folder)
 
     def encode(sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         out = tokenize(

@@ -58,7 +58,7 @@ def score(
         progress.bar("scoring", len(files)) as advance,
     ):
         for path, sequence in pairs:
-            scores = _score_file(scorer, path, sequence.sentences, clips, blocks)
+            scores = _score_file(scorer, path, sequence, clips, blocks)
             if not rows:
                 names = list(scores)
                 table = csv.DictWriter(file, ["video", "prompt", *names])
@@ -158,21 +158,36 @@ def _videos(folder: Path) -> list[Path]:
     return sorted(sorted(files), key=parts)
 
 
+def switch_pixels(sequence: prompts.PromptSequence, count: int) -> list[int]:
+    """The frames of a video of `count` frames at which the prompts after the first begin.
+
+    By the durations of the sequence if it has some: exactly for a video of so many latent frames,
+    in proportion for a cut one. Else the segments have equal lengths.
+    """
+    segments, total = len(sequence.sentences), sum(sequence.durations)
+    if not total:
+        return [round(m * count / segments) for m in range(1, segments)]
+    switch_frames = prompts.switch_frames(sequence)
+    if count == composite.latent_to_pixel(total):
+        return [composite.latent_to_pixel(frame) for frame in switch_frames]
+    return [round(frame * count / total) for frame in switch_frames]
+
+
 def _score_file(
     scorer: composite.Scorer,
     path: Path,
-    sentences: Sequence[str],
+    sequence: prompts.PromptSequence,
     clips: tuple[int, int],
     blocks: tuple[int, int] | None,
 ) -> dict[str, float]:
-    """The components of a video file. Its prompt segments have equal lengths.
+    """The components of a video file.
 
     Scorers of whole videos get all frames.
     """
-    frames = video.read(path)
+    frames, sentences = video.read(path), sequence.sentences
     count, segments = len(frames), len(sentences)
     pixels = jnp.asarray(frames[None, None], jnp.float32) / 255
-    switches = [round(m * count / segments) for m in range(1, segments)]
+    switches = switch_pixels(sequence, count)
     clip_frames, spacing = clips
     clipping = composite.Clipping(switches, clip_frames, int, spacing)
     try:
