@@ -7,7 +7,8 @@
         [--extended=FILE] [--flickering=FILE] [--samples=5] [--seed=0] [--workdir=RUN]
     python -m kvpo_jax.evaluate --import=DIR
 
-The first compares reference, online and EMA policy on the same prompts and noise. The second scores
+The first compares reference, online and EMA policy on the same prompts and noise, and with --lora
+the base with a converted LoRA, or a sum of several (--lora=A:1.0,B:0.5). The second scores
 the videos of a folder as training does: a clip in the middle of every segment. Videos that are
 named by their prompts belong to those, others to the prompt sequences in the order of their names
 (2.mp4 before 10.mp4). The third writes what VBench needs, in an environment of its own, and the
@@ -16,6 +17,7 @@ last reads its results (docs/evaluation.md).
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -30,8 +32,10 @@ from absl import flags
 from flax import struct
 from PIL.Image import Image
 
+from kvpo_jax import adapters as adapters_lib
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import budget, fitting, vbench
+from kvpo_jax import programs as programs_lib
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
@@ -54,6 +58,7 @@ from kvpo_jax.runtime import (
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
+from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.metrics import as_lists
 from kvpo_jax.runtime.pictures import PICTURED
 from kvpo_jax.state import policy_of, saved_state
@@ -412,8 +417,11 @@ def _title(count: int) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def evaluate_run(workdir: Path, which: checkpoint.Which, arguments: Sequence[str]) -> None:
-    """Prints the held-out table of one of a run's checkpoints."""
+def evaluate_run(
+    workdir: Path, which: checkpoint.Which, arguments: Sequence[str], lora: str = ""
+) -> None:
+    """Prints the held-out table of one of a run's checkpoints, and of the LoRA files of --lora."""
+    adapters = adapters_lib.parse(lora) if lora else []
     # The run is looked at and not continued, so any field may differ here.
     config = config_lib.override(workdir_lib.trained_config(workdir, which), arguments)
     config_lib.check(config)
@@ -428,8 +436,18 @@ def evaluate_run(workdir: Path, which: checkpoint.Which, arguments: Sequence[str
     for policy in policies:
         with progress.bar(policy):
             results[policy] = evaluate(run, policy_of(state, policy))
+    if adapters:
+        with progress.bar("lora"):
+            results["lora"] = evaluate(*with_adapters(run, adapters))
     print(f"iteration {int(state.iteration)} of {workdir}", flush=True)
     print_table(results)
+
+
+def with_adapters(run: Run, adapters: Sequence[adapters_lib.Adapter]) -> tuple[Run, PyTree]:
+    """The run with the rank and alpha of a sum of LoRA files, and that sum."""
+    config = adapters_lib.configured(run.config, adapters)
+    sized = dataclasses.replace(run, config=config, programs=programs_lib.build(config, run.mesh))
+    return sized, sharding.place(adapters_lib.load(adapters, wan_config(config)), run.mesh)
 
 
 def evaluate_videos(given: flags.FlagValues) -> None:
@@ -497,12 +515,15 @@ def export_vbench(given: flags.FlagValues, arguments: Sequence[str]) -> None:
     generate = [f"--num_frames={given.num_frames}"] if given.num_frames else []
     if given.workdir:
         generate += [f"--checkpoint={given.workdir}", f"--iteration={given.iteration}"]
+    if given.lora:
+        generate.append(f"--lora={given.lora}")
     files = [path for path in (prompt_file, extended, flickering) if path is not None]
     vbench.write(export, Path(given.output), [*generate, *arguments], sys.argv[1:], files)
 
 
 # Flags that are for some of what the command does -> for what.
 FLAGS_OF = {
+    "lora": ("workdir", "export"),
     "prompts": ("videos", "export"),
     "output": ("videos", "export", "import"),
     "rewards": ("videos",),
@@ -538,7 +559,7 @@ def main(arguments: list[str]) -> None:
     if what in ("videos", "import") and arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
     if what == "workdir":
-        evaluate_run(Path(given.workdir), given.iteration, arguments[1:])
+        evaluate_run(Path(given.workdir), given.iteration, arguments[1:], given.lora)
     elif what == "export":
         export_vbench(given, arguments[1:])
     elif what == "import":
@@ -552,6 +573,7 @@ def define_flags() -> None:
     """The flags of the command."""
     command.define_path("workdir", None, "run directory")
     command.define_iteration()
+    flags.DEFINE_string("lora", "", "also a converted LoRA, or a sum of several: A:1.0,B:0.5")
     command.define_path("videos", None, "folder of video files to score instead")
     command.define_path("prompts", None, "file of their prompt sequences, or of those to export")
     flags.DEFINE_enum("export", None, list(vbench.MODES), "write what VBench needs, to --output")

@@ -38,6 +38,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
+from kvpo_jax import adapters as adapters_lib
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import diversity
 from kvpo_jax import run as run_lib
@@ -290,20 +291,20 @@ class Video(NamedTuple):
 def load_run(
     config: ml_collections.ConfigDict,
     checkpoint: Path | None,
-    lora: str,
+    adapters: Sequence[adapters_lib.Adapter],
     ema: bool,
     sentences: Sequence[str],
     which: Which = NEWEST,
 ) -> tuple[Run, PyTree]:
     """The equipment on one device, and the variables of the policy, to generate these sentences.
 
-    The policy is the base with the LoRA of a run directory, of a converted file, of
-    config.paths.lora, or none, the last of these that is given.
+    The policy is the base with the LoRA of a run directory, of converted files whose sizes the
+    config has, of config.paths.lora, or none, the last of these that is given.
     """
     mesh = sharding.make_mesh(1, 1, 1, 1)
     run = run_lib.load(config, mesh, sentences)
-    if lora:
-        policy = backbone_lib.load_lora(lora, wan_config(config))
+    if adapters:
+        policy = adapters_lib.load(adapters, wan_config(config))
     elif checkpoint is not None:
         state = saved_state(checkpoint, config, mesh, which)
         progress.say(f"iteration {int(state.iteration)} of {checkpoint}")
@@ -422,6 +423,8 @@ def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
     config = find_config(given, arguments[1:])
+    adapters = adapters_lib.parse(given.lora) if given.lora else []
+    config = adapters_lib.configured(config, adapters) if adapters else config
     videos = find_videos(given, config)
     if given.branches is not None:
         frames = videos[0].blocks * config.video.block_frames
@@ -443,9 +446,7 @@ def main(arguments: list[str]) -> None:
     checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     spoken = [sentence for v in videos for sentence in v.sentences]
     with progress.bar("preparing"):
-        run, variables = load_run(
-            config, checkpoint, given.lora, given.ema, spoken, given.iteration
-        )
+        run, variables = load_run(config, checkpoint, adapters, given.ema, spoken, given.iteration)
     if pivots:
         write_branches(run, variables, videos, of_branches, pivots, given.seed, output)
         return
@@ -474,7 +475,9 @@ def define_flags() -> None:
     )
     command.define_path("checkpoint", None, "run directory, or converted base model")
     command.define_iteration()
-    command.define_path("lora", "", "converted LoRA to use instead of the run's")
+    flags.DEFINE_string(
+        "lora", "", "converted LoRA to use instead of the run's, or a sum of several: A:1.0,B:0.5"
+    )
     flags.DEFINE_bool("ema", False, "the averaged policy of the run")
     flags.DEFINE_multi_string("prompt", [], "a sentence; once per segment")
     command.define_path("prompts", "", "file of prompt sequences (docs/data.md); a video each")

@@ -222,9 +222,11 @@ def diffusers_velocity(
     return out[0].numpy()
 
 
-def velocity(variables: PyTree, x: np.ndarray, t: np.ndarray, text: np.ndarray) -> np.ndarray:
+def velocity(
+    variables: PyTree, x: np.ndarray, t: np.ndarray, text: np.ndarray, cfg: WanConfig = CFG
+) -> np.ndarray:
     """Our velocity of a whole video as one block, in diffusers' layout [batch, C, F, H, W]."""
-    cfg = CFG if "lora" in variables else dataclasses.replace(CFG, lora_rank=0)
+    cfg = cfg if "lora" in variables else dataclasses.replace(cfg, lora_rank=0)
     model, tokens = Wan(cfg), cfg.tokens_per_frame(*x.shape[2:4])
     text_kv = model.apply(variables, text, method="encode_text")
     start = jnp.zeros(len(x), jnp.int32)

@@ -1,11 +1,15 @@
 """Equipment that several test files need: runs without files, small configurations."""
 
+import json
+from pathlib import Path
+
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from kvpo_jax import programs, run
 from kvpo_jax.memory import fileless_backbone
+from kvpo_jax.runtime import checkpoint
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
@@ -52,3 +56,12 @@ def batch_of(embeddings: np.ndarray, changed: np.ndarray) -> PromptBatch:
     """PromptBatch of float[P, M, K, text_dim] and bool[P, M], with sentences that nobody reads."""
     numbers = np.arange(len(embeddings), dtype=np.int32)
     return PromptBatch(embeddings, changed, numbers, (("",) * changed.shape[1],) * len(changed))
+
+
+def save_lora(path: Path, lora: PyTree, config: ml_collections.ConfigDict) -> Path:
+    """Writes a LoRA as kvpo-convert does, of the sizes of the configuration."""
+    model = config.model
+    sizes = {name: model[name] for name in ("dim", "ffn_dim", "num_layers")}
+    made = json.dumps({**sizes, "rank": config.lora.rank, "alpha": config.lora.alpha})
+    checkpoint.save_weights(path, lora, {"kind": "wan_lora", "config": made})
+    return path

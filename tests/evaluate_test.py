@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import configure
+from equipment import configure, save_lora
 
 from kvpo_jax import backbone, evaluate, programs
 from kvpo_jax import run as run_lib
@@ -250,7 +250,9 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
     config = config_lib.override(config_lib.load("configs/tiny.py"), arguments)
     lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
-    state = state_lib.init_state(config, run_lib.make_mesh(config), lora)
+    reference = state_lib.init_state(config, run_lib.make_mesh(config), lora)
+    lora = jax.tree.map(lambda x: x + 0.02, lora)
+    state = reference.replace(lora=lora)
     state = state.replace(iteration=jnp.asarray(3, jnp.int32))
     with checkpoint.manager(tmp_path / "checkpoints", 1) as checkpoints:
         checkpoint.save(checkpoints, 3, state, {"config": config.to_dict()})
@@ -260,8 +262,11 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
     saved.model.num_layers = 4  # edited by hand: not what was trained
     workdir_lib.start_run(saved, tmp_path)
     here = ["--config.mesh.data=1", "--config.mesh.branch=1", "--config.paths.lora="]
-    evaluate.evaluate_run(tmp_path, "newest", here)
+    file = save_lora(tmp_path / "lora.safetensors", lora, config)
+    evaluate.evaluate_run(tmp_path, "newest", here, f"{file}:0.25,{file}:0.75")
     out = capsys.readouterr().out
+    rows = {words[0]: words[1:] for words in map(str.split, out.splitlines()) if len(words) > 4}
+    assert rows["lora"] == rows["online"] and rows["online"][0] != rows["reference"][0]
     assert f"iteration 3 of {tmp_path}" in out
     assert "config.json was changed, model.num_layers=4 is not 3; the configuration of" in out
     with pytest.raises(

@@ -2,8 +2,10 @@
 does.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -35,6 +37,7 @@ from convert_weights_test import (
 )
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
 
+from kvpo_jax import adapters
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.convert.export_lora import export
@@ -268,6 +271,95 @@ def test_merging_keeps_the_number_format_of_the_base(official, folder, tmp_path)
     # The sum in another order may round to the neighbour.
     torch.testing.assert_close(merged, expected, rtol=2**-7, atol=0)
     assert (merged == expected).float().mean() > 0.99
+
+
+# ---------------------------------------------------------------- sums
+
+
+@pytest.fixture(scope="module")
+def other(folder) -> dict[str, torch.Tensor]:
+    """A LoRA of another rank and alpha, 2 and 3, converted to other.safetensors."""
+    torch.manual_seed(2)
+    state = {}
+    for name, tensor in random_lora().items():
+        rows, columns = tensor.shape
+        size = (2, columns) if ".lora_A." in name else (rows, 2)
+        state[name] = 0.1 * torch.randn(size)
+    torch.save({f"base_model.model.{name}": x for name, x in state.items()}, folder / "other.pt")
+    convert([folder / "other.pt"], folder / "other.safetensors", alpha=3.0)
+    return state
+
+
+def test_a_sum_adds_the_updates_of_its_files(official, folder, other, tmp_path):
+    """W + 0.75 * 6/4 B A - 0.5 * 3/2 B' A', and no product of one file with the other."""
+    text = f"{folder / 'lora.safetensors'}:0.75, {folder / 'other.safetensors'}:-0.5"
+    export(tmp_path / "merged.pt", "merged", lora=text, base=folder / "base.safetensors")
+    merged = torch.load(tmp_path / "merged.pt", weights_only=True)["generator"]
+    first, adapted = random_lora(), 0
+    for name, tensor in official.items():
+        module = name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" in first:
+            adapted += 1
+            for scale, state in ((0.75 * 6 / 4, first), (-0.5 * 3 / 2, other)):
+                a, b = (state[f"{module}.lora_{x}.weight"].double() for x in "AB")
+                tensor = tensor.double() + scale * b @ a
+        torch.testing.assert_close(merged[f"model.{name}"], tensor.float())
+    assert adapted == 20
+    export(tmp_path / "lora.pt", "peft", lora=text)
+    state = torch.load(tmp_path / "lora.pt", weights_only=True)["generator_lora"]
+    shapes = {tuple(x.shape) for name, x in state.items() if "self_attn.q" in name}
+    assert shapes == {(6, CFG.dim), (CFG.dim, 6)}  # the ranks 4 and 2
+    name = "blocks.0.self_attn.q.lora_A.weight"
+    assert torch.equal(state[f"base_model.model.{name}"], torch.cat([first[name], other[name]]))
+
+
+def test_a_sum_computes_what_the_merged_weights_do(folder, other, tmp_path):
+    text = f"{folder / 'lora.safetensors'},{folder / 'other.safetensors'}:2"
+    found = adapters.parse(text)
+    made = adapters.sizes(found)
+    cfg = dataclasses.replace(CFG, lora_rank=made["rank"], lora_alpha=made["alpha"])
+    assert (cfg.lora_rank, cfg.lora_alpha) == (6, 6.0)
+    lora = adapters.load(found, cfg)
+    export(tmp_path / "merged.safetensors", "merged", lora=text, base=folder / "base.safetensors")
+    convert([tmp_path / "merged.safetensors"], tmp_path / "back.safetensors", **GIVEN)
+    merged = velocity({"params": tree(tensors_of(tmp_path / "back.safetensors"))}, *inputs())
+    base = tree(tensors_of(folder / "base.safetensors"))
+    pair = velocity({"params": base, "lora": lora}, *inputs(), cfg)
+    np.testing.assert_allclose(pair, merged, atol=1e-5, rtol=0)
+
+
+def test_one_file_of_weight_one_stays_as_it_is(folder, tmp_path):
+    file = folder / "lora.safetensors"
+    for text in (file, f"{file}:1.0"):
+        export(tmp_path / "lora.safetensors", "comfyui", lora=text)
+        convert([tmp_path / "lora.safetensors"], tmp_path / "back.safetensors")
+        assert_same(tensors_of(tmp_path / "back.safetensors"), tensors_of(file))
+    odd = tmp_path / "a:1,b.safetensors"
+    shutil.copyfile(file, odd)
+    assert [(x.path, x.weight) for x in adapters.parse(str(odd))] == [(odd, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{a}:1,{a}:x", "'x' is no number and .* no file; expected FILE, or FILE:WEIGHT"),
+        ("{a}:1,", "'' is no file with a finite weight; expected FILE, or"),
+        ("{a}:nan", "is no file with a finite weight"),
+        (":1", "':1' is no file with a finite weight"),
+        ("{a}:1,nowhere.safetensors:2", "there is no file nowhere.safetensors; expected"),
+        ("{a}:1,https://host/b.safetensors:2", "is a URL; expected a local"),
+        ("{a}:1,{base}:1", "base.safetensors holds 'wan', expected 'wan_lora'"),
+        ("{a}:1,{wide}:1", "wide.safetensors has dim 8 and .*/lora.safetensors 96; they are for"),
+    ],
+)
+def test_what_is_no_sum_is_one_line(folder, tmp_path, text, message):
+    wide = {"dim": 8, "ffn_dim": 384, "num_layers": 2, "rank": 1, "alpha": 1.0}
+    metadata = {"kind": "wan_lora", "config": json.dumps(wide)}
+    checkpoint.save_weights(tmp_path / "wide.safetensors", {}, metadata)
+    files = {"a": folder / "lora.safetensors", "base": folder / "base.safetensors"}
+    with pytest.raises(ValueError, match=message) as error:
+        adapters.parse(text.format(**files, wide=tmp_path / "wide.safetensors"))
+    assert "\n" not in str(error.value)
 
 
 # ---------------------------------------------------------------- files

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import batch_of, configure
+from equipment import batch_of, configure, save_lora
 
-from kvpo_jax import diversity, generate, rollout
+from kvpo_jax import adapters, diversity, generate, rollout
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.data import prompts, toy_world
@@ -125,6 +125,23 @@ def test_switch_frames_are_those_of_blocks():
             generate.given_switches(given.split(","), 3, 12)
     with pytest.raises(ValueError, match="--switch_frames=3,a: expected latent frames"):
         generate.given_switches(["3", "a"], 3, 12)
+
+
+def test_a_sum_of_adapters_generates_as_its_parts_do(tmp_path, world):
+    run, _ = world
+    fields = {"video.blocks": BLOCKS, "video.switch_frames": (12,)}
+    config = configure("configs/tiny.py", {**fields, "lora.alpha": 4.0})
+    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    file = save_lora(tmp_path / "lora.safetensors", lora, config)
+    noise, made = keys.NoiseKey(jax.random.key(5), jnp.arange(1)), []
+    for text in (f"{file}", f"{file}:0.25,{file}:0.75", f"{file}:0.25"):
+        found = adapters.parse(text)
+        sized = adapters.configured(run.config, found)
+        loaded = generate.load_run(sized, None, found, False, SENTENCES)
+        made.append(jnp.concatenate(video(loaded, SENTENCES[:1], (), 2, noise)))
+    np.testing.assert_allclose(made[1], made[0], atol=1e-5)
+    assert np.abs(made[2] - made[0]).max() > 1e-2
 
 
 def found_videos(path, **asked):
@@ -412,6 +429,7 @@ def test_blocks_that_cannot_be_the_pivot_are_told_why(arguments, message):
             "config.window.recache_frames=0, but prompts switch",
         ),
         (["--num_frames=6"], "give one of --prompt"),
+        (["--prompt=a", "--lora=nowhere:1,b:x"], "--lora=nowhere:1,b:x: 'x' is no number and b:x"),
         (
             ["--interactive", "--num_frames=3"],
             "--interactive: the input ended before a prompt was typed",

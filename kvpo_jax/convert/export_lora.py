@@ -5,6 +5,7 @@
     kvpo-export --workdir=runs/longlive-... --iteration=best --format=peft --output=lora.pt
     kvpo-export --workdir=runs/longlive-... --policy=ema --format=merged --output=generator.pt
     kvpo-export --lora=weights/lora.safetensors --format=diffusers --output=lora.safetensors
+    kvpo-export --lora=a.safetensors:1.0,b.safetensors:0.5 --format=peft --output=lora.pt
 
 In a checkout, `python tools/export_lora.py` is the same as `kvpo-export`.
 
@@ -26,7 +27,7 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
-from kvpo_jax import backbone
+from kvpo_jax import adapters, backbone
 from kvpo_jax.convert.table import check_names
 from kvpo_jax.convert.wan_lora_weights import LORA_NAMES, LoRAConfig, abstract_lora, lora_table
 from kvpo_jax.convert.wan_weights import BLOCK_LINEARS, DIFFUSERS_BLOCK, to_official, wan_table
@@ -36,6 +37,7 @@ from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.weight_file import Stored, write_safetensors
 from kvpo_jax.runtime.workdir import has_checkpoint, trained_config
 from kvpo_jax.state import policy_of, saved_state
+from kvpo_jax.types import PyTree
 
 POLICIES = ("online", "ema", "reference")
 FORMATS = (*LORA_NAMES, "merged")
@@ -77,10 +79,15 @@ def from_run(workdir: Path, policy: str, which: checkpoint.Which = checkpoint.NE
     return LoRA(cfg, flax.traverse_util.flatten_dict(lora, sep="/"), base)
 
 
-def from_file(path: Path) -> LoRA:
-    """The LoRA in a converted file."""
-    cfg = LoRAConfig(**checkpoint.metadata_config(path, "wan_lora"))
-    lora = jax.device_get(checkpoint.load_weights(path, abstract_lora(cfg)))
+def from_files(text: str) -> LoRA:
+    """The LoRA of a converted file, or the sum of several (`adapters.parse`)."""
+
+    def read(adapter: adapters.Adapter) -> PyTree:
+        return checkpoint.load_weights(adapter.path, abstract_lora(LoRAConfig(**adapter.made)))
+
+    found = adapters.parse(text)
+    lora = jax.device_get(adapters.summed(found, read))
+    cfg = LoRAConfig(**adapters.sizes(found))
     return LoRA(cfg, flax.traverse_util.flatten_dict(lora, sep="/"), None)
 
 
@@ -238,12 +245,12 @@ def export(
     output: Path,
     format: str,
     workdir: Path | None = None,
-    lora: Path | None = None,
+    lora: Path | str | None = None,
     policy: str = "online",
     base: Path | None = None,
     iteration: checkpoint.Which = checkpoint.NEWEST,
 ) -> None:
-    """Exports the LoRA of a run or of a converted file; the arguments are the flags.
+    """Exports the LoRA of a run or of converted files; the arguments are the flags.
 
     Raises:
       UsageError: the flags or the files do not go together. Nothing is written then.
@@ -264,7 +271,7 @@ def export(
         adapter = from_run(workdir, policy, iteration)
     else:
         assert lora is not None  # one of the two is given
-        adapter = from_file(lora)
+        adapter = from_files(str(lora))
     base = base or adapter.base
     if format != "merged":
         WRITERS[format](adapter, output)
@@ -287,11 +294,9 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # a run may be using the accelerators
     if arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
-    workdir, lora, base = (
-        Path(path) if path is not None else None for path in (given.workdir, given.lora, given.base)
-    )
+    workdir, base = (Path(x) if x is not None else None for x in (given.workdir, given.base))
     output = Path(given.output)
-    export(output, given.format, workdir, lora, given.policy, base, given.iteration)
+    export(output, given.format, workdir, given.lora, given.policy, base, given.iteration)
 
 
 def define_flags() -> None:
@@ -311,7 +316,9 @@ def define_flags() -> None:
     )
     command.define_path("workdir", None, "run directory")
     command.define_iteration()
-    command.define_path("lora", None, "or a LoRA that kvpo-convert wrote")
+    flags.DEFINE_string(
+        "lora", None, "or a LoRA that kvpo-convert wrote, or a sum of several: A:1.0,B:0.5"
+    )
     flags.DEFINE_enum("policy", "online", list(POLICIES), "the policy of the run")
     command.define_path(
         "base", None, "converted weights to merge with; those of the run by default"
