@@ -185,8 +185,7 @@ def load(spec: str) -> ConfigDict:
     file = find(path)
     if file.suffix != ".py":
         raise UsageError(f"{path}: a configuration is a Python file with a get_config()")
-    with _naming_faults(file):
-        defined = runpy.run_path(str(file))
+    defined = _defined(file)
     if "get_config" not in defined:
         raise UsageError(f"{path} defines no get_config()")
     get_config, presets = defined["get_config"], defined.get("PRESETS", (preset,))
@@ -212,9 +211,15 @@ def presets() -> dict[str, ConfigDict]:
     specs = [
         f"configs/{file.name}:{name}"
         for file in files
-        for name in runpy.run_path(str(file)).get("PRESETS", ())
+        for name in _defined(file).get("PRESETS", ())
     ]
     return {spec: load(spec) for spec in specs}
+
+
+def _defined(file: Path) -> dict[str, Any]:
+    """Runs a configuration file: the names that it defines."""
+    with _naming_faults(file):
+        return runpy.run_path(str(file))
 
 
 def _preset_and_method(names: str) -> tuple[str, str]:

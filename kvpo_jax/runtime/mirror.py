@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import secrets
@@ -21,14 +21,10 @@ PROJECT = "kvpo_jax"  # unless WANDB_PROJECT names another
 
 
 def check() -> None:
-    """MissingPackageError unless the packages of the extra `wandb` can be imported."""
+    """MissingPackageError unless the packages of the extra `wandb` are installed."""
     for name in ("wandb", "tensorboard"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingPackageError(
-                f"--wandb needs {name}: pip install 'kvpo_jax[wandb]'"
-            ) from error
+        if importlib.util.find_spec(name) is None:
+            raise MissingPackageError(f"--wandb needs {name}: pip install 'kvpo_jax[wandb]'")
 
 
 @contextmanager
