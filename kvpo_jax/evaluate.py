@@ -296,7 +296,7 @@ def gains_by_block(reference: Heldout, policy: Heldout, first_pivot: int) -> dic
 
 
 def heldout_record(run: Run, results: Mapping[str, Heldout]) -> dict[str, Any]:
-    """What heldout.jsonl has of an evaluation; README.md says what is in it."""
+    """What heldout.jsonl has of an evaluation; docs/runs.md says what is in it."""
     weights = run.config.reward.weights
     return {
         "prompt": [run.backbone.prompts("heldout", i) for i in range(run.config.eval.prompts)],

@@ -4,7 +4,7 @@
         [--config=configs/tiny.py] [--output=DIR] [--config.FIELD=VALUE ...]
 
 A method is a preset of the configuration file. --budget is train.budget_passes of every run: a
-method whose iterations cost less makes more of them (README, "Equal compute"). Without a budget
+method whose iterations cost less makes more of them (docs/runs.md). Without a budget
 every run makes train.iterations. The same command continues a comparison: finished runs are not
 made again, an interrupted one goes on, a failed one is tried again; with a larger budget all go on.
 

@@ -94,7 +94,7 @@ def branch_records(
 ) -> list[dict[str, Any]]:
     """What branches.jsonl has of an iteration: one record per prompt, in their order.
 
-    README.md says what is in it. `window` are the perturbed blocks, the first and the last.
+    docs/runs.md says what is in it. `window` are the perturbed blocks, the first and the last.
     """
     place = place_of(config, pivot)
     return [record for group in groups for record in _group_records(group, place)]

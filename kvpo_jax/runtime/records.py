@@ -1,6 +1,6 @@
 """Reads what a run directory says of its run. It imports no JAX, and no module that a config names.
 
-What is in the files: README.md, "What became of every branch", and `metrics.branch_records`.
+What is in the files: docs/runs.md, and `metrics.branch_records`.
 """
 
 from __future__ import annotations
