@@ -298,6 +298,13 @@ def test_a_reward_that_rises_while_a_watched_one_falls_is_found(
     assert diagnose(config, rows(30), (), livelier) == {}
 
 
+@pytest.mark.parametrize("change, named", [(-0.026, True), (-0.024, False)])
+def test_a_watched_score_may_lose_a_twentieth_of_its_level(config, change, named):
+    """Of 0.5, with the same change on every prompt: its standard error is 0."""
+    records = [heldout(20, 0.1, motion=change)]
+    assert list(diagnose(config, rows(30), (), records)) == ["watched"] * named
+
+
 # 10 values x +- 0.1: the error of a difference of two such means is 0.1 sqrt(2 / 9) = 0.0471.
 @pytest.mark.parametrize(
     "rise, fall, weight, named",

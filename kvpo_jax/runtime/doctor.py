@@ -21,6 +21,7 @@ ERRORS = 2.0  # standard errors by which a held-out mean must change to count
 TREND_ERRORS = 3.0  # the same of a training reward, which is looked at after every iteration
 PROMPTS = 8  # held-out prompts that a standard error takes
 EARLY = 0.1  # of the gain of later blocks: what an early block may lose
+FALL = 0.05  # of its level: what a watched score may lose
 EITHER = ("temporal_flickering",)  # watched; livelier videos lower it, and are no worse for it
 DRIFT = {"exposure": 0.1, "saturation": 0.1, "clipped": 0.05}  # by how much videos may change
 
@@ -408,13 +409,15 @@ def _tell_worse(history: History, first: int) -> str:
 
 
 def _watched(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """component -> gain and error, of what a held-out evaluation watches and nothing optimises."""
+    """component -> gain, and the loss that counts, of what is watched and nothing optimises."""
     before, after = (record["components"][policy] for policy in ("reference", "online"))
-    return {
-        name: _gain(before[name], after[name])
-        for name in after
-        if name in before and name not in (*record["optimised"], *EITHER)
-    }
+    found = {}
+    for name in after:
+        if name in before and name not in (*record["optimised"], *EITHER):
+            gain, error = _gain(before[name], after[name])
+            level = float(np.abs(_floats(before[name])).mean())
+            found[name] = gain, max(ERRORS * error, FALL * level)
+    return found
 
 
 def _unweighted(history: History) -> list[str]:
@@ -431,7 +434,7 @@ def _falling(history: History) -> dict[str, np.ndarray]:
     watched = [_watched(record) for record in history.heldout]
     for name in sorted({name for of_record in watched for name in of_record}):
         change = [of_record.get(name, (math.nan, math.nan)) for of_record in watched]
-        falls = history.by_evaluation([gain + ERRORS * error for gain, error in change])
+        falls = history.by_evaluation([gain + least for gain, least in change])
         text = f"{name} ({change[-1][0]:+.4f} on held-out prompts)"
         found[text] = (history.by_evaluation(gains) > 0) & (falls < 0)
     rise, rise_error = _trend(history["reward"])
