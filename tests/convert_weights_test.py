@@ -1155,7 +1155,7 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
             "convert_weights",
             "alpha base [no]dry-run dtype [no]ema kind num_heads output policy templates text_len",
         ),
-        ("export_lora", "base format lora output policy workdir"),
+        ("export_lora", "base format iteration lora output policy workdir"),
         ("encode_prompts", "batch dtype max_length output prompts tokenizer weights"),
     ],
 )

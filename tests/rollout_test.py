@@ -617,8 +617,9 @@ def test_nothing_compiles_twice(world):
                 world.with_fields(rollout__window_blocks=window_blocks).roll(
                     pivot, world.draw(pivot, seed=pivot)
                 )
-    replayed = ("replay", "accumulate", "apply", "pixel_std", "appearance", "all_finite")
-    expected = {f.name: int(f.name not in replayed) for f in dataclasses.fields(programs.Programs)}
+    others = ("replay", "accumulate", "apply", "follow")
+    others += ("pixel_std", "appearance", "self_similarity", "all_finite")
+    expected = {f.name: int(f.name not in others) for f in dataclasses.fields(programs.Programs)}
     assert world.run.programs.compilations() == expected
 
 
