@@ -30,6 +30,13 @@ def golden_dir() -> Path:
     return Path(os.environ.get("KVPO_GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """Chromium. `.ci/run` installs it; a developer's machine need not have it."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    return found or pytest.skip("Chromium is not installed here; .ci/run installs it")
+
+
 @pytest.fixture(autouse=True)
 def compiled_programs_are_freed():
     """Frees the programs of earlier tests once they take much memory; they are compiled anew."""

@@ -1,13 +1,11 @@
 """The videos of a run directory: names, what a continued run leaves, a full disk, a browser."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from kvpo_jax.runtime import films, video
 from kvpo_jax.runtime.films import Film
@@ -140,8 +138,7 @@ video.onloadeddata = () => said.textContent = `${{video.videoWidth}} x ${{video.
 </script>"""
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
-def test_a_browser_shows_it(tmp_path):
+def test_a_browser_shows_it(browser, tmp_path):
     """Frames of odd sizes, which H.264 has not. The page is loaded once the first is decoded."""
     film = Film("heldout", 0, 0, "online")
     writer = films.FilmWriter(tmp_path, fps=8)
@@ -149,7 +146,7 @@ def test_a_browser_shows_it(tmp_path):
     writer.close()
     page = tmp_path / "page.html"
     page.write_text(PAGE.format(name=film.path))
-    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert '<p id="said">134 x 132</p>' in done.stdout

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -514,11 +513,6 @@ console.error = console.warn = (...x) => wrong.push(x.join(" "));
 </script>"""
 
 
-def browsers() -> Iterator[str]:
-    """Chromium, where it is installed."""
-    yield from filter(None, [shutil.which("chromium") or shutil.which("google-chrome")])
-
-
 def probed(browser: str, text: str, folder: Path, width: int) -> tuple[dict, str]:
     """What a browser that has no network says of a page, and what it writes to its console."""
     # A window is 500 pixels wide at least; a frame in it may be narrower.
@@ -546,25 +540,23 @@ def probed(browser: str, text: str, folder: Path, width: int) -> tuple[dict, str
     return json.loads(found[1]), done.stderr
 
 
-def test_a_browser_shows_all_of_it(text, tmp_path):
-    """In Chromium, where it is installed: all loads without a network, at a phone's width too."""
-    for browser in browsers():
-        for width in (400, 1280):
-            folder = tmp_path / str(width)
-            folder.mkdir()
-            state, console = probed(browser, text, folder, width)
-            assert state["videos"] == [128] * 12, state
-            assert state["images"] and all(state["images"]), state
-            assert state["curves"] and all(state["curves"]), state
-            assert state["wide"] <= 0, f"{state['wide']} pixels too wide at {width}"
-            assert set(state["fetched"]) <= {"data:"}, state
-            assert not state["errors"] and "CONSOLE" not in console, console
-            assert state["buttons"] == 3
+def test_a_browser_shows_all_of_it(text, browser, tmp_path):
+    """All loads without a network, at a phone's width too."""
+    for width in (400, 1280):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        state, console = probed(browser, text, folder, width)
+        assert state["videos"] == [128] * 12, state
+        assert state["images"] and all(state["images"]), state
+        assert state["curves"] and all(state["curves"]), state
+        assert state["wide"] <= 0, f"{state['wide']} pixels too wide at {width}"
+        assert set(state["fetched"]) <= {"data:"}, state
+        assert not state["errors"] and "CONSOLE" not in console, console
+        assert state["buttons"] == 3
 
 
-def test_the_browser_test_sees_what_is_broken(text, tmp_path):
-    for browser in browsers():
-        broken = re.sub(r"(data:video/mp4;base64,)[^\"]{200}", r"\1", text, count=1)
-        broken = broken.replace('"use strict";', '"use strict"; nowhere();')
-        state, _ = probed(browser, broken, tmp_path, 1280)
-        assert not all(state["videos"]) and state["errors"] and not state["buttons"]
+def test_the_browser_test_sees_what_is_broken(text, browser, tmp_path):
+    broken = re.sub(r"(data:video/mp4;base64,)[^\"]{200}", r"\1", text, count=1)
+    broken = broken.replace('"use strict";', '"use strict"; nowhere();')
+    state, _ = probed(browser, broken, tmp_path, 1280)
+    assert not all(state["videos"]) and state["errors"] and not state["buttons"]
