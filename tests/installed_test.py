@@ -116,8 +116,7 @@ def test_from_a_checkpoint_to_a_video_without_a_checkout(scripts, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "script",
-    ["train", "evaluate", "generate", "report", "doctor", "convert", "export", "encode", "plan"],
+    "script", [*"train evaluate generate report doctor convert export encode prompts plan".split()]
 )
 def test_every_console_script_has_help(scripts, tmp_path, script):
     done = subprocess.run(
