@@ -65,11 +65,11 @@ def test_heldout_table():
     assert statistics.heldout_table(
         {"reference": rewards(0.0), "online": rewards(1.0), "EMA": rewards(-1.0)}
     ) == (
-        ["policy", "reward", "VQ", "gain over reference", "95 % interval", "win rate"],
+        ["policy", "reward", "gain over reference", "95 % interval", "win rate", "VQ"],
         [
-            ["reference", "0.5000", "0.0000", "", "", ""],
-            ["online", "1.5000", "1.0000", "+1.0000", "[+1.0000, +1.0000]", "100%"],
-            ["EMA", "-0.5000", "-1.0000", "-1.0000", "[-1.0000, -1.0000]", "0%"],
+            ["reference", "0.5000", "", "", "", "0.0000"],
+            ["online", "1.5000", "+1.0000", "[+1.0000, +1.0000]", "100%", "1.0000"],
+            ["EMA", "-0.5000", "-1.0000", "[-1.0000, -1.0000]", "0%", "-1.0000"],
         ],
     )
     rng = np.random.default_rng(0)

@@ -299,9 +299,8 @@ def heldout_table(stories: Sequence[Story]) -> Table | None:
             tables.append((story.label, *statistics.summary_table(story.records.summary)))
     if not tables:
         return None
-    # The last three compare policies; before them are means, which runs may have different ones of.
-    means = dict.fromkeys(name for _, columns, _ in tables for name in columns[:-3])
-    columns = [*means, *tables[0][1][-3:]]
+    # Runs may have different components.
+    columns = [*dict.fromkeys(name for _, names, _ in tables for name in names)]
     rows = [
         (label if row is table[0] else "", dict(zip(names, row, strict=True)))
         for label, names, table in tables

@@ -143,19 +143,23 @@ def _table(
 ) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of policies, the first of which has no gain.
 
+    What the gain is of stands first, and beside it the gain: there may be many columns.
+
     Args:
       means: policy -> column -> mean.
       gains: policy -> gain over the first, its interval, win rate.
     """
     first, *_ = means
+    reward, *others = means[first]
     rows = []
     for policy, values in means.items():
         compared = ["", "", ""]
         if policy in gains:
             gain, interval, wins = gains[policy]
             compared = [f"{gain:+.4f}", show_interval(interval), f"{wins:.0%}"]
-        rows.append([policy, *(f"{value:.4f}" for value in values.values()), *compared])
-    return ["policy", *means[first], f"gain over {first}", "95 % interval", "win rate"], rows
+        mean, *of_others = (f"{value:.4f}" for value in values.values())
+        rows.append([policy, mean, *compared, *of_others])
+    return ["policy", reward, f"gain over {first}", "95 % interval", "win rate", *others], rows
 
 
 def _differences(reference: np.ndarray, policy: np.ndarray) -> np.ndarray:
