@@ -346,16 +346,16 @@ class World(Protocol):
 
 
 class Toy(NamedTuple):
-    """A small world, and the generator of it that ships with the package, if one does."""
+    """A small world, and the generator of it that ships with the package."""
 
     world: World
-    weights: Path | None
+    weights: Path
 
 
 TOYS = {
     "toy": Toy(toy_world, ASSETS / "toy_generator.safetensors"),
     "return": Toy(return_world, ASSETS / "return_generator.safetensors"),
-    "return_weak": Toy(return_world, None),
+    "return_weak": Toy(return_world, ASSETS / "return_weak_generator.safetensors"),
 }
 
 
@@ -410,13 +410,8 @@ def check_size(config: ml_collections.ConfigDict) -> None:
 
 
 def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
-    """`toy_backbone`; UsageError if it has no generator, and as `check_size`."""
+    """`toy_backbone`; UsageError as `check_size`."""
     check_size(config)
-    if not (config.weights or shipped_weights(config)):
-        raise UsageError(
-            f"no generator of the backbone {config.backbone!r} ships: make one with"
-            " tools/pretrain_toy.py (docs/worlds.md), and name it with --config.weights=FILE"
-        )
     return toy_backbone(config)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
+from safetensors import safe_open
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.errors import UsageError
@@ -440,8 +441,12 @@ def test_small_worlds_have_frames_of_their_size_and_a_generator():
     config = config_lib.override(config_lib.load("configs/return.py"), ["--config.video.height=8"])
     with pytest.raises(UsageError, match="video.height=8: a latent frame of the return has 4"):
         backbone_lib.load(config)
-    with pytest.raises(UsageError, match="'return_weak' ships: make one with tools/pretrain_toy"):
-        backbone_lib.load(config_lib.load("configs/return.py:weak"))
+    for spec in ("configs/return.py", "configs/return.py:weak"):
+        config = config_lib.load(spec)
+        with safe_open(backbone_lib.shipped_weights(config), "numpy") as file:
+            metadata = file.metadata()
+        assert f"--config={spec} " in metadata["command"]
+        assert metadata["model"] == str({**config.model})
 
 
 def test_a_run_is_finished_if_its_summary_is_of_its_last_checkpoint(tmp_path):
