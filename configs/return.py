@@ -3,7 +3,9 @@
     python -m kvpo_jax.main --config=configs/return.py          # the majority returns (exponent 6)
     python -m kvpo_jax.main --config=configs/return.py:weak     # a weak vote (exponent 1.5)
 
-Expected outcome: see docs/worlds.md.
+Expected outcome, a minute or two on two cores: the object that a story showed first returns in 93
+to 100 % of the held-out frames and not in 34 %, and the reward rises by 0.30 to 0.38
+(docs/worlds.md).
 
 Only what differs from configs/tiny.py stands here; every field is explained there.
 """
@@ -34,9 +36,9 @@ def get_config(preset: str = "strong") -> ConfigDict:
     c.reward.segments = (4,)
     c.reward.min_behind = 1.0
 
-    # Set on few seeds, for CHR with TVE: a window of one block, and many prompts, because a few of
-    # them would own the update.
-    c.rollout.window_blocks = 1
-    c.objective.beta = 0.15
-    c.train.update(prompts_per_iteration=16, learning_rate=2e-3, iterations=60)
+    # Found on two seeds that no study has, on prompts of their own, for CHR with TVE
+    # (docs/worlds.md). Many prompts, because a few of them would own the update.
+    c.rollout.window_blocks = 2
+    c.objective.beta = 0.05
+    c.train.update(prompts_per_iteration=16, learning_rate=4e-3, iterations=60)
     return c
