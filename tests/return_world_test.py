@@ -34,7 +34,29 @@ def test_a_story_is_what_a_person_reads():
 
 def test_tasks_are_told_apart():
     assert [world.task_of(s) for s in (OUTVOTED, AMBIGUOUS, SINK_WINS)] == list(world.TASKS)
-    assert world.task_of(world.tell((A, A, A))) == world.task_of(world.tell((A, B, A))) == "other"
+    assert world.task_of([*OUTVOTED[:4], world.FIRST_RETURNS]) == "outvoted"
+    others = (
+        world.tell((A, A, A)),
+        world.tell((A, B, A)),
+        ["a red bar", "nothing", "nothing", "nothing", "it returns"],
+        ["a red bar", "a blue dot", "a blue dot", "a green pole", "it returns"],
+        ["a red disk drifts left", "a blue disk drifts up", "a blue disk drifts up"],
+        [],
+    )
+    assert {world.task_of(story) for story in others} == {"other"}
+
+
+def test_values_are_grouped_by_task():
+    stories = [OUTVOTED, SINK_WINS, OUTVOTED, world.tell((A, A, A))]
+    values = {"online": {"R": np.array([1.0, 2.0, 3.0, 4.0]), "SC": np.arange(8).reshape(4, 2)}}
+    found = world.by_task(stories, values)
+    assert list(found) == ["outvoted", "sink wins", "other"]  # nothing is ambiguous here
+    rows = {"outvoted": [0, 2], "sink wins": [1], "other": [3]}
+    for task, chosen in rows.items():
+        assert found[task]["online"]["R"].tolist() == [chosen[i] + 1 for i in range(len(chosen))]
+        np.testing.assert_array_equal(found[task]["online"]["SC"], values["online"]["SC"][chosen])
+    with pytest.raises(AssertionError):
+        world.by_task(stories[:2], values)
 
 
 @pytest.mark.parametrize("prompt", ["a purple bar", "a red", "it returns first", "", "red bar"])

@@ -33,7 +33,7 @@ import numpy as np
 
 from kvpo_jax.data.toy_world import depths as depths  # a pixel frame is a latent frame here too
 from kvpo_jax.errors import UsageError
-from kvpo_jax.types import Array
+from kvpo_jax.types import Array, PyTree
 
 LATENT = 4  # latent pixels per side
 SIDE = 12  # pixels along a side of a latent pixel
@@ -73,6 +73,7 @@ EXPONENTS = {"return": 6.0, "return_weak": 1.5}
 # Under the deployment window the first object has 3 votes of the sink and 3 of block 1. It is
 # outvoted by 6 frames of another one, has as many votes as two others, or wins.
 TASKS = {"outvoted": (1, 1), "ambiguous": (1, 2), "sink wins": (0, 1)}
+OTHER_TASK = "other"  # of a story that is none of these
 MIX = ("outvoted", "ambiguous", "outvoted", "sink wins")  # of the stories that are trained on
 FIRST_RETURNS_SHARE = 0.25  # of the pretraining videos
 
@@ -127,7 +128,28 @@ def task_of(story: Sequence[str]) -> str:
     """The name in TASKS of a story; "other" for one that is none of them."""
     cast = list(dict.fromkeys(story[:3]))  # in the order in which they are shown
     roles = tuple(cast.index(sentence) for sentence in story[1:3])
-    return next((task for task, known in TASKS.items() if known == roles), "other")
+    # An object in the place of "nothing" would vote, too.
+    is_told = set(cast) <= set(OBJECTS) and [*story[3:4]] == [EMPTY]
+    return next((task for task, known in TASKS.items() if is_told and known == roles), OTHER_TASK)
+
+
+def by_task(stories: Sequence[Sequence[str]], values: PyTree) -> dict[str, PyTree]:
+    """What n stories have got, task by task, in the order of TASKS; only tasks that have a story.
+
+    Args:
+      stories: their sentences, as in heldout.jsonl.
+      values: a tree of arrays [n, ...], such as the held-out rewards policy -> column -> float[n].
+
+    Returns:
+      task -> the tree with the rows of its stories, arrays [stories of the task, ...].
+    """
+    tasks = np.array([*map(task_of, stories)])
+    chex.assert_tree_shape_prefix(values, tasks.shape)
+    present = [task for task in (*TASKS, OTHER_TASK) if task in tasks]
+    return {
+        task: jax.tree.map(lambda x, rows=tasks == task: np.asarray(x)[rows], values)
+        for task in present
+    }
 
 
 def _colour(o: int) -> int:
