@@ -262,6 +262,32 @@ def test_regression_of_end_points_weighs_them():
     np.testing.assert_allclose(loss_of("regression", at, beta=0.0)[0], expected, rtol=1e-10)
 
 
+# ---------------------------------------------------------------- a state of all branches
+
+
+@pytest.mark.parametrize("kind", ["ratio", "regression"])
+def test_the_kl_of_states_holds_the_push_at_a_shared_state(kind):
+    """(J) of docs/algorithm.md: on policy the loss is stationary at v_ref + p / beta alone."""
+    states, beta = states_of("branch", tuples()), 0.3
+    advantages = jax.vmap(objective.group_advantage)(normals(4, P, G))
+    at = replica(states, advantages)._replace(on_policy=jnp.asarray(True))
+    push = jnp.mean(advantages.reshape(P, G, *6 * (1,)) * states.u, axis=1)
+    reference = normals(5, P, W, S, *BLOCK)
+
+    def loss(v):
+        theta, still = (
+            jnp.repeat(x[:, None], G, axis=1).reshape(at.theta.shape) for x in (v, reference)
+        )
+        here = at._replace(theta=theta, old=theta, reference=still)
+        return loss_of(kind, here, beta=beta)[0].sum()
+
+    held = reference + push / beta
+    np.testing.assert_allclose(jax.grad(loss)(held), 0, atol=1e-12)
+    # Elsewhere it pulls back by beta times the distance.
+    expected = 2 * G / np.prod(BLOCK) * beta * push
+    np.testing.assert_allclose(jax.grad(loss)(held + push), expected, rtol=1e-9, atol=1e-12)
+
+
 # ---------------------------------------------------------------- distances
 
 
