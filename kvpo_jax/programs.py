@@ -40,6 +40,7 @@ from kvpo_jax.runtime.config import (
     branches_at_once,
     compares_energies,
     own_starts,
+    prompts_at_once,
     recorded_blocks,
     settled_from,
     wan_config,
@@ -424,7 +425,8 @@ def _make_replay(config: ml_collections.ConfigDict, mesh: Mesh, energies: Callab
         )
         of_lora = chunked.if_wanted(pull, value, lora, wanted)
         means = {name: share * mean for name, mean in metrics.items()}
-        return Gradient(of_lora, jnp.sum(gate > 0), {"loss": value, **means}), replayed
+        squared = jnp.square(optax.global_norm(of_lora))
+        return Gradient(of_lora, squared, jnp.sum(gate > 0), {"loss": value, **means}), replayed
 
     return replay_groups
 
@@ -489,6 +491,16 @@ def accumulate(total: Gradient, share: Gradient) -> Gradient:
     return jax.tree.map(jnp.add, total, share)
 
 
+def agreement(total: Gradient, count: int) -> Array:
+    """How far the gradients of `count` micro-batches agree, float[] from -1 / (count - 1) to 1.
+
+    The mean inner product of two of them over their mean square: 1 where all are equal, about 0
+    where they have nothing in common (docs/algorithm.md). 0 where there is no gradient.
+    """
+    of_pairs = jnp.square(optax.global_norm(total.lora)) - total.squared
+    return of_pairs / jnp.where(total.squared > 0, (count - 1) * total.squared, 1.0)
+
+
 def follow(old: PyTree, new: PyTree, decay: Array) -> PyTree:
     """The old policy after it has followed the new one: the new one itself where decay is 0."""
     return jax.tree.map(lambda a, b: jnp.where(decay > 0, decay * a + (1 - decay) * b, b), old, new)
@@ -501,6 +513,7 @@ def _make_apply(config: ml_collections.ConfigDict) -> Callable:
     zero gradient alone would still let AdamW's momentum and decay move them.
     """
     optimiser = make_optimiser(config.train)
+    count = config.train.prompts_per_iteration // prompts_at_once(config)
 
     def apply(state, gradient):
         skip = gradient.counted == 0
@@ -514,6 +527,7 @@ def _make_apply(config: ml_collections.ConfigDict) -> Callable:
         metrics = {
             **gradient.metrics,
             "grad_norm": optax.global_norm(gradient.lora),
+            **({"gradient_agreement": agreement(gradient, count)} if count > 1 else {}),
             "update_norm": optax.global_norm(jax.tree.map(jnp.subtract, lora, state.lora)),
             "lora_norm": optax.global_norm(lora),
             "skipped_update": skip.astype(jnp.float32),

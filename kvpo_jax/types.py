@@ -293,10 +293,12 @@ class Gradient(struct.PyTreeNode):
 
     Attributes:
       lora: gradient of the loss.
+      squared: float[], the squared norm of each one's gradient.
       counted: int32[], prompts of whose loss the gate leaves something.
       metrics: name -> float[].
     """
 
     lora: PyTree
+    squared: Array
     counted: Array
     metrics: dict[str, Array]

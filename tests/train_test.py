@@ -442,15 +442,21 @@ def test_the_gradients_of_micro_batches_add_up(experience, weights):
     run, state, batch = experience
     lora = moved(state).lora
     whole, _ = gradient(run, lora, batch)
-    config, total = make_config(weights, train__micro_batch=1), None
+    config, total, each = make_config(weights, train__micro_batch=1), None, []
     shares = programs.build(config, run.mesh)
     for first in range(PROMPTS):
         own = make_experience(config, first).experience
         share, _ = shares.replay(lora, run.params, own, np.asarray(True))
+        each.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(share.lora)]))
         total = share if total is None else shares.accumulate(total, share)
     assert shares.replay._cache_size() == 1
     assert_gradients_equal(total.lora, whole.lora)
     assert total.counted == whole.counted == PROMPTS
+    products = np.inner(each, each)
+    of_pairs = products[~np.eye(PROMPTS, dtype=bool)].mean()
+    np.testing.assert_allclose(
+        programs.agreement(total, PROMPTS), of_pairs / np.diag(products).mean(), rtol=1e-4
+    )
     for name, value in whole.metrics.items():
         np.testing.assert_allclose(total.metrics[name], value, rtol=1e-5, atol=1e-7)
 
@@ -468,6 +474,7 @@ def test_micro_batches_are_one_batch(weights, tmp_path, epochs):
         train.train_and_evaluate(config, tmp_path / str(micro_batch))
         states.append(saved_state(tmp_path / str(micro_batch), config, 1))
     rows = [lines(tmp_path / name)[0] for name in "01"]
+    assert "gradient_agreement" not in rows[0] and -1 / 3 < rows[1]["gradient_agreement"] < 1
     for name, value in rows[0].items():
         assert rows[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     # In the second step Adam divides by gradients, of which some are little more than rounding.

@@ -597,6 +597,7 @@ POLICY: tuple[tuple[str, Callable[[Records], XY], str], ...] = (
     ("Best branch", best_gain, "its reward less the anchor's"),
     ("Gate", metric("gate_open"), "share of prompts with a branch above the anchor"),
     ("Gradient norm", metric("grad_norm"), "before clipping"),
+    ("Gradient agreement", metric("gradient_agreement"), "of micro-batches; 1 if all are equal"),
     ("Exposure", metric("exposure"), "of the branches, mean over scored pixels"),
     ("Saturation", metric("saturation"), "of the branches, mean over scored pixels"),
     ("Clipped pixels", metric("clipped"), "of the branches, share of scored pixels"),
