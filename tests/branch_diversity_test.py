@@ -4,6 +4,7 @@ import branch_diversity
 import numpy as np
 import pytest
 from equipment import configure
+from PIL import Image
 
 from kvpo_jax.data import return_world
 
@@ -23,9 +24,13 @@ def test_stories_of_a_task_do_not_depend_on_how_many_are_asked_for():
     assert branch_diversity.stories_of("ambiguous", 2, 4) == stories[4:]
 
 
-def test_routing_changes_what_returns_and_noise_how_it_looks():
+def test_routing_changes_what_returns_and_noise_how_it_looks(tmp_path):
+    drawn = tmp_path / "branches.png"
     config = configure("configs/return.py", {"train.prompts_per_iteration": 8, "eval.prompts": 16})
-    measured = branch_diversity.measure(config, ("routing", "init_noise"), 8, None)
+    measured = branch_diversity.measure(config, ("routing", "init_noise"), 8, drawn)
+    # The anchor and two groups of 8, the frames side by side.
+    width, height = Image.open(drawn).size
+    assert width > 24 * 48 and height > 17 * 48
     held_out = {(row["task"], row["ending"]): row for row in measured["deployment"]}
     outvoted = held_out["outvoted", "it returns"]
     assert outvoted["shown"] > 0.8 and held_out["sink wins", "it returns"]["wanted"] > 0.9

@@ -7,7 +7,8 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from kvpo_jax.runtime import checkpoint
+from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import checkpoint, command
 
 # The main function of a command, as Python text.
 PROGRAM = """
@@ -122,3 +123,13 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path):
     done = run("1 / 0", cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
+    made = command.writable("json", str(tmp_path / "new" / "a.json"))
+    assert made == tmp_path / "new" / "a.json" and made.parent.is_dir() and not made.exists()
+    with pytest.raises(UsageError, match="--json=.*new cannot be written; name a file in a folder"):
+        command.writable("json", str(made.parent))
+    made.touch()
+    with pytest.raises(OSError, match="a.json"):
+        command.writable("json", str(made / "b.json"))

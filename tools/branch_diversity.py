@@ -126,7 +126,8 @@ def scores(run: Run, stories: Sequence[Sequence[str]], pixels: np.ndarray) -> di
 def between_share(pixels: np.ndarray, objects: np.ndarray) -> tuple[float, float]:
     """The variance of pixels float[P, G, ...] in a group, and its share between objects int[P, G].
 
-    What is left of it lies within the branches that show the same object.
+    What is left of it lies within the branches that show the same object. Branches that show no
+    clear one (-1) count as showing the same.
     """
     total, within = [], []
     for group, shown in zip(pixels, objects, strict=True):
@@ -222,12 +223,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def picture(run: Run, groups: dict[str, Groups], path: Path) -> None:
     """The branches of the first story, as strips of every frame."""
-    frames, rows = np.arange(run.config.video.blocks * run.config.video.block_frames), []
+    frames = np.arange(run.config.video.blocks * run.config.video.block_frames)
+    # All ways have the anchor in common.
+    rows = [("anchor", next(iter(groups.values())).anchor[0])]
     for name, some in groups.items():
-        branches = np.asarray(return_world.decode(jnp.asarray(some.branches[0])))
-        rows += [(f"{name}, branch {number}", video) for number, video in enumerate(branches)]
-    anchor = np.asarray(return_world.decode(jnp.asarray(some.anchor[0])))
-    sheet = pictures.sheet([("anchor", anchor), *rows], frames)
+        rows += [
+            (f"{name}, branch {number}", video) for number, video in enumerate(some.branches[0])
+        ]
+    shown = [(name, np.asarray(return_world.decode(jnp.asarray(video)))) for name, video in rows]
+    sheet = pictures.sheet(shown, frames)
     with replacing(path) as temporary:
         sheet.quantize(256).save(temporary, format="PNG")
 
@@ -286,8 +290,11 @@ def main(arguments: list[str]) -> None:
             f'--config={given.config}: backbone {config.backbone!r} is not of the world "return";'
             f" there are {', '.join(return_world.EXPONENTS)}"
         )
+    file, path = (
+        command.writable(name, given[name].value) if given[name].value else None
+        for name in ("json", "picture")
+    )
     command.use_compilation_cache()
-    path = Path(given.picture) if given.picture else None
     measured = measure(config, WAYS, given.groups, path)
     print("\nUnder the deployment window, held out:\n")
     print(table(measured["deployment"]))
@@ -295,16 +302,16 @@ def main(arguments: list[str]) -> None:
     print(table(measured["votes"]))
     print(f"\nBranches of {given.groups} groups:\n")
     print(table(measured["diversity"]))
-    if given.json:
-        write_json(measured, Path(given.json))
+    if file:
+        write_json(measured, file)
 
 
 def define_flags() -> None:
     """The flags of the command."""
     flags.DEFINE_string("config", "configs/return.py", "configuration of a generator")
     flags.DEFINE_integer("groups", 48, "stories of each task, rounded up", lower_bound=2)
-    flags.DEFINE_string("json", None, "file to write the tables to")
-    flags.DEFINE_string("picture", None, "PNG to write the branches of a story to")
+    command.define_path("json", None, "file to write the tables to")
+    command.define_path("picture", None, "PNG to write the branches of a story to")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -514,10 +514,10 @@ def pretrain(spec: str, recipe: Recipe, output: Path) -> list[float]:
         )
 
     params, losses = train(config, recipe, report)
-    given = {"config": spec, **dataclasses.asdict(recipe)}
-    said = " ".join(f"--{name}={value}" for name, value in given.items())
+    given = {"config": spec, **dataclasses.asdict(recipe), "output": output}
+    said = [f"--{name}={value}" for name, value in given.items()]
     metadata = {
-        "command": f"python tools/pretrain_toy.py {said}",
+        "command": shlex.join(["python", "tools/pretrain_toy.py", *said]),
         "commit": str(commit),
         "seed": str(recipe.seed),
         "steps": str(len(losses)),
@@ -536,7 +536,7 @@ def main(arguments: list[str]) -> None:
     if arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
     given = flags.FLAGS
-    config, output = config_lib.load(given.config), Path(given.output)
+    config = config_lib.load(given.config)
     if config.backbone not in WORLDS:
         raise UsageError(
             f"--config={given.config}: backbone {config.backbone!r} has no world to pretrain in;"
@@ -544,10 +544,7 @@ def main(arguments: list[str]) -> None:
         )
     config_lib.check(config)
     backbone_lib.check_size(config)
-    # Now, and not when the training is done.
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output={output} cannot be written; name a file in a folder of yours")
+    output = command.writable("output", given.output)  # now, and not when the training is done
     command.use_compilation_cache()
     world = WORLDS[config.backbone]
     recipe = Recipe(

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from absl import app, flags, logging
@@ -114,6 +115,22 @@ def define_path(
         flags.DEFINE_multi(_PathParser(), serializer, name, default, help, required=required)
     else:
         flags.DEFINE(_PathParser(), name, default, help, serializer=serializer, required=required)
+
+
+def writable(name: str, path: str) -> Path:
+    """The path of the file that the flag `name` names, whose folder is made.
+
+    For a command that would otherwise find out at the end of its work.
+
+    Raises:
+      UsageError: it is a folder, or cannot be written.
+      OSError: its folder cannot be made.
+    """
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UsageError(f"--{name}={path} cannot be written; name a file in a folder of yours")
+    return file
 
 
 class _WhichParser(flags.ArgumentParser):
