@@ -48,15 +48,17 @@ def test_tasks_are_told_apart():
 
 def test_values_are_grouped_by_task():
     stories = [OUTVOTED, SINK_WINS, OUTVOTED, world.tell((A, A, A))]
-    values = {"online": {"R": np.array([1.0, 2.0, 3.0, 4.0]), "SC": np.arange(8).reshape(4, 2)}}
-    found = world.by_task(stories, values)
+    of_policy = {"reward": [1.0, 2.0, 3.0, 4.0], "SC": np.arange(8).reshape(4, 2)}
+    found = world.by_task(stories, {"reference": of_policy, "online": of_policy})
     assert list(found) == ["outvoted", "sink wins", "other"]  # nothing is ambiguous here
-    rows = {"outvoted": [0, 2], "sink wins": [1], "other": [3]}
-    for task, chosen in rows.items():
-        assert found[task]["online"]["R"].tolist() == [chosen[i] + 1 for i in range(len(chosen))]
-        np.testing.assert_array_equal(found[task]["online"]["SC"], values["online"]["SC"][chosen])
+    for task, rows in (("outvoted", [0, 2]), ("sink wins", [1]), ("other", [3])):
+        # The first policy is what the others are compared with, and the reward comes first.
+        assert [*found[task]] == ["reference", "online"]
+        assert [*found[task]["online"]] == ["reward", "SC"]
+        assert found[task]["online"]["reward"].tolist() == [i + 1 for i in rows]
+        np.testing.assert_array_equal(found[task]["online"]["SC"], of_policy["SC"][rows])
     with pytest.raises(AssertionError):
-        world.by_task(stories[:2], values)
+        world.by_task(stories[:2], of_policy)
 
 
 @pytest.mark.parametrize("prompt", ["a purple bar", "a red", "it returns first", "", "red bar"])

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import chex
 import jax
@@ -33,7 +34,7 @@ import numpy as np
 
 from kvpo_jax.data.toy_world import depths as depths  # a pixel frame is a latent frame here too
 from kvpo_jax.errors import UsageError
-from kvpo_jax.types import Array, PyTree
+from kvpo_jax.types import Array
 
 LATENT = 4  # latent pixels per side
 SIDE = 12  # pixels along a side of a latent pixel
@@ -133,23 +134,33 @@ def task_of(story: Sequence[str]) -> str:
     return next((task for task, known in TASKS.items() if is_told and known == roles), OTHER_TASK)
 
 
-def by_task(stories: Sequence[Sequence[str]], values: PyTree) -> dict[str, PyTree]:
+def by_task(
+    stories: Sequence[Sequence[str]], values: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
     """What n stories have got, task by task, in the order of TASKS; only tasks that have a story.
 
     Args:
       stories: their sentences, as in heldout.jsonl.
-      values: a tree of arrays [n, ...], such as the held-out rewards policy -> column -> float[n].
+      values: arrays [n, ...] by name, or mappings of them: policy -> column -> float[n].
 
     Returns:
-      task -> the tree with the rows of its stories, arrays [stories of the task, ...].
+      task -> the same names in the same order, with the rows of its stories.
     """
     tasks = np.array([*map(task_of, stories)])
-    chex.assert_tree_shape_prefix(values, tasks.shape)
+
+    def chosen(values: Mapping[str, Any], rows: np.ndarray) -> dict[str, Any]:
+        # No jax.tree.map: it sorts the names.
+        return {
+            name: chosen(x, rows) if isinstance(x, Mapping) else of(np.asarray(x), rows)
+            for name, x in values.items()
+        }
+
+    def of(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        chex.assert_axis_dimension(x, 0, len(tasks))
+        return x[rows]
+
     present = [task for task in (*TASKS, OTHER_TASK) if task in tasks]
-    return {
-        task: jax.tree.map(lambda x, rows=tasks == task: np.asarray(x)[rows], values)
-        for task in present
-    }
+    return {task: chosen(values, tasks == task) for task in present}
 
 
 def _colour(o: int) -> int:
