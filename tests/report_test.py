@@ -253,6 +253,31 @@ def test_the_numbers_are_the_records(text):
         assert line in reward["aria-label"]
 
 
+def test_a_run_of_the_world_return_has_a_table_of_tasks(run, tmp_path):
+    told = page.told(run.name, run, 0)
+    assert page.task_table(told) is None
+    workdir = write_run(tmp_path / "return", videos=False)
+    config = json.loads((workdir / "config.json").read_text()) | {"backbone": "return"}
+    (workdir / "config.json").write_text(json.dumps(config))
+    [evaluation] = read_run(workdir).heldout
+    evaluation["prompt"] = [
+        ["a red bar", other, "a blue dot", "nothing", "it returns"]
+        for other in ("a red bar", "a blue dot", "a blue dot")
+    ]
+    for policy, gain in (("reference", 0.0), ("online", 0.25), ("ema", 0.0)):
+        evaluation["reward"][policy] = [0.5, 0.25 + gain, 0.5 + gain]
+        evaluation["components"][policy] = {"motion": [1.0] * 3, "SC": [1.0, gain, 0.5]}
+    (workdir / "heldout.jsonl").write_text(json.dumps(evaluation) + "\n")
+    rows = Reader(page.render([page.told("return", workdir, 0)])).table("By task")
+    assert [row[:4] for row in rows] == [
+        ["outvoted", "2", "reference", "0.3750"],
+        ["outvoted", "2", "online", "0.6250"],
+        ["outvoted", "2", "ema", "0.3750"],
+        *(["sink wins", "1", policy, "0.5000"] for policy in page.POLICIES),
+    ]
+    assert rows[1][4] == "+0.2500" and rows[1][7:] == ["0.3750"] and rows[4][5] == "-"
+
+
 def test_held_out_rewards_stand_at_the_updates_made(run):
     records = read_run(run)
     assert page.heldout("online")(records) == ([0, 3], pytest.approx([0.45, 0.6]))

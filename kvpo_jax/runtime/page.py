@@ -17,6 +17,7 @@ import jinja2
 import numpy as np
 
 from kvpo_jax.algorithm import routing
+from kvpo_jax.data import return_world
 from kvpo_jax.errors import UsageError, shortened
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import curves, doctor, films, media, progress, statistics
@@ -30,6 +31,7 @@ PROMPTS = 6  # held-out ones that play, as in before_after.png
 ITERATIONS = 6  # whose branches are shown of a run: the first one's and the newest
 POINTS = 1500  # of the scatter
 POLICIES = ("reference", "online", "ema")
+BY_TASK = ("reward", "SC", "VQ", "wanted", "shown", "other")  # columns of the table of tasks
 ANCHOR = "anchor"
 # What a branch has besides scores, and how it is written.
 NUMBERS = (("advantage", "+.2f"), ("energy", ".3g"), ("probability", ".3f"))
@@ -196,6 +198,7 @@ def render(stories: Sequence[Story]) -> str:
         many=not only,
         headline=headline(only) if only else [],
         result=heldout_table(stories),
+        tasks=task_table(only) if only else None,
         together=[] if only else side_by_side(stories, PROMPTS),
         prompts=prompt_table(only) if only else None,
         curves=[part for part in (of(stories) for of in CURVES) if part["figures"]],
@@ -308,6 +311,25 @@ def heldout_table(stories: Sequence[Story]) -> Table | None:
     ]
     cells = [[row.get(name, "") for name in columns] for _, row in rows]
     return Table(columns, cells, [label for label, _ in rows] if len(stories) > 1 else None)
+
+
+def task_table(story: Story) -> Table | None:
+    """The held-out table of a run in the world "return", task by task; None of other runs."""
+    backbone = config_lib.flat(story.records.config).get("backbone")
+    if backbone not in return_world.EXPONENTS or not story.records.heldout:
+        return None
+    evaluation = story.records.heldout[-1]
+    columns: list[str] = []
+    rows: list[list[str]] = []
+    rewards = {
+        policy: {name: values[name] for name in BY_TASK if name in values}
+        for policy, values in heldout_rewards(evaluation).items()
+    }
+    for task, of_task in return_world.by_task(evaluation["prompt"], rewards).items():
+        columns, table = statistics.heldout_table(of_task)
+        stories = len(of_task[POLICIES[0]]["reward"])
+        rows += [[task, str(stories), *row] for row in table]
+    return Table(["task", "stories", *columns], rows)
 
 
 def prompt_table(story: Story) -> Table | None:
