@@ -38,10 +38,15 @@ def browser() -> str:
 
 
 @pytest.fixture(autouse=True)
-def compiled_programs_are_freed():
-    """Frees the programs of earlier tests once they take much memory; they are compiled anew."""
+def compiled_programs_are_freed(request):
+    """Frees the programs of earlier tests once they take much memory; they are compiled anew.
+
+    Imported libraries and fixtures stay, a gigabyte and more of them late in a session: what
+    counts is what came since the programs were freed last.
+    """
     yield
-    if resident_gigabytes() > 1.2:
+    stash = request.config.stash
+    if resident_gigabytes() > stash.get(KEPT, 0.4) + 0.8:
         import jax
 
         jax.clear_caches()
@@ -49,6 +54,10 @@ def compiled_programs_are_freed():
         # glibc keeps what was freed, more than a gigabyte of it, unless it is told to give it back.
         if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
             trim(0)
+        stash[KEPT] = resident_gigabytes()
+
+
+KEPT = pytest.StashKey[float]()
 
 
 # ---------------------------------------------------------------- memory of a worker
