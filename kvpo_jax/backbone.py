@@ -21,6 +21,7 @@ from kvpo_jax import programs
 from kvpo_jax.data import prompts, return_world, text, toy_world
 from kvpo_jax.errors import MissingPackageError, Registry, UsageError
 from kvpo_jax.models import umt5, wan_vae
+from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
 from kvpo_jax.runtime import checkpoint, pictures, progress, sharding, weight_file
@@ -459,7 +460,7 @@ def vae_config(config: ml_collections.ConfigDict) -> wan_vae.VAEConfig:
     """The VAE of config.paths.vae, or Wan2.1's without a file, in config.decoder.dtype."""
     vae, path = wan_vae.VAEConfig(), config.paths.vae
     if path:
-        vae = wan_vae.config_from_dict(checkpoint.metadata_config(path, "wan_vae"))
+        vae = config_from_dict(wan_vae.VAEConfig, checkpoint.metadata_config(path, "wan_vae"))
     return dataclasses.replace(vae, dtype=config.decoder.dtype)
 
 
@@ -617,6 +618,10 @@ FILES = {
     "paths.vae": "made by: kvpo-convert Wan2.1_VAE.pth --output=FILE",
     "paths.hpsv3": "made by: kvpo-convert HPSV3 --output=FILE ... (docs/rewards.md)",
     "paths.videoalign": "made by: kvpo-convert VIDEOREWARD --output=FILE ... (docs/rewards.md)",
+    "paths.clip": "made by: kvpo-convert CLIP_FOLDER --output=FILE (docs/evaluation.md)",
+    "paths.dino": "made by: kvpo-convert dino_vitbase16_pretrain.pth --output=FILE",
+    "paths.aesthetic": "made by: kvpo-convert HEAD --base=CLIP_L14 --output=FILE"
+    " (docs/evaluation.md)",
     "paths.umt5": "made by: kvpo-convert models_t5_umt5-xxl-enc-bf16.pth --output=FILE",
     "paths.tokenizer": "the folder google/umt5-xxl of a Wan2.1 checkpoint",
     "paths.embeddings": "made by: kvpo-encode --prompts=FILE --output=FOLDER ...",
@@ -643,7 +648,7 @@ def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
         needs |= dict.fromkeys(wanted, f"the {config.backbone} backbone")
     if scored:
         named = scorers.names_of(f"{config.reward.scorer},{config.eval.scorer}")
-        learned = [name for name in ("hpsv3", "videoalign") if name in named]
+        learned = [name for name in scorers.LEARNED if name in named]
         needs |= {f"paths.{name}": f"the scorer {name}" for name in learned}
     for name, what in needs.items():
         if not fields[name]:

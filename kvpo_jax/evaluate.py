@@ -2,7 +2,7 @@
 
     python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--iteration=40] [--config.eval.prompts=64]
     python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion \\
-        [--hpsv3=FILE] [--videoalign=FILE]
+        [--hpsv3=FILE] [--videoalign=FILE] [--clip=FILE] [--dino=FILE] [--aesthetic=FILE]
     python -m kvpo_jax.evaluate --export=vbench|vbench_long|custom --prompts=FILE --output=DIR \\
         [--extended=FILE] [--flickering=FILE] [--samples=5] [--seed=0] [--workdir=RUN]
     python -m kvpo_jax.evaluate --import=DIR
@@ -457,14 +457,14 @@ def evaluate_videos(given: flags.FlagValues) -> None:
         raise UsageError(
             "--videos needs --prompts, a file with one prompt sequence per video (docs/data.md)"
         )
-    for name in ("hpsv3", "videoalign"):
+    for name in scorers.LEARNED:
         if name in names and not given[name].value:
             source = backbone_lib.FILES[f"paths.{name}"]
             raise UsageError(f"--rewards={name} needs --{name}=FILE, {source}")
     if not names:
         raise UsageError(
-            "--rewards names nothing; there are hpsv3, videoalign, motion, stream, flow,"
-            " module:function"
+            f"--rewards names nothing; there are {', '.join(scorers.LEARNED)}, motion, stream,"
+            " flow, module:function"
         )
     for name, side in (("toy", toy_world.SIZE), ("return", return_world.SIZE)):
         if name in names:
@@ -473,7 +473,7 @@ def evaluate_videos(given: flags.FlagValues) -> None:
                 " has; try motion"
             )
     command.use_compilation_cache()
-    paths = {"hpsv3": given.hpsv3, "videoalign": given.videoalign}
+    paths = {name: str(given[name].value) for name in scorers.LEARNED}
     scorer = scorers.Scorers(given.rewards, paths)
     scorer.check()
     sequences = prompts.load(Path(given.prompts))
@@ -527,8 +527,7 @@ FLAGS_OF = {
     "prompts": ("videos", "export"),
     "output": ("videos", "export", "import"),
     "rewards": ("videos",),
-    "hpsv3": ("videos",),
-    "videoalign": ("videos",),
+    **dict.fromkeys(scorers.LEARNED, ("videos",)),
     "clip_frames": ("videos",),
     "clip_spacing": ("videos",),
     "block_pixels": ("videos",),
@@ -588,10 +587,11 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "rewards",
         "motion",
-        "names, separated by commas: hpsv3, videoalign, motion, stream, flow, module:function",
+        f"names, separated by commas: {', '.join(scorers.LEARNED)}, motion, stream, flow,"
+        " module:function",
     )
-    command.define_path("hpsv3", "", "converted HPSv3")
-    command.define_path("videoalign", "", "converted VideoAlign")
+    for name in scorers.LEARNED:
+        command.define_path(name, "", f"converted weights of {name}")
     flags.DEFINE_integer("clip_frames", 36, "frames scored of each segment, centred; 0 = all")
     flags.DEFINE_integer("clip_spacing", 160, "a long segment has a clip every so many; 0 = one")
     flags.DEFINE_list(

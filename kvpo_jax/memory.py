@@ -26,10 +26,22 @@ from kvpo_jax import programs as programs_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.decoder import VideoDecoder, length, make_step, spec_of
-from kvpo_jax.models import qwen2_vl, reward_model, umt5, wan_vae
-from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig
+from kvpo_jax.models import qwen2_vl, reward_model, umt5, vit, wan_vae
+from kvpo_jax.models.layers import config_from_dict
+from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig, VideoAlignConfig
 from kvpo_jax.models.wan import abstract_variables
-from kvpo_jax.rewards import composite, hpsv3, learned, preprocess, scorers, videoalign
+from kvpo_jax.rewards import (
+    aesthetic,
+    clip,
+    composite,
+    dino,
+    features,
+    hpsv3,
+    learned,
+    preprocess,
+    scorers,
+    videoalign,
+)
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
@@ -293,33 +305,129 @@ def trace_decoding(iteration: Iteration) -> Decoding:
 # ---------------------------------------------------------------- the shapes of scoring
 
 
+FPS = 16.0  # of the videos that are scored
+LONG_TEXT = 512  # tokens of a reward model's instruction and of a long prompt
+# A second each, of many plans.
+abstract_reward = functools.cache(reward_model.abstract_params)
+abstract_tower = functools.cache(vit.abstract_params)
+Step = tuple[Callable[..., Array], tuple[PyTree, ...]]  # and the shapes of its inputs
+
+
 class Published(NamedTuple):
     """A published reward model.
 
     Attributes:
       cfg: its sizes.
-      resize: how it resizes frames.
-      batch: clips that a device takes at once.
-      score: (RewardModel, pixels, sentences) -> its components.
+      abstract: cfg -> the shapes of its weights.
+      batch: clips or frames that a device takes at once.
+      frames: (cfg, frames of a clip) -> how many of them it takes at once.
+      step: (cfg, mesh, uint8[batch, frames, h, w, 3] as a shape) -> its `Step`, behind the weights.
+      reward: (weights, cfg, mesh, batch) -> the loaded model, without its tokenizer.
+      score: (that model, pixels, sentences) -> its components.
     """
 
-    cfg: RewardConfig
-    resize: learned.Resize
+    cfg: Any
+    abstract: Callable[[Any], PyTree]
     batch: int
+    frames: Callable[[Any, int], int]
+    step: Callable[[Any, Mesh, Array], Step]
+    reward: Callable[..., Any]
     score: Callable[..., Mapping[str, Array]]
 
 
-FPS = 16.0  # of the videos that it scores
+def _one_frame(cfg: Any, clip_frames: int) -> int:
+    return 1
+
+
+def _sampled_frames(cfg: VideoAlignConfig, clip_frames: int) -> int:
+    return len(videoalign.sampled_frames(cfg, clip_frames, FPS))
+
+
+def _text_step(resize: learned.Resize, cfg: RewardConfig, mesh: Mesh, clips: Array) -> Step:
+    count, *picture = clips.shape[:4]
+    tokens = cfg.vision.tokens(preprocess.grid(cfg, *picture)) + LONG_TEXT
+    texts = qwen2_vl.Tokens(
+        shape((count, tokens), jnp.int32), shape((count,), jnp.int32), shape((count, 1), jnp.int32)
+    )
+    return learned.scoring_step(cfg, mesh, resize), (texts, clips)
+
+
+def _frame_step(reading: features.Reading, cfg: vit.ViTConfig, mesh: Mesh, clips: Array) -> Step:
+    count, _, *picture = clips.shape
+    return features.reading_step(cfg, mesh, reading), (shape((count, *picture), clips.dtype),)
+
+
+def without_tokenizer(
+    params: PyTree, cfg: RewardConfig, mesh: Mesh, batch: int
+) -> learned.RewardModel:
+    """A reward model that reads LONG_TEXT tokens, the reward tokens last, for any sentence."""
+
+    def encode(text: str) -> list[int]:
+        pads = [getattr(cfg, name) for name, token in PAD_TOKENS.items() if token in text]
+        return [*pads, *[0] * (LONG_TEXT - len(cfg.token_ids)), *cfg.token_ids]
+
+    return learned.RewardModel(params, cfg, encode, mesh, batch)
+
+
+def clip_without_tokenizer(
+    params: PyTree, cfg: vit.CLIPConfig, mesh: Mesh, batch: int
+) -> clip.CLIP:
+    """A CLIP that reads as many tokens as it can for any sentence."""
+
+    def encode(sentences: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        n, length = len(sentences), cfg.text.context
+        return np.zeros((n, length), np.int32), np.full(n, length - 1, np.int32)
+
+    return clip.CLIP(features.Tower(params, cfg, mesh, batch), encode)
+
+
 PUBLISHED = {
-    "hpsv3": Published(reward_model.HPSV3, preprocess.resize_pil, hpsv3.BATCH, hpsv3.score),
+    "hpsv3": Published(
+        reward_model.HPSV3,
+        abstract_reward,
+        hpsv3.BATCH,
+        _one_frame,
+        partial(_text_step, preprocess.resize_pil),
+        without_tokenizer,
+        hpsv3.score,
+    ),
     "videoalign": Published(
         reward_model.VIDEOALIGN,
-        preprocess.resize_torch,
+        abstract_reward,
         videoalign.BATCH,
+        _sampled_frames,
+        partial(_text_step, preprocess.resize_torch),
+        without_tokenizer,
         lambda reward, *clips: videoalign.score(reward, FPS, *clips),
     ),
+    "clip": Published(
+        vit.CLIP_B32,
+        abstract_tower,
+        features.BATCH,
+        _one_frame,
+        partial(_frame_step, clip.READING),
+        clip_without_tokenizer,
+        clip.score,
+    ),
+    "dino": Published(
+        vit.DINO_B16,
+        abstract_tower,
+        features.BATCH,
+        _one_frame,
+        partial(_frame_step, dino.READING),
+        features.Tower,
+        dino.score,
+    ),
+    "aesthetic": Published(
+        vit.AESTHETIC_L14,
+        abstract_tower,
+        features.BATCH,
+        _one_frame,
+        partial(_frame_step, aesthetic.READING),
+        features.Tower,
+        aesthetic.score,
+    ),
 }
-LONG_TEXT = 512  # tokens of a reward model's instruction and of a long prompt
 
 
 class Reward(NamedTuple):
@@ -354,27 +462,17 @@ def trace_rewards(
         if name not in PUBLISHED:
             out[name] = Reward(f"scoring: {name}, clips of {clip_frames}", {}, {}, None)
             continue
-        cfg, resize, count, _ = reward_of(config, name)
-        frames = 1
-        if isinstance(cfg, reward_model.VideoAlignConfig):
-            frames = len(videoalign.sampled_frames(cfg, clip_frames, FPS))
+        published = reward_of(config, name)
+        cfg, count = published.cfg, published.batch
+        frames = published.frames(cfg, clip_frames)
         clips = shape((count, frames, height, width, 3), jnp.uint8)
-        tokens = cfg.vision.tokens(preprocess.grid(cfg, frames, height, width)) + LONG_TEXT
         compiled = dataclasses.replace(cfg, dtype="float32") if wide else cfg
-        arguments = (
-            reward_params(compiled),
-            qwen2_vl.Tokens(
-                shape((count, tokens), jnp.int32),
-                shape((count,), jnp.int32),
-                shape((count, 1), jnp.int32),
-            ),
-            clips,
-        )
-        step = learned.scoring_step(compiled, device, resize)
+        step, inputs = published.step(compiled, device, clips)
+        arguments = (published.abstract(compiled), *inputs)
         together = count * (mesh.size // jax.process_count())
         out[name] = Reward(
             title=f"scoring: {name}, {count} clips of {frames}",
-            weights=placed(reward_params(cfg), device),
+            weights=placed(published.abstract(cfg), device),
             batch=placed(shape((together, *clips.shape[1:]), jnp.uint8), device),
             program=Program(step, placed(arguments, device), cfg.dtype),
         )
@@ -387,22 +485,7 @@ def reward_of(config: ml_collections.ConfigDict, name: str) -> Published:
     if not (path := config.paths[name]):
         return published
     values = checkpoint.metadata_config(path, name)
-    return published._replace(cfg=reward_model.config_from_dict(type(published.cfg), values))
-
-
-reward_params = functools.cache(reward_model.abstract_params)  # a second each, of many plans
-
-
-def without_tokenizer(
-    params: PyTree, cfg: RewardConfig, mesh: Mesh, batch: int
-) -> learned.RewardModel:
-    """A reward model that reads LONG_TEXT tokens, the reward tokens last, for any sentence."""
-
-    def encode(text: str) -> list[int]:
-        pads = [getattr(cfg, name) for name, token in PAD_TOKENS.items() if token in text]
-        return [*pads, *[0] * (LONG_TEXT - len(cfg.token_ids)), *cfg.token_ids]
-
-    return learned.RewardModel(params, cfg, encode, mesh, batch)
+    return published._replace(cfg=config_from_dict(type(published.cfg), values))
 
 
 def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:

@@ -392,13 +392,14 @@ def scored_clips(run: Run, pivot: int) -> list[Call]:
 
 def _scorer(config: ml_collections.ConfigDict, name: str, mesh: Mesh, call: Call) -> Work:
     """The work of a reward in a call."""
-    cfg, _, batch, score = memory.reward_of(config, name)
+    published = memory.reward_of(config, name)
+    cfg = published.cfg
     told = {"shared": call.shared} if call.shared and name in scorers.OF_FRAMES else {}
 
     def loop(params: PyTree, pixels: Array) -> Mapping[str, Array]:
-        reward = memory.without_tokenizer(params, cfg, mesh, batch)
-        return score(reward, pixels, [""] * call.clips, **told)
+        reward = published.reward(params, cfg, mesh, published.batch)
+        return published.score(reward, pixels, [""] * call.clips, **told)
 
     sides = (8 * config.video.height, 8 * config.video.width)
     pixels = shape((call.clips, call.frames, *sides, 3), jnp.uint8)
-    return sum_of(of_loop(loop, memory.reward_params(cfg), pixels).values())
+    return sum_of(of_loop(loop, published.abstract(cfg), pixels).values())

@@ -512,11 +512,11 @@ def test_a_checkpoint_says_what_the_run_is(tmp_path):
         workdir_lib.resolve("configs/tiny.py", tmp_path, [])
 
 
-def test_files_of_scorers():
-    config = overridden("--config.reward.scorer=toy, hpsv3")
-    with pytest.raises(
-        ValueError, match="the scorer hpsv3 needs --config.paths.hpsv3=..., made by: kvpo-convert "
-    ):
+@pytest.mark.parametrize("name", ["hpsv3", "videoalign", "clip", "dino", "aesthetic"])
+def test_files_of_scorers(name):
+    config = overridden(f"--config.reward.scorer=toy, {name}")
+    message = f"the scorer {name} needs --config.paths.{name}=..., made by: kvpo-convert "
+    with pytest.raises(ValueError, match=message):
         backbone_lib.check_files(config)
     backbone_lib.check_files(config, scored=False)
 

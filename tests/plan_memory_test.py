@@ -175,6 +175,20 @@ def test_several_batches_keep_the_sum_of_their_gradients(tmp_path):
     )
 
 
+def test_clip_dino_and_the_aesthetic_head_are_planned():
+    """Watched or optimised: weights in float32, and 32 frames of a device, one by one."""
+    names = {"clip": 151_277_312, "dino": 85_798_656, "aesthetic": 303_966_208 + 769}
+    config = configure(
+        "configs/longlive.py", {"reward.scorer": "dino", "eval.scorer": "stream,clip,aesthetic"}
+    )
+    rewards = memory.trace_rewards(config, make_mesh(config, jax.devices()[:2]), 36, wide=False)
+    assert rewards.keys() == names.keys()
+    for name, reward in rewards.items():
+        assert sum(x.size * 4 for x in jax.tree.leaves(reward.weights)) == 4 * names[name]
+        assert reward.title == f"scoring: {name}, 32 clips of 1"
+        assert reward.batch.shape == (2 * 32, 1, 480, 832, 3) and reward.program is not None
+
+
 # ---------------------------------------------------------------- against a run
 
 SMALL_RUN = {

@@ -19,7 +19,8 @@ from kvpo_jax.convert.qwen2_vl_weights import (
     to_ours,
 )
 from kvpo_jax.convert.table import check_names
-from kvpo_jax.models import qwen2_vl, reward_model
+from kvpo_jax.models import qwen2_vl
+from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.qwen2_vl import (
     QWEN2_VL_2B,
     QWEN2_VL_7B,
@@ -340,4 +341,4 @@ def test_config():
     with pytest.raises(ValueError, match="visual.merger.mlp.0.weight is missing"):
         config_from_shapes({name: x for name, x in shapes.items() if "merger" not in name})
     noted = json.loads(json.dumps(dataclasses.asdict(TINY)))
-    assert reward_model.config_from_dict(Qwen2VLConfig, noted) == TINY
+    assert config_from_dict(Qwen2VLConfig, noted) == TINY

@@ -32,6 +32,7 @@ from kvpo_jax.convert.mapping import KINDS
 from kvpo_jax.convert.reward_lora import lora_scale
 from kvpo_jax.convert.reward_weights import reward_table
 from kvpo_jax.models import qwen2_vl, reward_model
+from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.qwen2_vl import Qwen2VLConfig, TextConfig, VisionConfig
 from kvpo_jax.models.reward_model import (
     HPSV3_TOKENS,
@@ -508,7 +509,7 @@ def test_converted_file(base, hpsv3_files, hpsv3_weights):
     _, checkpoint, _ = hpsv3_files
     with safetensors.safe_open(hpsv3_weights, framework="numpy") as file:
         metadata = file.metadata()
-    cfg = reward_model.config_from_dict(RewardConfig, json.loads(metadata["config"]))
+    cfg = config_from_dict(RewardConfig, json.loads(metadata["config"]))
     assert metadata["kind"] == "hpsv3"
     assert (cfg.text, cfg.vision, cfg.dtype) == (tiny(1).text, tiny(1).vision, "float32")
     assert (cfg.head, cfg.token_ids, cfg.image_token) == ((24, 8, 2), (BASE_TOKENS,), IMAGE_PAD)
@@ -591,9 +592,7 @@ def test_adapter(base, videoalign_files, tmp_path):
 
 def noted(path):
     with safetensors.safe_open(path, framework="numpy") as file:
-        return reward_model.config_from_dict(
-            VideoAlignConfig, json.loads(file.metadata()["config"])
-        )
+        return config_from_dict(VideoAlignConfig, json.loads(file.metadata()["config"]))
 
 
 def test_lora_scale():

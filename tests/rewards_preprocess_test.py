@@ -7,10 +7,11 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf
 
-from kvpo_jax.models.qwen2_vl import VisionConfig
-from kvpo_jax.models.reward_model import RewardConfig, TextConfig
+from kvpo_jax.models.qwen2_vl import TextConfig, VisionConfig
+from kvpo_jax.models.reward_model import RewardConfig
 from kvpo_jax.rewards import preprocess
 
 PIXELS = 256 * 28 * 28  # both of HPSv3's bounds, and VideoAlign's upper bound
@@ -296,3 +297,50 @@ def test_patches_of_another_tower():
 def test_frames_that_are_not_made_of_merge_squares_are_refused():
     with pytest.raises(ValueError, match="42 x 56 pixels: both have to be multiples of 28"):
         preprocess.patchify(jnp.zeros((1, 1, 42, 56, 3)))
+
+
+# ---------------------------------------------------------------- CLIP and DINO
+
+
+def torchvision(image, side, mode):
+    """torchvision's Resize of float pixels to a shorter side, without antialias, over 255."""
+    pixels = torch.tensor(image).permute(2, 0, 1)[None].float()
+    size = [int(side * length / min(image.shape[:2])) for length in image.shape[:2]]
+    resized = torch.nn.functional.interpolate(pixels, size, mode=mode, align_corners=False)
+    return resized[0].permute(1, 2, 0).numpy() / 255
+
+
+@pytest.mark.parametrize("side", [224, 350])  # smaller and larger than the photograph
+def test_clips_pictures_are_vbenchs(photographs, side):
+    noise = np.random.default_rng(1).choice(np.uint8([0, 255]), photographs[0].shape)
+    for image in (photographs[0], noise):
+        resized = torchvision(image, side, "bicubic")
+        left = round((resized.shape[1] - side) / 2)
+        want = (resized[:, left : left + side] - preprocess.MEAN) / preprocess.STD
+        got = jax.jit(preprocess.for_clip, static_argnums=1)(image[None], side)
+        assert got.shape == (1, side, side, 3)
+        np.testing.assert_allclose(got[0], want, atol=2e-4)
+    assert resized.max() > 1.1  # beyond white, which is not clipped
+
+
+def test_dinos_pictures_are_vbenchs(photographs):
+    for image in photographs[:2]:
+        resized = torchvision(image, 224, "bilinear")
+        want = (resized - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        got = jax.jit(preprocess.for_dino, static_argnums=1)(image, 224)
+        np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_picture_of_clips_size_is_what_transformers_makes_of_it(photographs):
+    """Crop and norm: nothing is resized. Of 225 pixels the middle 224 begin at the first."""
+    for width in (224, 300, 301):
+        image = photographs[0][:224, :width]
+        want = CLIPImageProcessorPil()(images=Image.fromarray(image), return_tensors="np")
+        got = preprocess.for_clip(image, 224)
+        np.testing.assert_allclose(got, want["pixel_values"][0].transpose(1, 2, 0), atol=1e-5)
+
+
+def test_middle_frames_by_hand():
+    """VBench's parts of 36 frames begin at 0, 4, 9, 13, 18, 22, 27 and 31."""
+    assert preprocess.middle_frames(36, 8) == [1, 6, 10, 15, 19, 24, 28, 33]
+    assert preprocess.middle_frames(3, 8) == [0, 1, 2]

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equipment import SMALL, configure
+from jax.sharding import Mesh
 
 from kvpo_jax import memory, work
 from kvpo_jax.models import layers
 from kvpo_jax.models.attention import Keys, attention
+from kvpo_jax.rewards import composite
 from kvpo_jax.run import eligible_pivots
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "plan_memory.py"
@@ -223,6 +225,25 @@ def test_policies_that_are_behind_and_epochs_are_counted():
     ratio = ratios(repeated, behind)
     assert ratio.pop("energies and gradient") == pytest.approx(3)
     assert set(ratio.values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "gflop"),
+    [
+        # 12 layers of 7.08 M weights of 50 tokens, and of 337; 24 of 12.58 M of 257; attention.
+        ("clip", 12 * (2 * 7.078e6 * 50 + 4 * 50**2 * 768) / 1e9),
+        ("dino", 12 * (2 * 7.078e6 * 337 + 4 * 337**2 * 768) / 1e9),
+        ("aesthetic", 24 * (2 * 12.583e6 * 257 + 4 * 257**2 * 1024) / 1e9),
+    ],
+)
+def test_towers_read_shared_frames_once(name, gflop):
+    """Of two clips of four frames, the first one the same: seven frames of 480 x 832."""
+    config, mesh = configure("configs/longlive.py", {}), Mesh(np.asarray(jax.devices()[:1]), "data")
+    call = work.Call(2, 4, composite.Shared(2, 1))
+    done = work._scorer(config, name, mesh, call)
+    text = 12 * 2 * 3.146e6 * 77 / 1e9 if name == "clip" else 0  # one sentence
+    # Two batches of four frames; patches and projections besides.
+    assert done.flops / 1e9 == pytest.approx(8 * gflop + text, rel=0.04)
 
 
 # ---------------------------------------------------------------- the command

@@ -298,14 +298,15 @@ def hpsv3(sizes: Sizes) -> dict[str, float]:
     """The reward's program, with a long text."""
     config, cfg = sizes.preset.resolve(), sizes.hpsv3
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), "data")
-    _, resize, batch, _ = memory.PUBLISHED["hpsv3"]
-    params = sharding.place(random_like(memory.reward_params(cfg)), mesh)
+    published = memory.PUBLISHED["hpsv3"]
+    batch = published.batch
+    params = sharding.place(random_like(published.abstract(cfg)), mesh)
     reward = memory.without_tokenizer(params, cfg, mesh, batch)
     sides = (8 * config.video.height, 8 * config.video.width)
     visual = cfg.vision.tokens(preprocess.grid(cfg, 1, *sides))
     tokens = cut_after(learned.texts(reward, [""] * batch, cfg.image_token, visual), cfg.token_ids)
     clips = jax.random.bits(jax.random.key(1), (batch, 1, *sides, 3), "uint8")
-    step = learned.scoring_step(cfg, mesh, resize)
+    step = learned.scoring_step(cfg, mesh, preprocess.resize_pil)
     return timed(Call(step, sharding.place((params, tokens, clips), mesh)), sizes.repeats)
 
 

@@ -9,14 +9,18 @@ r"""Converts PyTorch checkpoints to the weight files of kvpo_jax.
         --templates=hpsv3-1.0.0-py3-none-any.whl --output=weights/hpsv3.safetensors
     kvpo-convert VideoReward --base=Qwen2-VL-2B-Instruct --dtype=bfloat16 \
         --templates=VideoAlign/prompt_template.py --output=weights/videoalign.safetensors
+    kvpo-convert clip-vit-base-patch32 --output=weights/clip.safetensors
+    kvpo-convert dino_vitbase16_pretrain.pth --output=weights/dino.safetensors
+    kvpo-convert sa_0_4_vit_l_14_linear.pth --base=clip-vit-large-patch14 \
+        --output=weights/aesthetic.safetensors
 
 In a checkout, `python tools/convert_weights.py` is the same as `kvpo-convert`.
 
 A source is a file, the index of a sharded one, or a folder, of the Wan2.1, LongLive, MemFlow,
-Self-Forcing, KVPO, HPSv3 and VideoReward releases, of diffusers, transformers, peft or ComfyUI;
-tensor names show which. Every tensor must be known and none may be missing. A manifest beside the
-output says where every tensor comes from. Files are mapped and their tensors written one by one, so
-that any checkpoint fits into a small memory.
+Self-Forcing, KVPO, HPSv3 and VideoReward releases, of CLIP, DINO and LAION's aesthetic head, of
+diffusers, transformers, peft or ComfyUI; tensor names show which. Every tensor must be known and
+none may be missing. A manifest beside the output says where every tensor comes from. Files are
+mapped and their tensors written one by one, so that any checkpoint fits into a small memory.
 """
 
 from __future__ import annotations
@@ -80,8 +84,8 @@ def convert(sources: Sequence[Path], output: Path | None, options: Options | Non
     _print_summary(mapped, parts)
     if output is not None:
         _write(mapped, parts, output)
-        if KINDS[mapped.kind].tokenizer and options.base is not None:
-            copy_tokenizer(options.base, learned.tokenizer_folder(output))
+        if KINDS[mapped.kind].tokenizer:
+            copy_tokenizer(options.base or files[0].parent, learned.tokenizer_folder(output))
         print(f"wrote {output}", flush=True)
 
 
@@ -193,11 +197,18 @@ def define_flags() -> None:
         "policy", "online", list(PARTS), "which state dict of a training checkpoint to read"
     )
     flags.DEFINE_bool("ema", False, "the same as --policy=ema")
-    flags.DEFINE_integer("num_heads", None, "attention heads where the head dim is not 128")
+    flags.DEFINE_integer(
+        "num_heads", None, "attention heads where the head dim is not 128 (of a DINO 64)"
+    )
     flags.DEFINE_integer(
         "text_len", None, "tokens that a prompt is padded to, 512 in every published Wan"
     )
-    command.define_path("base", None, "folder of the Qwen2-VL that a reward model was made of")
+    command.define_path(
+        "base",
+        None,
+        "what a reward was made of: the folder of a Qwen2-VL, the CLIP of LAION's head; of CLIP "
+        "itself the folder of its tokenizer, unless it is beside the weights",
+    )
     command.define_path(
         "templates",
         None,

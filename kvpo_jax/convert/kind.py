@@ -25,10 +25,11 @@ class Options:
       dtype: "keep", or the number format of the model that the file is for: "float32" or
         "bfloat16".
       policy: which state dict of a training checkpoint to read.
-      num_heads: attention heads of a transformer; None is a head dim of 128.
+      num_heads: attention heads of a transformer; None is a head dim of 128, of a DINO 64.
       text_len: tokens that a transformer's prompts are padded to; None is 512.
       alpha: the scale of a LoRA, over its rank; None is what its files state, or its rank.
-      base: folder of the Qwen2-VL that a reward model was made of.
+      base: what a reward was made of: the folder of a Qwen2-VL, CLIP's file or folder; for CLIP the
+        folder of its tokenizer.
       templates: file or folder with the instruction of a reward model.
     """
 
@@ -72,8 +73,9 @@ class Kind(Generic[Config]):
       sizes: fields of the config that a converted file notes; empty is all.
       aside: regular expression for the cleaned names of tensors that some releases have and that
         our model lacks.
-      merge: (the other tensors by cleaned name, options) -> what replaces both.
-      tokenizer: whether the base model's tokenizer is copied beside the weights.
+      merge: (the other tensors by cleaned name, options) -> what replaces both: with LoRAs merged,
+        fused tensors apart, or those of a base added.
+      tokenizer: whether a tokenizer is copied beside the weights: the base's, or the source's.
       folder: where a folder with several kinds has this one: diffusers' subfolder ...
       pattern: ... and the file in a folder of Wan2.1.
     """

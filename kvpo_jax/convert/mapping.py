@@ -20,6 +20,7 @@ from kvpo_jax.convert.table import adapter_of, check_names, clean_name
 from kvpo_jax.convert.tensors import Tensor, unique
 from kvpo_jax.convert.umt5_weights import UMT5
 from kvpo_jax.convert.unusable import check_format, refuse_unusable
+from kvpo_jax.convert.vit_weights import AESTHETIC, CLIP, DINO
 from kvpo_jax.convert.wan_lora_weights import WAN_LORA
 from kvpo_jax.convert.wan_vae_weights import WAN_VAE
 from kvpo_jax.convert.wan_weights import WAN
@@ -30,9 +31,12 @@ KINDS: dict[str, Kind[Any]] = {
     "wan_lora": WAN_LORA,
     "wan": WAN,
     "wan_vae": WAN_VAE,
+    "clip": CLIP,  # before UMT5, as whose its token embedding would pass
     "umt5": UMT5,
     "hpsv3": HPSV3,
     "videoalign": VIDEOALIGN,
+    "dino": DINO,
+    "aesthetic": AESTHETIC,
 }
 Layers = Mapping[int | None, Tensor]  # layer of one of our tensors, or None -> its source
 

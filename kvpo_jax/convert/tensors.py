@@ -171,7 +171,10 @@ def _torch_reason(message: str) -> str:
     if thing := re.search(r"(?:GLOBAL|class|function|of type|but got) ([\w.<]+)", cause):
         return f"has objects beside its tensors, such as {thing[1]}, which could run code{alone}"
     if "TorchScript" in message:
-        return f"is a TorchScript program, not a state dict{alone}"
+        return (
+            "is a TorchScript program, which is not run here; if you trust it, save its tensors:"
+            " torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
+        )
     return "is not a PyTorch checkpoint, or is damaged; download or copy it again"
 
 

@@ -44,8 +44,8 @@ _MARKS = {
         r"^(control_adapter|ref_conv|audio_|casual_audio_|face_|motion_encoder|pose_patch"
         r"|cond_encoder|frame_packer|trainable_cond_mask)|\.cam_"
     ),
-    "CLIP, the image encoder of image-to-video Wan; nothing here needs it": (
-        r"^(visual\.transformer|textual)\."
+    "CLIP as image-to-video Wan has it, with another text tower; nothing here needs it": (
+        r"^(visual\.transformer\.\d|textual\.)"
     ),
     "Wan2.2's VAE, of another design and with 48 channels; bring Wan2.1_VAE.pth": (
         r"^(encoder|decoder)\.(down|up)samples\.\d+\.(down|up)samples\."

@@ -21,13 +21,16 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def load_tokenizer(folder: Path | str, files: Sequence[str], hint: str) -> Any:
+def load_tokenizer(
+    folder: Path | str, files: Sequence[str], hint: str, kind: str = "AutoTokenizer"
+) -> Any:
     """transformers' tokenizer in a local folder; nothing is downloaded.
 
     Args:
       folder: where it is.
       files: the folder must have one of them.
       hint: which folder to name instead, for the error.
+      kind: transformers' class; AutoTokenizer finds it by files that not every folder has.
 
     Raises:
       FileNotFoundError: the folder has none of the files.
@@ -37,13 +40,14 @@ def load_tokenizer(folder: Path | str, files: Sequence[str], hint: str) -> Any:
     if not any((Path(folder) / name).is_file() for name in files):
         raise FileNotFoundError(f"{folder} has no tokenizer ({' or '.join(files)}): name {hint}")
     try:
-        from transformers import AutoTokenizer
+        import transformers
     except ImportError as error:
         raise MissingPackageError(
             "prompts are tokenized by transformers: pip install 'kvpo_jax[data]'"
         ) from error
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = getattr(transformers, kind)
+        return tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever transformers makes of the files
         reason = str(error).partition("\n")[0]
         if "trust_remote_code" in str(error):  # which transformers would advise to set

@@ -6,8 +6,10 @@ the model's dtype.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import chex
@@ -50,6 +52,23 @@ def exact(function: Callable[..., T]) -> Callable[..., T]:
             return function(*arguments, **options)
 
     return traced
+
+
+def config_from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The config that a converted file notes: `dataclasses.asdict`, perhaps read back from JSON.
+
+    Args:
+      kind: a dataclass of numbers, strings, tuples of them and other such dataclasses.
+      values: its fields.
+    """
+    types = typing.get_type_hints(kind)
+
+    def field(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(types[name]):
+            return config_from_dict(types[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: field(name, value) for name, value in values.items()})
 
 
 def padded_length(tokens: int) -> int:

@@ -8,8 +8,7 @@ states of these tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -17,18 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from kvpo_jax.models import qwen2_vl
-from kvpo_jax.models.qwen2_vl import (
-    QWEN2_VL_2B,
-    QWEN2_VL_7B,
-    Grid,
-    Qwen2VLConfig,
-    TextConfig,
-    Tokens,
-    VisionConfig,
-)
+from kvpo_jax.models.qwen2_vl import QWEN2_VL_2B, QWEN2_VL_7B, Grid, Qwen2VLConfig, Tokens
 from kvpo_jax.types import Array, PyTree
-
-C = TypeVar("C", bound=Qwen2VLConfig)
 
 HPSV3_TOKENS = ("<|Reward|>",)
 VIDEOALIGN_TOKENS = ("<|VQ_reward|>", "<|MQ_reward|>", "<|TA_reward|>")
@@ -106,15 +95,6 @@ VIDEOALIGN = VideoAlignConfig(
     fps=2.0,
     num_frames=None,
 )
-
-
-def config_from_dict(kind: type[C], values: Mapping[str, Any]) -> C:
-    """The config that a converted file notes: `dataclasses.asdict`, perhaps read back from JSON."""
-    fields: dict[str, Any] = {
-        name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
-    }
-    parts = {"text": TextConfig(**values["text"]), "vision": VisionConfig(**values["vision"])}
-    return kind(**(fields | parts))
 
 
 class RewardHead(nn.Module):

@@ -19,7 +19,7 @@ A run only decodes and loads `abstract_decoder_params`. A converted file holds t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -117,14 +117,6 @@ class VAEConfig:
     def spatial_factor(self) -> int:
         """Pixels per latent pixel, along a side."""
         return 2 ** len(self.temporal_downsample)
-
-
-def config_from_dict(values: Mapping[str, Any]) -> VAEConfig:
-    """The config that a converted file notes: `dataclasses.asdict`, perhaps read back from JSON."""
-    fields: dict[str, Any] = {
-        name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
-    }
-    return VAEConfig(**fields)
 
 
 def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options: Any) -> nn.Conv:

@@ -54,20 +54,14 @@ def score(
 ) -> dict[str, Array]:
     """Scores of videos [n, frames, h, w, 3], float in [0, 1] or uint8; see `load`.
 
-    A frame of several videos (`shared`) is scored once. The size of a batch does not depend on how
-    many there are, so that every fork is scored by one program.
+    A frame of several videos (`shared`) is scored once.
     """
     n, frames, height, width, _ = pixels.shape
     chex.assert_shape(pixels, (len(prompts), None, None, None, 3))
     cfg = reward.cfg
     visual = cfg.vision.tokens(preprocess.grid(cfg, 1, height, width))
     tokens = cut_after(learned.texts(reward, prompts, cfg.image_token, visual), cfg.token_ids)
-    video, frame = np.divmod(np.arange(n * frames), frames)
-    if shared:  # as frames of the first of the videos that have them
-        video = np.where(frame < shared.frames, video - video % shared.clips, video)
-    scored, which = np.unique(video * frames + frame, return_inverse=True)
-    video, frame = np.divmod(scored, frames)
-    share = -(-n * frames // reward.mesh.size)  # of a device
+    video, frame, which = learned.distinct_frames(n, frames, shared)
 
     def clips(rows: np.ndarray) -> Array:
         """Clips of one frame, uint8[rows, 1, h, w, 3]; a row is a frame of a video."""
@@ -79,7 +73,7 @@ def score(
         tokens,
         video,
         clips,
-        at_once=min(learned.equal_parts(frames, reward.batch), share),
+        at_once=learned.frames_at_once(n, frames, reward.mesh, reward.batch),
     )
     mu = raw[which, 0, 0].reshape(n, frames)
     best = jnp.sort(mu, axis=1)[:, frames - max(1, int(frames * BEST)) :]

@@ -21,6 +21,7 @@ from kvpo_jax.models import layers, reward_model
 from kvpo_jax.models.qwen2_vl import Tokens
 from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig
 from kvpo_jax.rewards import preprocess
+from kvpo_jax.rewards.composite import Shared
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.types import Array, PyTree
 
@@ -110,27 +111,35 @@ def load(
       kind: "hpsv3" or "videoalign".
       config: the kind's.
       tokenizer_path: folder of the tokenizer; None is `tokenizer_folder`.
-      mesh: to run on; None is all devices of this process, which scores its own part of a batch.
+      mesh: to run on; None is `local_mesh`.
       batch: texts that a device takes at once.
 
     Raises:
       ValueError: the file is of another kind, not whole, or does not belong to the tokenizer.
       FileNotFoundError: there is no tokenizer.
     """
-    cfg = reward_model.config_from_dict(config, checkpoint.metadata_config(path, kind))
+    cfg = layers.config_from_dict(config, checkpoint.metadata_config(path, kind))
     folder = tokenizer_path or tokenizer_folder(path)
     encode, ids = tokenizer(folder, cfg.tokens)
     if (known := _special_ids(cfg)) != ids:
         raise UsageError(
             f"the tokenizer in {folder} has the ids {ids}, {path} was made with {known}"
         )
-    mesh = mesh or Mesh(np.asarray(jax.local_devices()), ("data",))
+    mesh = mesh or local_mesh()
+    params = load_params(path, reward_model.abstract_params(cfg), mesh)
+    return RewardModel(params, cfg, encode, mesh, batch)
+
+
+def local_mesh() -> Mesh:
+    """All devices of this process, which scores its own part of a batch."""
+    return Mesh(np.asarray(jax.local_devices()), ("data",))
+
+
+def load_params(path: Path | str, abstract: PyTree, mesh: Mesh) -> PyTree:
+    """The weights in a file, of these shapes, on every device of the mesh."""
     place = NamedSharding(mesh, sharding.REPLICATED)
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        reward_model.abstract_params(cfg),
-    )
-    return RewardModel(checkpoint.load_weights(path, like), cfg, encode, mesh, batch)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+    return checkpoint.load_weights(path, like)
 
 
 def _special_ids(cfg: RewardConfig) -> dict[str, int]:
@@ -214,8 +223,6 @@ def raw_scores(
 ) -> Array:
     """Scores any number of clips with their texts, float32[rows, wanted, outputs].
 
-    All batches have one size; the last one is filled up.
-
     Args:
       reward: the model.
       resize: see `scoring_step`.
@@ -224,12 +231,61 @@ def raw_scores(
       clips: indices of rows -> uint8[n, frames, h, w, 3].
       at_once: rows that a device takes at once. The program is compiled for each such number.
     """
-    step = scoring_step(reward.cfg, reward.mesh, resize)
-    place = NamedSharding(reward.mesh, Spec(reward.mesh.axis_names))
-    rows, batch = len(text_of_row), at_once * reward.mesh.size
-    scores = []
+
+    def inputs(row: np.ndarray) -> tuple[Tokens, Array]:
+        return jax.tree.map(lambda x: x[text_of_row[row]], tokens), clips(row)
+
+    step = functools.partial(scoring_step(reward.cfg, reward.mesh, resize), reward.params)
+    return in_batches(step, inputs, reward.mesh, len(text_of_row), at_once)
+
+
+def in_batches(
+    step: Callable[..., Array],
+    inputs: Callable[[np.ndarray], tuple[PyTree, ...]],
+    mesh: Mesh,
+    rows: int,
+    at_once: int,
+) -> Array:
+    """What a compiled step makes of so many rows, in batches of one size.
+
+    The last batch is filled up.
+
+    Args:
+      step: of the inputs of a batch, arrays whose rows lie over the devices.
+      inputs: indices of rows -> their inputs.
+      mesh: the devices.
+      rows: how many.
+      at_once: rows that a device takes at once. The step is compiled for each such number.
+    """
+    place = NamedSharding(mesh, Spec(mesh.axis_names))
+    batch, out = at_once * mesh.size, []
     for start in range(0, rows, batch):
         row = np.minimum(np.arange(start, start + batch), rows - 1)
-        its_tokens = jax.tree.map(lambda x, text=text_of_row[row]: x[text], tokens)
-        scores.append(step(reward.params, *jax.device_put((its_tokens, clips(row)), place)))
-    return jnp.concatenate(scores)[:rows]
+        out.append(step(*jax.device_put(inputs(row), place)))
+    return jnp.concatenate(out)[:rows]
+
+
+# ---------------------------------------------------------------- frames
+
+
+def distinct_frames(
+    videos: int, frames: int, shared: Shared | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(video, frame, which): every distinct frame once, int[distinct], and which of them is each
+    frame of each video in turn, int[videos * frames].
+
+    A frame that several videos share is the first one's of them.
+    """
+    video, frame = np.divmod(np.arange(videos * frames), frames)
+    if shared:
+        video = np.where(frame < shared.frames, video - video % shared.clips, video)
+    distinct, which = np.unique(video * frames + frame, return_inverse=True)
+    return *np.divmod(distinct, frames), which
+
+
+def frames_at_once(videos: int, frames: int, mesh: Mesh, most: int) -> int:
+    """Frames that a device takes at once, at most `most`.
+
+    It does not depend on how many are shared, so that every fork is scored by one program.
+    """
+    return min(equal_parts(frames, most), -(-videos * frames // mesh.size))

@@ -1,19 +1,17 @@
-"""From a clip to the input of Qwen2-VL, on the device: choose frames, resize, normalise, cut.
+"""From a clip to a network's input, on the device: choose frames, resize, normalise, cut.
 
 HPSv3 and VideoAlign were trained on images that Pillow and torchvision had resized, both by Keys'
 cubic (a = -1/2) that widens with the scale, and both along rows before columns. They round
 differently: Pillow to uint8 after each of the two passes, torchvision once. A fifth of all pixels
 differ by it, so there is one function for each.
 
-A resampled row is a sum of a few weighted, shifted rows, and is computed that way: matrix products
-in an accelerator's default precision would lose the digits that distinguish the two.
+VBench resizes frames for CLIP and DINO by torchvision without antialias, and rounds nothing.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
+from collections.abc import Sequence
 
 import chex
 import einops
@@ -21,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.errors import UsageError
+from kvpo_jax.models import resample
 from kvpo_jax.models.qwen2_vl import Grid, VisionConfig
 from kvpo_jax.models.reward_model import RewardConfig
 from kvpo_jax.types import Array
@@ -28,6 +27,8 @@ from kvpo_jax.types import Array
 # CLIP's mean and standard deviation of each colour, on a scale of 0 to 1.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+# Those of ImageNet, which DINO was trained with.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 _VISION = VisionConfig()
 # Bits of the fraction of Pillow's fixed-point weights: their sums with uint8 fit into int32.
@@ -105,6 +106,15 @@ def sample_multi_pts(frames: int, fps: float = 8.0, source_fps: float = 16.0) ->
 # ---------------------------------------------------------------- which size
 
 
+def middle_frames(frames: int, count: int) -> list[int]:
+    """VBench's "middle" of a video: of `count` equal parts, the frame in the middle of each.
+
+    A video of fewer frames has all of its frames.
+    """
+    bounds = np.linspace(0, frames, min(count, frames) + 1).astype(int)
+    return ((bounds[:-1] + bounds[1:] - 1) // 2).tolist()
+
+
 def smart_resize(
     height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int = 28
 ) -> tuple[int, int]:
@@ -179,40 +189,6 @@ def grayscale(images: Array) -> Array:
     return jnp.broadcast_to(grey[..., None], images.shape).astype(jnp.uint8)
 
 
-def _cubic(x: np.ndarray) -> np.ndarray:
-    """Keys' cubic with a = -1/2."""
-    x = np.abs(x)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
-
-
-def _taps(size: int, out: int) -> tuple[np.ndarray, np.ndarray]:
-    """How to resample a row of `size` pixels to `out`.
-
-    Returns:
-      int[out, K], the pixels that each new pixel is a sum of, and their weights float64[out, K].
-    """
-    scale = size / out
-    stretch = max(scale, 1.0)
-    centre = (np.arange(out) + 0.5) * scale
-    first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0).astype(int)
-    end = np.minimum(np.floor(centre + 2 * stretch + 0.5), size).astype(int)
-    index = first[:, None] + np.arange((end - first).max())
-    weights = np.where(index < end[:, None], _cubic((index - centre[:, None] + 0.5) / stretch), 0.0)
-    return np.minimum(index, size - 1), weights / weights.sum(axis=1, keepdims=True)
-
-
-def _weighted(images: Array, axis: int, index: np.ndarray, weights: np.ndarray) -> Array:
-    """The sums that `_taps` describes, along an axis of the images."""
-    shape = [1] * images.ndim
-    shape[axis] = -1
-    taps = (
-        weight.reshape(shape) * jnp.take(images, pixels, axis=axis, mode="clip")
-        for pixels, weight in zip(index.T, weights.T, strict=True)
-    )
-    return functools.reduce(operator.add, taps)
-
-
 def _assert_images(images: Array) -> None:
     chex.assert_type(images, jnp.uint8)
     chex.assert_axis_dimension(images, -1, 3)
@@ -233,9 +209,9 @@ def resize_pil(images: Array, size: tuple[int, int]) -> Array:
     """
     _assert_images(images)
     for axis, out in ((-2, size[1]), (-3, size[0])):
-        index, weights = _taps(images.shape[axis], out)
+        index, weights = resample.antialiased(images.shape[axis], out)
         fixed = np.trunc(weights * 2**_PILLOW_BITS + np.copysign(0.5, weights)).astype(np.int32)
-        total = _weighted(images, axis, index, fixed) + 2 ** (_PILLOW_BITS - 1)
+        total = resample.weighted(images, axis, index, fixed) + 2 ** (_PILLOW_BITS - 1)
         images = jnp.clip(total >> _PILLOW_BITS, 0, 255).astype(jnp.uint8)
     return images
 
@@ -251,18 +227,72 @@ def resize_torch(images: Array, size: tuple[int, int]) -> Array:
       uint8[..., *size, 3].
     """
     _assert_images(images)
-    pixels = images.astype(jnp.float32)
-    for axis, out in ((-2, size[1]), (-3, size[0])):
-        index, weights = _taps(images.shape[axis], out)
-        pixels = _weighted(pixels, axis, index, weights.astype(np.float32))
+    height, width = images.shape[-3:-1]
+    columns, rows = resample.antialiased(width, size[1]), resample.antialiased(height, size[0])
+    pixels = resample.resized(images.astype(jnp.float32), columns, rows)
     return jnp.clip(jnp.round(pixels), 0, 255).astype(jnp.uint8)
 
 
 def normalise(images: Array) -> Array:
     """uint8[..., 3] to float32[..., 3], normalised by CLIP's mean and standard deviation."""
     _assert_images(images)
-    mean, std = np.asarray(MEAN, np.float32), np.asarray(STD, np.float32)
-    return (images.astype(jnp.float32) / 255 - mean) / std
+    return _standardised(images.astype(jnp.float32), MEAN, STD)
+
+
+def _standardised(pixels: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """float32[..., 3] on a scale of 0 to 255, less the mean of each colour, over its deviation."""
+    return (pixels / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """torchvision's size for an image whose shorter side becomes `side`."""
+    shorter = min(height, width)
+    new_height, new_width = (int(side * length / shorter) for length in (height, width))
+    return new_height, new_width
+
+
+def for_clip(images: Array, side: int) -> Array:
+    """VBench's `clip_transform`: bicubic without antialias, the square in the middle, CLIP's norm.
+
+    Args:
+      images: uint8[..., h, w, 3].
+      side: pixels of the square.
+
+    Returns:
+      float32[..., side, side, 3].
+    """
+    _assert_images(images)
+    height, width = images.shape[-3:-1]
+    new_height, new_width = shorter_side(height, width, side)
+    pixels = resample.resized(
+        images.astype(jnp.float32),
+        resample.nearby(width, new_width),
+        resample.nearby(height, new_height),
+    )
+    top, left = round((new_height - side) / 2), round((new_width - side) / 2)
+    square = pixels[..., top : top + side, left : left + side, :]
+    return _standardised(square, MEAN, STD)
+
+
+def for_dino(images: Array, side: int) -> Array:
+    """VBench's `dino_transform`: bilinear without antialias, no crop, ImageNet's norm.
+
+    Args:
+      images: uint8[..., h, w, 3].
+      side: pixels of the shorter side.
+
+    Returns:
+      float32[..., new h, new w, 3].
+    """
+    _assert_images(images)
+    height, width = images.shape[-3:-1]
+    new_height, new_width = shorter_side(height, width, side)
+    pixels = resample.resized(
+        images.astype(jnp.float32),
+        resample.nearby(width, new_width, resample.linear),
+        resample.nearby(height, new_height, resample.linear),
+    )
+    return _standardised(pixels, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def patchify(frames: Array, vision: VisionConfig = _VISION) -> Array:

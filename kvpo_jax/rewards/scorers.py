@@ -1,4 +1,5 @@
-"""Scorers by name: the paper's "hpsv3,videoalign", "motion", "toy", "return", "module:function".
+"""Scorers by name: the paper's "hpsv3,videoalign", VBench's "clip,dino,aesthetic", "motion", "toy",
+"return", "module:function".
 
 The last is a function of your own, see `composite.Scorer`. "stream" and "flow" score whole videos.
 """
@@ -21,6 +22,9 @@ import numpy as np
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.rewards import (
+    aesthetic,
+    clip,
+    dino,
     hpsv3,
     motion,
     optical_flow,
@@ -33,12 +37,25 @@ from kvpo_jax.rewards import (
 from kvpo_jax.rewards.composite import Footage, Scorer, Shared, VideoScorer
 from kvpo_jax.types import Array
 
-Paths = Mapping[str, str]  # "hpsv3" and "videoalign" -> file of converted weights
+Paths = Mapping[str, str]  # a name of LEARNED -> file of converted weights
+
+# Name of a scorer with weights -> how it is loaded from their file, which config.paths has.
+LEARNED: dict[str, Callable[[str], Scorer]] = {
+    "hpsv3": hpsv3.load,
+    "videoalign": videoalign.load,
+    "clip": clip.load,
+    "dino": dino.load,
+    "aesthetic": aesthetic.load,
+}
+
+
+def _from_file(name: str) -> Callable[[Paths], Scorer]:
+    return lambda paths: LEARNED[name](paths[name])
+
 
 # Name -> how its scorer is loaded.
 SCORERS: dict[str, Callable[[Paths], Scorer]] = {
-    "hpsv3": lambda paths: hpsv3.load(paths["hpsv3"]),
-    "videoalign": lambda paths: videoalign.load(paths["videoalign"]),
+    **{name: _from_file(name) for name in LEARNED},
     "motion": lambda paths: motion.score,
     "toy": lambda paths: toy.score,
     "return": lambda paths: returning.score,
@@ -49,6 +66,9 @@ OF_VIDEOS: dict[str, VideoScorer] = {"stream": stream.score, "flow": optical_flo
 COMPONENTS = {
     "hpsv3": ("VQ", "VQ_best"),
     "videoalign": ("MQ", "TA", "videoalign_VQ", "videoalign_MQ", "Overall"),
+    "clip": ("clip_score", "clip_score_all", "background_consistency"),
+    "dino": ("subject_consistency",),
+    "aesthetic": ("aesthetic_quality",),
     "motion": ("motion", "smoothness"),
     "toy": ("VQ", "MQ", "TA"),
     "return": ("SC", "VQ", "wanted", "shown", "other"),
@@ -65,9 +85,9 @@ COMPONENTS = {
 # Scorers of the package that anybody can use at once; "return" needs a whole story of its world.
 WITHOUT_FILES = ("motion", "toy")
 # Scorers of uint8 pixels, of which floats would be a copy four times as large.
-TAKES_BYTES = ("hpsv3", "videoalign")
-# Scorers of single frames, which score a frame of `composite.Shared` clips once.
-OF_FRAMES = ("hpsv3",)
+TAKES_BYTES = tuple(LEARNED)
+# Scorers that read frames one by one, and a frame of `composite.Shared` clips once.
+OF_FRAMES = ("hpsv3", "clip", "dino", "aesthetic")
 
 
 def names_of(names: str) -> list[str]:
