@@ -165,7 +165,7 @@ class _Scores:
     def __init__(self, run: Run, pixels: Pixels, sentences: Sequence[Sequence[str]]):
         self._run, self._pixels, self._sentences = run, pixels, sentences
 
-    def __call__(self) -> dict[str, Array]:
+    def __call__(self) -> dict[str, Array | np.ndarray]:
         config, backbone = self._run.config, self._run.backbone
         clips = backbone_lib.scored_clips(config, backbone.to_pixel)
         rewards, watched = (
@@ -183,7 +183,7 @@ class _Scores:
         looks = self._run.programs.appearance(self._pixels.videos, count)
         return rewards | watched | blocks | {_look(name): x for name, x in looks.items()}
 
-    def _composite(self, clip: composite.Clip) -> Array:
+    def _composite(self, clip: composite.Clip) -> np.ndarray:
         """float[P, 1], the composite reward of a clip with the sentence of its segment."""
         rewards = composite.segment_rewards(
             self._run.backbone.rewards, self._pixels, self._sentences, [clip]

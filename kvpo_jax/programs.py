@@ -42,6 +42,7 @@ from kvpo_jax.runtime.config import (
     own_starts,
     prompts_at_once,
     recorded_blocks,
+    replay_times,
     settled_from,
     wan_config,
 )
@@ -51,9 +52,11 @@ from kvpo_jax.types import (
     BlockRecord,
     Experience,
     Gradient,
+    Judged,
     KVCache,
     PyTree,
     Replayed,
+    ReplayTuples,
     TextKV,
 )
 
@@ -79,6 +82,13 @@ class Programs:
         NoiseKey, start_frame) -> BlockRecord, page; window_blocks are b* and b* + W.
       branch_recache: (variables, text, segment, changed, history, page in place, latents,
         start_frame) -> page.
+      read_page: (page) -> what the replay reads of it, as it is now: what the anchor wrote, or each
+        branch; without a bank.
+      record: (latents float[P, T, F, Y, X, C] of all B blocks, BlockRecords of the W that are
+        replayed, NoiseKey, first frames int32[W], segments int32[W]) -> videos of the branches
+        float[P, G, frames, Y, X, C] and of the anchor, ReplayTuples without their caches.
+      judge: (Scores, Scores of the local signal or None, key, prompts int32[P]) -> advantages
+        float[P, G], whether the gate is open bool[P].
       replay: (lora, params, Experience, wanted bool[]) -> Gradient, Replayed of this policy. The
         gradient is 0 and costs nothing where it is not wanted, so that the energies of every policy
         come from one program and are comparable to the last bit.
@@ -89,6 +99,8 @@ class Programs:
         their std over the branches, the mean, float[].
       appearance: (pixels [P, T, frames, h, w, 3], how many of the frames count, the first ones) ->
         name -> float[P, T], see `appearance`.
+      group_means: (Judged, the floor of its energies or None) -> name -> float[], see
+        `group_means`.
       self_similarity: (latents float[P, 1, n, Y, X, C], how many of the frames count) -> float[P,
         lags], see `self_similarity`.
       all_finite: (latents of a rollout, or of held-out videos) -> whether every number is, bool[].
@@ -102,12 +114,16 @@ class Programs:
     fork: Callable[[KVCache], KVCache]
     branch_block: Callable[..., tuple[BlockRecord, KVCache]]
     branch_recache: Callable[..., KVCache]
+    read_page: Callable[[KVCache], KVCache]
+    record: Callable[..., tuple[Array, Array, ReplayTuples]]
+    judge: Callable[..., tuple[Array, Array]]
     replay: Callable[[PyTree, PyTree, Experience, np.ndarray], tuple[Gradient, Replayed]]
     accumulate: Callable[[Gradient, Gradient], Gradient]
     apply: Callable[[TrainState, Gradient], tuple[TrainState, dict[str, Array]]]
     follow: Callable[[PyTree, PyTree, np.ndarray], PyTree]
     pixel_std: Callable[[Array, int], Array]
     appearance: Callable[[Array, int], dict[str, Array]]
+    group_means: Callable[..., dict[str, Array]]
     self_similarity: Callable[[Array, int], Array]
     all_finite: Callable[[PyTree], Array]
 
@@ -130,12 +146,15 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         **_cache_programs(config, mesh, caches),
         **_block_programs(config, mesh, caches),
         **_recache_programs(config, mesh, caches),
+        **_record_programs(config, mesh, caches),
+        judge=jax.jit(_make_judge(config)),
         replay=jax.jit(exact(_make_replay(config, mesh, energies)), out_shardings=replicated),
         accumulate=jax.jit(accumulate, donate_argnums=0),
         apply=jax.jit(_make_apply(config), out_shardings=replicated),
         follow=jax.jit(follow, out_shardings=replicated),
         pixel_std=jax.jit(pixel_std, static_argnums=1),
         appearance=jax.jit(appearance, static_argnums=1),
+        group_means=jax.jit(group_means),
         self_similarity=jax.jit(self_similarity, static_argnums=1),
         all_finite=jax.jit(all_finite, out_shardings=replicated),
     )
@@ -330,6 +349,63 @@ def _recache_programs(
         "shared_recache": jax.jit(exact(shared), donate_argnums=4),
         "branch_recache": jax.jit(exact(branches), donate_argnums=5),
     }
+
+
+def _record_programs(
+    config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
+) -> dict[str, Callable]:
+    """The programs that keep of a rollout what the rewards and the replay read."""
+    video, section, steps = config.video, config.replay, len(config.sampler.steps)
+    own, blank = section.context == "own", caches.history_spec.replace(bank=None)
+    block_shape = (video.block_frames, video.height, video.width, caches.wan.channels)
+    branches_of = partial(sharding.branches_of, mesh=mesh, branches=branches_at_once(config))
+
+    def read_page(page):
+        page = page.replace(bank=None)
+        return kv_cache.map_trajectories(branches_of, page) if own else kv_cache.trajectory(page, 0)
+
+    def record(latents, records, key, start_frames, segments):
+        noise = anchor = fresh = None
+        if section.context in replay.READS_NOISE:
+            shape = (steps + 1, *block_shape)
+            noise = [keys.block_noise(key, start, shape)[:, -1] for start in start_frames]
+        if section.states == "anchor":
+            anchor = [made.z[:, 0] for made in records]
+        if section.states == "ends":
+            shape = (replay_times(config), *block_shape)
+            fresh = [keys.fresh_noise(key, start, shape) for start in start_frames]
+        of_branches = [jax.tree.map(branches_of, made) for made in records]
+        tuples = replay.record_tuples(
+            caches.window, of_branches, start_frames, segments, noise, anchor, fresh
+        )
+        whole = block.join_blocks(latents, axis=2)
+        return branches_of(whole), whole[:, 0], tuples
+
+    def on_mesh(specs):
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    page = caches.page_spec.replace(bank=None) if own else blank
+    tuples = sharding.replay_spec(blank).replace(history=None, page=None)
+    recorded = (sharding.TRAJECTORIES, sharding.PROMPTS, tuples)
+    return {
+        "read_page": jax.jit(read_page, out_shardings=on_mesh(page)),
+        "record": jax.jit(record, out_shardings=on_mesh(recorded)),
+    }
+
+
+def _make_judge(config: ml_collections.ConfigDict) -> Callable:
+    """(scores, local, key, prompts) -> advantages, gates; see `Programs.judge`."""
+
+    def judge(scores, local, key, numbers):
+        advantages = objective.compute_advantages(
+            config.objective, config.reward.weights, scores, local
+        )
+        advantages = objective.control_advantages(
+            config.objective, advantages, key, numbers, config.train.prompts_per_iteration
+        )
+        return advantages, objective.open_gates(scores, local)
+
+    return judge
 
 
 # ---------------------------------------------------------------- replay and update
@@ -569,6 +645,26 @@ def appearance(pixels: Array, frames: int) -> dict[str, Array]:
         lambda index: stream.looks(stream.frame_of(pixels, index, 2)), jnp.arange(frames)
     )
     return {name: by_frame[name].mean(axis=0) for name in APPEARANCE}
+
+
+def group_means(judged: Judged, floor: Array | None) -> dict[str, Array]:
+    """What P groups look like, on average: rewards, win rate over the anchor, pixels, the floor.
+
+    `floor` is `Replayed.floor`.
+    """
+    scores = judged.scores
+    return {
+        "reward": jnp.mean(scores.branches),
+        "reward_anchor": jnp.mean(scores.anchor),
+        "reward_std_in_group": jax.vmap(objective.reward_std)(scores.branches).mean(),
+        "best_minus_anchor": jnp.mean(scores.branches.max(1) - scores.anchor),
+        "win_rate": jnp.mean(scores.branches > scores.anchor[:, None]),
+        "pixel_std_in_group": judged.pixel_std,
+        "gate_open": jnp.mean(judged.gate_open),
+        **({} if floor is None else {"energy_floor": jnp.mean(floor)}),
+        **{f"reward_{name}": jnp.mean(x) for name, (x, _) in scores.components.items()},
+        **{name: jnp.mean(x) for name, x in judged.appearance.items()},
+    }
 
 
 def self_similarity(latents: Array, frames: int) -> Array:

@@ -10,11 +10,11 @@ import ml_collections
 import numpy as np
 
 from kvpo_jax.algorithm import block as block_lib
-from kvpo_jax.algorithm import kv_cache, replay, routing
-from kvpo_jax.algorithm.keys import NoiseKey, block_noise, fresh_noise
+from kvpo_jax.algorithm import kv_cache, memory_bank, replay
+from kvpo_jax.algorithm.keys import NoiseKey
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import progress, sharding
-from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, replay_times, segment_of
+from kvpo_jax.runtime import progress
+from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, segment_of
 from kvpo_jax.types import Array, KVCache, PromptBatch, PyTree, Rollout, TextKV
 
 
@@ -204,15 +204,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
     latents = [block_lib.repeat_trajectories(x, trajectories) for x in fork.latents]
     window_blocks = (pivot, pivot + config.rollout.window_blocks)
     recorded = range(pivot, pivot + recorded_blocks(config))
-    records, anchor, banks, replayed_page = [], [], [], page
-    own = config.replay.context == "own"
-
-    def branches_of(x: Array) -> Array:
-        return sharding.branches_of(x, run.mesh, routed_frames.shape[1])
-
-    def branch_pages(pages: KVCache) -> KVCache:
-        return kv_cache.map_trajectories(branches_of, pages.replace(bank=None))
-
+    records, banks, replayed_page = [], [], page
     for block in progress.steps(range(pivot, fork.blocks), "blocks of branches"):
         frame = block * config.video.block_frames
         text, segment, changed = fork.prompt_at(frame)
@@ -230,7 +222,7 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
             )
         if block == recorded[-1]:
             # Every later write may evict what the replay of the first blocks reads.
-            replayed_page = branch_pages(page) if own else kv_cache.trajectory(page, 0)
+            replayed_page = run.programs.read_page(page)
         record, page = run.programs.branch_block(
             fork.variables,
             text,
@@ -245,37 +237,18 @@ def _rollout_chunk(fork: _Fork, routed_frames: Array) -> Rollout:
         latents.append(record.x_clean)
         _wait(latents)
         if block in recorded:
-            records.append(jax.tree.map(branches_of, record))
-            anchor.append(record.z[:, 0])
-            banks.append(kv_cache.trajectory(page, 0).bank)
+            records.append(record)
+            banks.append(memory_bank.trajectory(page.bank, 0))
 
-    starts = [block * config.video.block_frames for block in recorded]
-    noise = None
-    if config.replay.context in replay.READS_NOISE:
-        shape = (len(config.sampler.steps) + 1, *fork.latents[0].shape[1:])
-        noise = [block_noise(fork.noise, start, shape)[:, -1] for start in starts]
-    fresh = None
-    if config.replay.states == "ends":
-        shape = (replay_times(config), *fork.latents[0].shape[1:])
-        fresh = [fresh_noise(fork.noise, start, shape) for start in starts]
-    video = block_lib.join_blocks(latents, axis=2, count=config.video.blocks)
-    return Rollout(
-        branches=branches_of(video),
-        anchor=video[:, 0],
-        routed_frames=routed_frames,
-        text=text,
-        replay=replay.record_tuples(
-            routing.window(config.window),
-            records,
-            history,
-            replayed_page.replace(bank=replay.stack_banks(banks)),
-            starts,
-            [segment_of(start, config.video.switch_frames) for start in starts],
-            noise,
-            anchor if config.replay.states == "anchor" else None,
-            fresh,
-        ),
+    starts = np.array([block * config.video.block_frames for block in recorded], np.int32)
+    segments = [segment_of(start, config.video.switch_frames) for start in starts]
+    whole = block_lib.filled(latents, config.video.blocks)
+    branches, anchor, tuples = run.programs.record(
+        whole, records, fork.noise, starts, np.array(segments, np.int32)
     )
+    page = replayed_page.replace(bank=replay.stack_banks(banks))
+    tuples = tuples.replace(history=history.replace(bank=None), page=page)
+    return Rollout(branches, anchor, routed_frames, text, tuples)
 
 
 def _with_branches(rolled: Rollout, chunk: Rollout) -> Rollout:

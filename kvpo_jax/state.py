@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
@@ -58,17 +59,10 @@ def make_optimiser(train: ml_collections.ConfigDict) -> optax.GradientTransforma
 
 def init_state(config: ml_collections.ConfigDict, mesh: Mesh, lora: PyTree) -> TrainState:
     """The state before the first iteration: every policy is `lora`."""
-    optimiser = make_optimiser(config.train)
-    old, reference, ema = (jax.tree.map(jnp.copy, lora) for _ in range(3))
-    state = TrainState(
-        iteration=jnp.zeros((), jnp.int32),
-        lora=lora,
-        old=old,
-        reference=reference,
-        ema=ema,
-        optimiser=optimiser.init(lora),
-        energy_unit=jnp.zeros(()),
-    )
+    optimiser_state = make_optimiser(config.train).init(lora)
+    iteration: Any = np.zeros((), np.int32)
+    energy_unit: Any = np.zeros((), np.float32)
+    state = TrainState(iteration, lora, lora, lora, lora, optimiser_state, energy_unit)
     return sharding.place(state, mesh)
 
 

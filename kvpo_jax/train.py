@@ -117,20 +117,12 @@ def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: 
 
     scores, local, appearance = sharding.gather(score, run.mesh)
     backbone_lib.release_rewards(config, run.backbone)
-    advantages = objective.compute_advantages(
-        config.objective, config.reward.weights, scores, local
-    )
-    advantages = objective.control_advantages(
-        config.objective,
-        advantages,
-        keys.draw_key(config.seed, "shuffle", iteration),
-        batch.numbers,
-        config.train.prompts_per_iteration,
-    )
+    key = keys.draw_key(config.seed, "shuffle", iteration)
+    advantages, gate_open = run.programs.judge(scores, local, key, batch.numbers)
     return Judged(
         scores=scores,
         advantages=advantages,
-        gate_open=objective.open_gates(scores, local),
+        gate_open=gate_open,
         pixel_std=pixel_std,
         appearance=appearance,
     )
@@ -436,7 +428,7 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             except DivergedError:
                 good = before_good
                 raise
-            record = {**jax.device_get(metrics), **group_metrics(groups)}
+            record = {**jax.device_get(metrics), **group_metrics(groups, run.programs.group_means)}
             record["pivot"] = run.draw_pivot(iteration)
             spent += budget.of_next(run, iteration)
             record |= spent.metrics()

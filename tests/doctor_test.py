@@ -451,7 +451,7 @@ def test_equal_rewards_have_no_spread(config, reward):
     zeros = np.zeros((2, 8))
     replayed = Replayed(zeros, None, zeros + 1 / 8, zeros + 1, weight=np.ones(2))
     group = Group(judged, np.zeros((2, 8, 6), int), zeros, zeros, replayed, sentences=())
-    metrics = {**HEALTHY, **group_metrics([group])}
+    metrics = {**HEALTHY, **group_metrics([group], programs.group_means)}
     assert list(diagnose(config, [metrics])) == ["no spread"]
 
 

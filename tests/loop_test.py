@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -82,6 +84,8 @@ def fingerprint(tree: PyTree) -> str:
     leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree))
     return hashlib.sha256(leaves).hexdigest()
 
+
+PHASES = ("before", "first iteration", "later iterations", "after an iteration")
 
 # ---------------------------------------------------------------- the watched run
 
@@ -182,6 +186,7 @@ class Run:
       branches: the lines of branches.jsonl.
       initial: the LoRA tree that the run started from.
       saved: the train state after 1, 2, ... iterations, by name.
+      compiled: the names of the programs that were compiled, by `PHASES`.
     """
 
     config: config_lib.ConfigDict
@@ -193,6 +198,7 @@ class Run:
     branches: list[dict]
     initial: PyTree
     saved: list[dict]
+    compiled: dict[str, list[str]]
 
     @property
     def training(self) -> list[list[Batch]]:
@@ -229,6 +235,29 @@ class Run:
         return [set(map(self.name, of_group)) for of_group in policies]
 
 
+@contextmanager
+def compilations(patch: pytest.MonkeyPatch) -> Iterator[dict[str, list[str]]]:
+    """phase of the run -> the programs that are compiled in it, as in a process that begins."""
+    jax.clear_caches()
+    compiled: dict[str, list[str]] = {phase: [] for phase in PHASES}
+    phase = [PHASES[0]]
+
+    def note(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled[phase[0]].append(details["fun_name"])
+
+    def improve(original, run, state, iteration, clock):
+        phase[0] = PHASES[1 if iteration == 0 else 2]
+        out = original(run, state, iteration, clock)
+        phase[0] = PHASES[3]
+        return out
+
+    patch.setattr(train, "improve", partial(improve, train.improve))
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield compiled
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
 def random_weights(path: Path, like: PyTree, metadata: dict[str, str]) -> PyTree:
     """Saves random weights of the shapes of `like`, and returns them."""
     rng = np.random.default_rng(0)
@@ -254,7 +283,7 @@ def run(tmp_path_factory) -> Run:
     adapter = {"kind": "wan_lora", "config": json.dumps({"rank": 2, "alpha": 2.0})}
     initial = random_weights(files["paths.lora"], like["lora"], adapter)
     workdir = folder / "run"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, compilations(patch) as compiled:
         batches, results = watch(patch)
         train.train_and_evaluate(config, workdir)
     metrics, branches = (
@@ -263,7 +292,9 @@ def run(tmp_path_factory) -> Run:
     )
     summary = json.loads((workdir / "summary.json").read_text())
     saved = saved_states(workdir)
-    return Run(config, workdir, batches, results, summary, metrics, branches, initial, saved)
+    return Run(
+        config, workdir, batches, results, summary, metrics, branches, initial, saved, compiled
+    )
 
 
 def test_every_iteration_has_a_policy_of_its_own(run):
@@ -271,6 +302,20 @@ def test_every_iteration_has_a_policy_of_its_own(run):
     assert len({fingerprint(lora) for lora in run.policies.values()}) == len(run.policies) == 5
     assert [len(batches) for batches in run.training] == [PROMPTS] * ITERATIONS
     assert [len(batches) for batches in run.evaluations] == [HELD_OUT] * 3
+
+
+# ---------------------------------------------------------------- programs
+
+
+def test_a_run_compiles_few_programs(run):
+    """Every operation between programs is one of its own, which a new process compiles or loads.
+
+    It is 104 at the time of writing. The toy's run has 108, and had 261 when videos, scores and
+    advantages were put together one operation at a time.
+    """
+    count = {phase: len(names) for phase, names in run.compiled.items()}
+    assert count["before"] <= 62 and count["first iteration"] <= 44
+    assert count["later iterations"] == 0 and count["after an iteration"] <= 8
 
 
 # ---------------------------------------------------------------- policies

@@ -15,8 +15,13 @@ import pytest
 from equipment import configure
 from PIL import Image
 
+from kvpo_jax import programs
 from kvpo_jax.runtime import films, metrics, video
 from kvpo_jax.types import Judged, Replayed, Scores
+
+
+def means_of(groups):
+    return metrics.group_metrics(groups, programs.group_means)
 
 
 def lines(path):
@@ -189,18 +194,18 @@ def record(recorder, iteration, shown=None):
     first, second = groups()
     made = [first.replace(films=shown), second]
     of_update = dict.fromkeys(UPDATE, 0.5)
-    found = {"pivot": 6, **of_update, **metrics.group_metrics(made)}
+    found = {"pivot": 6, **of_update, **means_of(made)}
     recorder.record(iteration, found, made)
 
 
 def test_the_best_branch_is_compared_with_its_own_anchor():
     """The best branches are 10.2, 11.2 and 12.2, the anchors 20.5, 21.5 and 22.5."""
     first, second = groups()
-    assert metrics.group_metrics([first])["best_minus_anchor"] == pytest.approx(-10.3)
+    assert means_of([first])["best_minus_anchor"] == pytest.approx(-10.3)
     anchor = jnp.array([12.0])
     scores = second.judged.scores.replace(anchor=anchor)
     second = second.replace(judged=second.judged.replace(scores=scores))
-    found = metrics.group_metrics([first, second])["best_minus_anchor"]
+    found = means_of([first, second])["best_minus_anchor"]
     assert found == pytest.approx((-10.3 + 0.2) / 2)
 
 
@@ -238,7 +243,7 @@ def test_an_iteration_leaves_a_record_per_prompt(recorder_of, tmp_path):
 
 def test_the_doctor_of_the_loop_names_the_prompt_that_owns_the_gradient(recorder_of, capsys):
     recorder = recorder_of(0)
-    found = {"pivot": 6, **dict.fromkeys(UPDATE, 0.5), **metrics.group_metrics(groups())}
+    found = {"pivot": 6, **dict.fromkeys(UPDATE, 0.5), **means_of(groups())}
     recorder.record(0, {**found, "prompt_weight_max": 0.9}, groups())
     recorder.close()
     assert "doctor: one of 3 prompts, 'a dog, 2' and 1 more, has 90%" in capsys.readouterr().out

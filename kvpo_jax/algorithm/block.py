@@ -256,14 +256,19 @@ def _where_changed(
 
 
 def join_blocks(blocks: Sequence[Array], axis: int, count: int = 0) -> Array:
-    """The frames of blocks, one after another, along `axis`; zeros stand for blocks up to `count`.
+    """The frames of blocks, one after another, along `axis`; see `filled`."""
+    return jnp.concatenate(filled(blocks, count), axis=axis)
+
+
+def filled(blocks: Sequence[Array], count: int) -> Sequence[Array]:
+    """The blocks, and zeros up to `count` of them.
 
     So a video that is not generated to its end has the shape of a whole one.
     """
-    missing = [jnp.zeros_like(blocks[0])] * max(count - len(blocks), 0)
-    return jnp.concatenate([*blocks, *missing], axis=axis)
+    missing = count - len(blocks)
+    return [*blocks, *[jnp.zeros_like(blocks[0])] * missing] if missing > 0 else blocks
 
 
 def repeat_trajectories(x: Array, trajectories: int) -> Array:
     """[P, ...] as [P, T, ...], the same for every trajectory."""
-    return jnp.repeat(x[:, None], trajectories, axis=1)
+    return jnp.stack([x] * trajectories, axis=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -36,23 +36,19 @@ Energies = Callable[..., tuple[Array, Array | None]]
 def record_tuples(
     window: routing.Window,
     records: Sequence[BlockRecord],
-    history: KVCache,
-    page: KVCache,
-    start_frames: Sequence[int],
-    segments: Sequence[int],
+    start_frames: Array,
+    segments: Array,
     noise: Sequence[Array] | None,
     anchor: Sequence[Array] | None = None,
     fresh: Sequence[Array] | None = None,
 ) -> ReplayTuples:
-    """ReplayTuples of the W blocks of a window (Algorithm 1, step 2).
+    """ReplayTuples of the W blocks of a window (Algorithm 1, step 2), still without their caches.
 
     Args:
       window: the deployment window.
       records: of the branches, [P, G, ...] each.
-      history: at the fork.
-      page: what the anchor wrote, with the banks of the W blocks.
-      start_frames: first frame of each block.
-      segments: prompt segment of each block.
+      start_frames: int32[W], first frame of each block.
+      segments: int32[W], prompt segment of each block.
       noise: float[P, F, Y, X, C] each, of the cache-writing pass; None if it is not read
         (`READS_NOISE`).
       anchor: float[P, S, F, Y, X, C] each, states of the anchor; None if they are not replayed.
@@ -62,14 +58,15 @@ def record_tuples(
     def stacked(blocks: Sequence[Array] | None) -> Array | None:
         return None if blocks is None else jnp.stack(blocks, axis=1)
 
+    later: Any = None  # a program that took the caches would copy them
     return ReplayTuples(
         z=jnp.stack([record.z for record in records], axis=2),
         u=jnp.stack([record.u for record in records], axis=2),
-        history=history.replace(bank=None),
-        page=page,
-        frames=jnp.stack([routing.deployment_frames(window, start) for start in start_frames]),
-        start_frame=jnp.asarray(start_frames, jnp.int32),
-        segment=jnp.asarray(segments, jnp.int32),
+        history=later,
+        page=later,
+        frames=jax.vmap(partial(routing.deployment_frames, window))(start_frames),
+        start_frame=start_frames,
+        segment=segments,
         noise=stacked(noise),
         anchor=stacked(anchor),
         fresh=stacked(fresh),

@@ -163,7 +163,9 @@ def explores(is_branch: np.ndarray, block: Array, window_blocks: tuple[Array, Ar
 # ---------------------------------------------------------------- the routable set and the draws
 
 
-def routable(window: Window, frames: int, fork: Array | int, last_start: Array | int) -> Array:
+def routable(
+    window: Window, frames: int, fork: Array | int, last_start: Array | int
+) -> Array | np.ndarray:
     """The routable set Omega of Eq. 3 at a fork with `fork` past frames, bool[frames].
 
     Paper: {4, ..., L - 3} counted from 1, which is [sink, fork - near) from 0. Frames that the
@@ -175,11 +177,12 @@ def routable(window: Window, frames: int, fork: Array | int, last_start: Array |
       fork: int32[], past frames.
       last_start: int32[], first frame of the last perturbed block; read by a shared ring only.
     """
-    frame = jnp.arange(frames)
+    frame = np.arange(frames)  # on the host, where fork and last_start are known there
     held = window.cache_frames - window.sink
-    oldest = jnp.maximum((last_start if window.shared_ring else fork) - held, window.sink)
+    oldest = (last_start if window.shared_ring else fork) - held
     in_sink = (frame >= window.kept) & (frame < window.sink)
-    return (in_sink | (frame >= oldest)) & (frame < fork - window.excluded)
+    in_history = (frame >= window.sink) & (frame >= oldest)
+    return (in_sink | in_history) & (frame < fork - window.excluded)
 
 
 def _permutation(key: Array, pool: Array) -> Array:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import chex
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ import numpy as np
 from kvpo_jax.errors import NotFiniteError, UsageError
 from kvpo_jax.runtime import progress
 from kvpo_jax.types import Array, Pixels, Scores, Windows
+
+ZERO = np.zeros((), np.float32)  # what sums of scores begin with
 
 
 class Scorer(Protocol):
@@ -206,7 +208,7 @@ def share_behind(clips: Sequence[Clip], frame: int) -> float:
 
 def score_clips(
     scorer: Scorer, clips: Array, sentences: Sequence[str], shared: int = 0
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """Scores one clip per trajectory in a single call of the scorer.
 
     Args:
@@ -230,11 +232,11 @@ def score_clips(
     return {name: _finite(name, values, sentences, t) for name, values in raw.items()}
 
 
-def _finite(name: str, values: Array | np.ndarray, sentences: Sequence[str], t: int) -> Array:
+def _finite(name: str, values: Array | np.ndarray, sentences: Sequence[str], t: int) -> np.ndarray:
     """The scores float[P * T] of a component as float[P, T]; NotFiniteError if one is not."""
     chex.assert_shape(values, (len(sentences) * t,))
     with np.errstate(over="ignore"):  # a float64 that is too large is infinite here
-        scores = jnp.asarray(values, jnp.float32).reshape(len(sentences), t)
+        scores = np.asarray(values, np.float32).reshape(len(sentences), t)
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
         prompt, trajectory = bad[0]
@@ -248,7 +250,7 @@ def _finite(name: str, values: Array | np.ndarray, sentences: Sequence[str], t: 
 
 def score_clip(
     scorer: Scorer, pixels: Pixels, start: int, end: int, sentences: Sequence[str]
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """Scores frames [start, end) of all trajectories, and what they share once.
 
     Returns:
@@ -257,12 +259,12 @@ def score_clip(
     clips, shared = _cut(pixels, start, end), min(max(pixels.fork - start, 0), end - start)
     whole = (len(sentences), pixels.videos.shape[1] + (pixels.anchor is not None))
     scores = score_clips(scorer, clips, sentences, shared)
-    return {name: jnp.broadcast_to(x, whole) for name, x in scores.items()}
+    return {name: np.broadcast_to(x, whole) for name, x in scores.items()}
 
 
 def segment_rewards(
     scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """The global signal: scores every clip with its segment's sentence; the mean over the clips.
 
     Args:
@@ -289,14 +291,14 @@ def segment_rewards(
         )
         for clip in progress.steps(clips, "scoring clips")
     ]
-    zero = jnp.zeros(())
     for other in scores[1:]:
         if other.keys() != scores[0].keys():
             raise UsageError(
                 f"the rewards of a prompt segment are {', '.join(other)}, those of the first"
                 f" {', '.join(scores[0])}"
             )
-    return {name: sum((s[name] for s in scores), zero) / len(scores) for name in scores[0]}
+    share = 1 / len(scores)
+    return {name: share * sum((s[name] for s in scores), ZERO) for name in scores[0]}
 
 
 def footage_of(windows: Windows, clips: Sequence[Clip], starts: Sequence[int]) -> Footage:
@@ -316,7 +318,7 @@ def video_rewards(
     prompts: Sequence[Sequence[str]],
     clips: Sequence[Clip],
     starts: Sequence[int] = (),
-) -> dict[str, Array]:
+) -> dict[str, np.ndarray]:
     """Scores the frames of all clips of a video together.
 
     Args:
@@ -374,15 +376,17 @@ def check_weights(
             )
 
 
-def composite(components: Mapping[str, Array | np.ndarray], weights: Mapping[str, float]) -> Array:
+def composite(
+    components: Mapping[str, Array | np.ndarray], weights: Mapping[str, float]
+) -> np.ndarray:
     """The weighted sum of components float[P, T] (paper §3.4: VQ, MQ and TA).
 
     Raises:
       UsageError: see `check_weights`.
     """
     check_weights(components, (), weights)
-    terms = [jnp.asarray(components[name]) * w for name, w in weights.items() if w]
-    return sum(terms, jnp.zeros(()))
+    terms = [w * np.asarray(components[name]) for name, w in weights.items() if w]
+    return sum(terms, ZERO)
 
 
 def _cut(pixels: Pixels, start: int, end: int) -> Array:
@@ -414,9 +418,9 @@ def frames_of(windows: Windows, start: int, end: int) -> slice:
     raise ValueError(f"frames {start} to {end - 1} are read, but were not decoded")
 
 
-def _as_scores(components: Mapping[str, Array], weights: Mapping[str, float]) -> Scores:
+def _as_scores(components: Mapping[str, Any], weights: Mapping[str, float]) -> Scores:
     """The scores of branches and anchor, from components float[P, G + 1] with the anchor last."""
-    total = composite(components, weights)
+    total: Any = composite(components, weights)
     return Scores(
         branches=total[:, :-1],
         anchor=total[:, -1],

@@ -393,10 +393,10 @@ def load_weights(path: Path | str, like: PyTree, unread: Collection[str] = ()) -
     _check_same(str(path), saved, wanted)
 
     def load(keys: Any, x: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
-        tensor = jnp.asarray(file.read(_name(keys, "/"))).astype(x.dtype)
+        tensor = file.read(_name(keys, "/")).astype(x.dtype, copy=False)
         placement = getattr(x, "sharding", None)
         advance()
-        return tensor if placement is None else sharding.put(tensor, placement)
+        return jnp.asarray(tensor) if placement is None else sharding.put(tensor, placement)
 
     with progress.bar(f"loading {file.path.name}, tensors", len(wanted)) as advance:
         return jax.tree_util.tree_map_with_path(load, like)

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -57,29 +57,21 @@ class Group(struct.PyTreeNode):
     films: np.ndarray | None = None
 
 
-def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def group_metrics(
+    groups: Sequence[Group], means: Callable[..., Mapping[str, Array]]
+) -> dict[str, float]:
     """What the groups of an iteration look like, name -> mean over its micro-batches.
 
-    Rewards, win rate over the anchor, diversity, spread of energies.
+    Args:
+      groups: of the micro-batches.
+      means: `programs.group_means`.
     """
 
     def of_batch(group: Group) -> dict[str, Array]:
-        scores = group.judged.scores
-        floor = group.replayed.floor
-        means = {f"reward_{name}": x.mean() for name, (x, _) in scores.components.items()}
-        return {
-            "reward": scores.branches.mean(),
-            "reward_anchor": scores.anchor.mean(),
-            "reward_std_in_group": jax.vmap(objective.reward_std)(scores.branches).mean(),
-            "best_minus_anchor": (scores.branches.max(1) - scores.anchor).mean(),
-            "win_rate": (scores.branches > scores.anchor[:, None]).mean(),
-            "pixel_std_in_group": group.judged.pixel_std,
-            "gate_open": group.judged.gate_open.mean(),
-            "energy_old_std_in_group": objective.mean_spread(group.energies_old),
-            **({} if floor is None else {"energy_floor": floor.mean()}),
-            **means,
-            **{name: x.mean() for name, x in group.judged.appearance.items()},
-        }
+        spread = objective.mean_spread(group.energies_old)
+        # From the host, because several processes have some on all devices and some on their own.
+        seen = means(*jax.device_get((group.judged, group.replayed.floor)))
+        return {**seen, "energy_old_std_in_group": spread}
 
     batches = [of_batch(group) for group in groups]
     metrics = {name: float(np.mean([batch[name] for batch in batches])) for name in batches[0]}

@@ -20,7 +20,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.experimental import multihost_utils
@@ -331,9 +330,9 @@ def gather(compute: Callable[[], PyTree], mesh: Mesh) -> PyTree:
     own = together(compute)
     processes = _processes(mesh)
 
-    def join(x: np.ndarray) -> Array:  # [processes, ...]
+    def join(x: np.ndarray) -> np.ndarray:  # [processes, ...]
         if x.ndim == 2:
-            return jnp.asarray(x[processes[:, 0]].reshape(-1))
-        return jnp.asarray(rearrange(x[processes], "row column p g -> (row p) (column g)"))
+            return x[processes[:, 0]].reshape(-1)
+        return rearrange(x[processes], "row column p g -> (row p) (column g)")
 
     return jax.tree.map(join, multihost_utils.process_allgather(own))
