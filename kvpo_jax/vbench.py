@@ -25,15 +25,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvpo_jax.data import prompts as prompts_lib
+from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError, listed, shortened
 from kvpo_jax.generate import name_of
 from kvpo_jax.runtime import progress, statistics, sums, workdir
 from kvpo_jax.runtime.atomic import replacing, write_json
+from kvpo_jax.runtime.statistics import RESAMPLES
 
 COMMIT = "45e79ec14e69a2187202c675d2dbce1a71843d53"  # of Vchitect/VBench
 LONGEST = 255  # bytes of a file name, on all usual file systems
+SAMPLES = 5  # videos of a prompt
 FILTERED = 25  # samples of a prompt from which the static filter chooses
-RESAMPLES = 2000  # of the prompts, for an interval
 
 
 class Dimension(NamedTuple):
@@ -93,6 +95,7 @@ class Planned:
       file: its name in the folder "videos".
       prompt: the original prompt, by which it is judged.
       text: what it is generated from, a sentence per segment.
+      durations: latent frames of each segment; empty if its prompts do not say.
       sample: its number among the videos of its prompt.
       seed: of the command that generates it.
       index: the number of its text in the prompt file of that command; seed and index make its
@@ -103,6 +106,7 @@ class Planned:
     file: str
     prompt: str
     text: Sequence[str]
+    durations: Sequence[int]
     sample: int
     seed: int
     index: int
@@ -138,7 +142,7 @@ class Export:
 
     mode: str
     originals: Sequence[Sequence[str]]
-    texts: Sequence[Sequence[str]]
+    texts: Sequence[PromptSequence]
     samples: int
     seed: int
     filtered: Sequence[str] = ()
@@ -175,16 +179,18 @@ def planned(export: Export) -> list[Planned]:
         sample = task.seed - export.seed
         for index, row in enumerate(rows):
             prompt, text = " ".join(export.originals[row]), export.texts[row]
-            made = f"{task.folder}/{name_of(index, len(rows), text[0])}"
+            said = text.sentences
+            made = f"{task.folder}/{name_of(index, len(rows), said[0])}"
             name = _file_name(export, row, prompt, sample)
-            out.append(Planned(name, prompt, text, sample, task.seed, index, made))
+            video = Planned(name, prompt, said, text.durations, sample, task.seed, index, made)
+            out.append(video)
     return out
 
 
 def _file_name(export: Export, row: int, prompt: str, sample: int) -> str:
     """The name that VBench reads prompt and sample from, never shortened."""
     if export.mode == "custom":  # the prompt stands in a file, so a number will do
-        return f"{row:0{max(4, len(str(len(export.originals) - 1)))}d}-{sample}.mp4"
+        return numbered(row, len(export.originals), sample)
     name = f"{prompt}-{sample}.mp4"
     # VBench-Long takes what stands before an underscore, or before -Scene, for the prompt.
     forbidden = ["/", "\0"] + (["_", "-Scene"] if export.mode == "vbench_long" else [])
@@ -197,9 +203,15 @@ def _file_name(export: Export, row: int, prompt: str, sample: int) -> str:
     raise UsageError(f"the prompt {prompt!r} {why}; --export=custom numbers the videos")
 
 
+def numbered(row: int, prompts: int, sample: int, segment: int | None = None) -> str:
+    """The name of a video whose prompt stands in a file, or of one of its prompt segments."""
+    part = "" if segment is None else f"_seg{segment}"
+    return f"{row:0{max(4, len(str(prompts - 1)))}d}{part}-{sample}.mp4"
+
+
 def read_prompts(
     mode: str, prompts: Path, extended: Path | None, flickering: Path | None
-) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]], list[str]]:
+) -> tuple[list[tuple[str, ...]], list[PromptSequence], list[str]]:
     """The originals, each once, what is generated for them, and those with FILTERED samples.
 
     VBench's list has two prompts twice: their videos are the same.
@@ -213,21 +225,14 @@ def read_prompts(
     Raises:
       UsageError: the files do not belong together; it names both and their lengths.
     """
-    originals = [s.sentences for s in prompts_lib.load(prompts)]
-    texts = originals
-    if extended is not None:
-        texts = [s.sentences for s in prompts_lib.load(extended)]
-        if len(texts) != len(originals):
-            raise UsageError(
-                f"{extended} has {len(texts)} prompts, {prompts} {len(originals)}: line i of the"
-                " first has to extend line i of the second"
-            )
+    pairs = prompts_lib.load_extended(prompts, extended)
+    originals = [original.sentences for original, _ in pairs]
     if mode != "custom" and (long := [s for s in originals if len(s) > 1]):
         raise UsageError(
             f"{prompts} has sequences of several prompts ({listed([long[0][0]])}, ...), which"
             f" --export={mode} has no names for; --export=custom has"
         )
-    text_of = dict(zip(reversed(originals), reversed(texts), strict=True))  # the first one stays
+    text_of = {original.sentences: text for original, text in reversed(pairs)}  # the first stays
     unique = list(dict.fromkeys(originals))
     filtered = [s.sentences[0] for s in prompts_lib.load(flickering)] if flickering else []
     if strangers := [prompt for prompt in filtered if (prompt,) not in text_of]:
@@ -269,19 +274,17 @@ def write(
         "files": {path.name: sums.of_bytes(path.read_bytes()) for path in files},
         "vbench": COMMIT,
     }
-    _check_folder(folder, manifest, plan)
-    _write_lines(folder / "plan.jsonl", [dataclasses.asdict(video) for video in plan])
+    workdir.check_manifest(folder, manifest)
+    _check_videos(folder, plan)
+    write_lines(folder / "plan.jsonl", [dataclasses.asdict(video) for video in plan])
     for name in dict.fromkeys(task.texts for task in export.tasks()):
-        lines = [{"prompts": list(export.texts[row])} for row in export.rows(name)]
-        _write_lines(folder / name, lines)
+        prompts_lib.write(folder / name, [export.texts[row] for row in export.rows(name)])
     scripts = {"generate.sh": _generation(export, folder, generate, again), **_evaluations(export)}
-    for name, text in scripts.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+    _write_scripts(folder, scripts)
     if export.mode == "custom":
         write_json({video.file: video.prompt for video in plan}, folder / "prompts.json")
     there = _link(folder, plan)
-    write_json(manifest | {"versions": workdir.versions()}, folder / "manifest.json")
+    write_json(manifest | {"versions": workdir.versions()}, folder / workdir.MANIFEST)
     progress.say(
         f"{folder}: {len(plan):,} videos of {len(export.originals):,} prompts, {there:,} are there"
     )
@@ -290,16 +293,8 @@ def write(
     print(f"next: {', '.join(f'bash {folder / name}' for name in following)}", flush=True)
 
 
-def _check_folder(folder: Path, manifest: Mapping[str, Any], plan: Sequence[Planned]) -> None:
-    """UsageError if the folder is another export's, or has videos that VBench would misread."""
-    path = folder / "manifest.json"
-    if path.exists():
-        before = _read_json(path)
-        if other := [name for name in manifest if before.get(name) != manifest[name]]:
-            raise UsageError(
-                f"{folder} was exported with {other[0]} {before.get(other[0])!r}, not"
-                f" {manifest[other[0]]!r}; choose another --output"
-            )
+def _check_videos(folder: Path, plan: Sequence[Planned]) -> None:
+    """UsageError if the folder has videos that VBench would misread."""
     names = {video.file for video in plan}
     videos = folder / "videos"
     strangers = sorted({p.name for p in videos.iterdir()} - names) if videos.is_dir() else []
@@ -311,7 +306,8 @@ def _check_folder(folder: Path, manifest: Mapping[str, Any], plan: Sequence[Plan
         )
 
 
-def _write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a file of JSON lines, whole or not at all."""
     with replacing(path) as temporary:
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         temporary.write_text("".join(lines), encoding="utf-8")
@@ -348,6 +344,23 @@ def _generation(export: Export, folder: Path, generate: Sequence[str], again: Se
     link = shlex.join(["python", "-m", "kvpo_jax.evaluate", *again])
     what = "Generates the videos; the lines may run on several machines. The last one links them."
     return _script(what, [shlex.join(["cd", str(Path.cwd())]), *lines, link])
+
+
+def _write_scripts(folder: Path, scripts: Mapping[str, str]) -> None:
+    for name, text in scripts.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def write_custom(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Writes what VBench needs to evaluate the videos of `folder`/videos by prompts of their own.
+
+    Args:
+      folder: where prompts.json and the scripts go, and the results will.
+      prompts: file name -> prompt.
+    """
+    write_json(prompts, folder / "prompts.json")
+    _write_scripts(folder, _evaluations(Export("custom", (), (), 1, 0)))
 
 
 def _evaluations(export: Export) -> dict[str, str]:
@@ -591,7 +604,7 @@ def read(folder: Path, output: Path) -> dict[str, dict[str, Any]]:
     """
     if not folder.is_dir():
         raise UsageError(f"--import={folder} is no folder")
-    manifest = folder / "manifest.json"
+    manifest = folder / workdir.MANIFEST
     mode = _read_json(manifest).get("mode") if manifest.exists() else "vbench"
     if mode not in MODES:
         raise UsageError(f"{manifest}: the mode {mode!r} is none of {', '.join(MODES)}")

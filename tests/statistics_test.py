@@ -110,3 +110,14 @@ def test_distances_of_arrays_by_hand():
     bytes_of = [np.uint8(np.round(255 * x)) for x in arrays]
     np.testing.assert_allclose(statistics.pairwise(bytes_of)["matrix"], expected, atol=2e-3)
     assert statistics.pairwise(arrays[:2])["mean"] is None
+
+
+def test_a_bootstrap_interval_by_hand():
+    # Two values: a mean of 0 and of 1 comes with a chance of a quarter each, so both are ends.
+    assert statistics.bootstrap_interval(np.array([0.0, 1.0])) == (0.5, [0.0, 1.0])
+    assert statistics.bootstrap_interval(np.array([3.0])) == (3.0, None)
+    # The mean of n values has their spread over sqrt(n).
+    values = np.random.default_rng(1).normal(size=400)
+    mean, (low, high) = statistics.bootstrap_interval(values)
+    np.testing.assert_allclose(mean, values.mean())
+    np.testing.assert_allclose([mean - low, high - mean], 1.96 * values.std() / 20, rtol=0.1)

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from kvpo_jax import vbench
+from kvpo_jax.data import prompts as prompts_lib
+from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.runtime import video
 
 
 def export(mode="vbench", prompts=("a cat", "a dog"), **fields):
     originals = [(prompt,) for prompt in prompts]
-    fields = {"texts": originals, "samples": 5, "seed": 0, **fields}
+    fields = {"texts": [PromptSequence(s, 0) for s in originals], "samples": 5, "seed": 0, **fields}
     return vbench.Export(mode, originals, **fields)
 
 
@@ -101,6 +103,24 @@ def test_sequences_are_custom_videos(tmp_path):
     assert (first.prompt, first.text, second.prompt) == ("a b", ("a", "b"), "c d")
 
 
+def test_what_is_generated_lasts_as_long_as_its_prompts_say(tmp_path):
+    lines = ['{"prompts": ["a", "b"], "durations": [9, 3]}', '{"prompts": ["c"]}']
+    extended = ['{"prompts": ["a, long", "b, long"]}', '{"prompts": ["c, long"], "durations": [6]}']
+    paths = [tmp_path / "p.jsonl", tmp_path / "e.jsonl"]
+    for path, content in zip(paths, (lines, extended), strict=True):
+        path.write_text("".join(f"{line}\n" for line in content))
+    originals, texts, _ = vbench.read_prompts("custom", *paths, None)
+    made = vbench.Export("custom", originals, texts, 1, 0)
+    vbench.write(made, tmp_path / "out", [], [], [])
+    generated = prompts_lib.load(tmp_path / "out" / "generation.jsonl")
+    assert [(s.sentences, s.durations) for s in generated] == [
+        (("a, long", "b, long"), (9, 3)),
+        (("c, long",), (6,)),
+    ]
+    plan = [json.loads(line) for line in (tmp_path / "out" / "plan.jsonl").read_text().splitlines()]
+    assert [row["durations"] for row in plan] == [[9, 3], [6]]
+
+
 # ---------------------------------------------------------------- the scripts
 
 # Stands for VBench's evaluate.py: takes its flags, finds its videos, writes files of its form.
@@ -160,7 +180,7 @@ def test_from_prompts_to_a_table(tmp_path):
     assert (made["imaging_quality"]["prompts"], made["imaging_quality"]["videos"]) == (2, 2)
 
     done = run(*arguments, "--seed=1")
-    assert done.returncode == 1 and "was exported with seed 0, not 1" in done.stderr
+    assert done.returncode == 1 and "was begun with seed 0, not 1" in done.stderr
     (folder / "videos" / "mine.mp4").write_bytes(b"x")
     done = run(*arguments, "--config.model.remat=none")
     assert done.returncode == 1 and "has mine.mp4, which the plan has not" in done.stderr

@@ -71,6 +71,35 @@ def load(
     return selected
 
 
+def load_extended(path: Path, extended: Path | None) -> list[tuple[PromptSequence, PromptSequence]]:
+    """(what a video is judged by, what it is generated from) of every sequence of a file.
+
+    Args:
+      path: file of the former.
+      extended: file whose line i extends line i of `path`, and has its durations unless it has
+        some itself; None generates from `path` itself.
+
+    Raises:
+      UsageError: see `load`; or the files have not as many sequences; it names both.
+    """
+    originals = load(path)
+    texts = originals if extended is None else load(extended)
+    if len(texts) != len(originals):
+        raise UsageError(
+            f"{extended} has {len(texts)} prompts, {path} {len(originals)}: line i of the first has"
+            " to extend line i of the second"
+        )
+    pairs = zip(originals, texts, strict=True)
+    return [(original, _lasting_as(text, original)) for original, text in pairs]
+
+
+def _lasting_as(text: PromptSequence, original: PromptSequence) -> PromptSequence:
+    """The text, with the durations of the original if it has none and as many sentences."""
+    if text.durations or len(text.sentences) != len(original.sentences):
+        return text
+    return dataclasses.replace(text, durations=original.durations)
+
+
 def read(path: Path) -> tuple[list[PromptSequence], list[tuple[int, str]]]:
     """What `parse` finds in a file.
 

@@ -19,6 +19,7 @@ ANY = "*"  # in a kind: every other name
 NUMBER = (int, float, type(None))  # null is what was not finite
 NUMBERS = [NUMBER]
 BY_NAME = {ANY: NUMBERS}
+BY_NUMBER = {ANY: NUMBER}
 
 # What a line of a file must have; it may have more.
 METRICS = {"iteration": int, ANY: NUMBER}
@@ -52,6 +53,7 @@ HELDOUT = {
     "first_pivot": int,
     "blocks": BY_NAME,
 }
+SCORED = {"prompt": int, "sample": int, "file": str, "scores": BY_NUMBER, "segments": BY_NAME}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +92,14 @@ def read_run(workdir: Path | str) -> Records:
         raise UsageError(
             f"{workdir} is not the directory of a run: it has no config.json and no metrics.jsonl"
         )
-    branches = _lines(workdir / "branches.jsonl", BRANCHES)
+    branches = lines_in(workdir / "branches.jsonl", BRANCHES)
     return Records(
-        config=ConfigDict(with_tuples(_object(workdir / "config.json"))).lock(),
-        metrics=_lines(workdir / "metrics.jsonl", METRICS),
+        config=ConfigDict(with_tuples(object_in(workdir / "config.json"))).lock(),
+        metrics=lines_in(workdir / "metrics.jsonl", METRICS),
         branches=branches,
-        heldout=_lines(workdir / "heldout.jsonl", HELDOUT),
-        summary=_object(workdir / "summary.json"),
-        versions=_object(workdir / "versions.json"),
+        heldout=lines_in(workdir / "heldout.jsonl", HELDOUT),
+        summary=object_in(workdir / "summary.json"),
+        versions=object_in(workdir / "versions.json"),
     )
 
 
@@ -108,13 +110,21 @@ def with_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} without the file."""
+def object_in(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} without the file. UsageError that names it if it is damaged."""
     return _parsed(path.read_bytes(), str(path), {}) if path.exists() else {}
 
 
-def _lines(path: Path, kind: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; [] without the file."""
+def lines_in(path: Path, kind: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; [] without the file.
+
+    Args:
+      path: the file. A last line that is not whole is left out.
+      kind: what each object must have, as METRICS and the others; see `_fault`.
+
+    Raises:
+      UsageError: a line is damaged, or no such object; it names file and line.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         del lines[-1]

@@ -11,6 +11,8 @@ import numpy as np
 
 from kvpo_jax.errors import UsageError
 
+RESAMPLES = 2000  # of the prompts, for a bootstrap interval
+
 
 def heldout_summary(
     reference: np.ndarray, online: np.ndarray, ema: np.ndarray
@@ -66,6 +68,20 @@ def mean_interval(values: np.ndarray) -> tuple[float, list[float] | None]:
         return mean, None
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return mean, [mean - half, mean + half]
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, list[float] | None]:
+    """Returns the mean of float[n] and the interval [low, high] of 95 % of resampled means.
+
+    The n values are drawn anew RESAMPLES times, always the same draws. A single value has no
+    interval: None.
+    """
+    values = np.asarray(values, np.float64)
+    mean = float(np.mean(values))
+    if len(values) == 1:
+        return mean, None
+    drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    return mean, np.quantile(values[drawn].mean(axis=1), (0.025, 0.975)).tolist()
 
 
 def pairwise(arrays: Sequence[np.ndarray]) -> dict[str, Any]:

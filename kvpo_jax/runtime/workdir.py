@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from kvpo_jax.runtime.config import (
     shipped,
     with_resumable,
 )
-from kvpo_jax.runtime.records import with_tuples
+from kvpo_jax.runtime.records import object_in, with_tuples
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -171,22 +172,62 @@ def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) ->
     return config
 
 
+MANIFEST = "manifest.json"  # of a folder that a command fills: what it is made of
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Checks that what a folder was begun with is what it is continued with.
+
+    Args:
+      folder: it may have a MANIFEST, and one of each further process, `manifest_of_process`; keys
+        of them that are not in `manifest` do not count.
+      manifest: of this command, what JSON can hold.
+
+    Raises:
+      UsageError: a field is another one; the message names it.
+    """
+    for path in sorted(folder.glob("manifest*.json")):
+        if (other := difference(object_in(path), manifest)) is not None:
+            raise UsageError(f"{folder} was begun with {other}; choose another --output")
+
+
+def manifest_of_process(process: int) -> str:
+    """The name of the manifest of a process that shares a folder with others."""
+    return f"manifest_{process}.json" if process else MANIFEST
+
+
+def difference(before: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
+    """The first field of `manifest` that was another one, "seed 0, not 1"; None if none was."""
+    kept = {name: before.get(name) for name in manifest}
+    then, now = (flat(with_tuples(json.loads(json.dumps(x)))) for x in (kept, manifest))
+    for name in [*now, *then]:
+        if then.get(name) != now.get(name):
+            old, new = (textwrap.shorten(repr(x.get(name)), 100) for x in (then, now))
+            return f"{name} {old}, not {new}"
+    return None
+
+
 @contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Path, name: str = ".lock", wait: bool = False) -> Iterator[None]:
     """Makes the run directory and holds it for the main process of one run.
 
     The lock is the kernel's: it goes with the process, however that ends.
 
+    Args:
+      workdir: the directory.
+      name: of the file that is locked; processes that share a directory have one each.
+      wait: whether to wait for another process that holds it.
+
     Raises:
-      UsageError: another process holds it; the message says which.
+      UsageError: another process holds it, and is not waited for; the message says which.
     """
     if not sharding.is_main():
         yield
         return
     workdir.mkdir(parents=True, exist_ok=True)
-    with open(workdir / ".lock", "a+") as file:
+    with open(workdir / name, "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             file.seek(0)
             raise UsageError(f"{workdir}: a run is under way here, {file.read()}") from error
