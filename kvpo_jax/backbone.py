@@ -630,21 +630,24 @@ FILES = {
 FOLDERS = ("paths.tokenizer", "paths.embeddings")
 
 
-def check_files(config: ml_collections.ConfigDict, scored: bool = True) -> None:
+def check_files(
+    config: ml_collections.ConfigDict, scored: bool = True, listed: bool = True
+) -> None:
     """UsageError for a file that is needed and not named, or named and not there.
 
     Sentences are encoded with paths.embeddings, or else with paths.umt5 and paths.tokenizer.
 
     Args:
       config: of the run.
-      scored: whether prompts are read from a file and videos scored, as in training.
+      scored: whether videos are scored, as in training.
+      listed: whether prompts are read from config.paths.prompts, as in training.
     """
     fields = config_lib.flat(config)
     needs: dict[str, str] = {}
     if files := BACKBONES[config.backbone].files:
         encoder = ("paths.umt5", "paths.tokenizer")
         files += ("paths.embeddings",) if config.paths.embeddings else encoder
-        wanted = [name for name in files if scored or name != "paths.prompts"]
+        wanted = [name for name in files if listed or name != "paths.prompts"]
         needs |= dict.fromkeys(wanted, f"the {config.backbone} backbone")
     if scored:
         named = scorers.names_of(f"{config.reward.scorer},{config.eval.scorer}")

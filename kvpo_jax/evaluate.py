@@ -6,18 +6,23 @@
     python -m kvpo_jax.evaluate --export=vbench|vbench_long|custom --prompts=FILE --output=DIR \\
         [--extended=FILE] [--flickering=FILE] [--samples=5] [--seed=0] [--workdir=RUN]
     python -m kvpo_jax.evaluate --import=DIR
+    python -m kvpo_jax.evaluate --suite=short|long --prompts=FILE --output=DIR --checkpoint=RUN \\
+        [--policy=reference|online|ema] [--iteration=40] [--lora=A:1.0,B:0.5] [--extended=FILE] \\
+        [--samples=5] [--seed=0] [--num_frames=N] [--against=DIR] [--segment_clips]
 
 The first compares reference, online and EMA policy on the same prompts and noise, and with --lora
 the base with a converted LoRA, or a sum of several (--lora=A:1.0,B:0.5). The second scores
 the videos of a folder as training does: a clip in the middle of every segment. Videos that are
 named by their prompts belong to those, others to the prompt sequences in the order of their names
 (2.mp4 before 10.mp4). The third writes what VBench needs, in an environment of its own, and the
-last reads its results (docs/evaluation.md).
+fourth reads its results. The last generates the videos of a list of prompts, scores them and
+compares policies, resumably and on any number of devices and processes (docs/evaluation.md).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +39,7 @@ from PIL.Image import Image
 
 from kvpo_jax import adapters as adapters_lib
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import budget, fitting, vbench
+from kvpo_jax import budget, fitting, suite, vbench
 from kvpo_jax import programs as programs_lib
 from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
@@ -61,7 +66,7 @@ from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.metrics import as_lists
 from kvpo_jax.runtime.pictures import PICTURED
-from kvpo_jax.state import policy_of, saved_state
+from kvpo_jax.state import POLICIES, policy_of, saved_state
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
 # ---------------------------------------------------------------- held-out evaluation
@@ -511,7 +516,8 @@ def export_vbench(given: flags.FlagValues, arguments: Sequence[str]) -> None:
     originals, texts, filtered = vbench.read_prompts(
         given.export, prompt_file, extended, flickering
     )
-    export = vbench.Export(given.export, originals, texts, given.samples, given.seed, filtered)
+    samples = given.samples or vbench.SAMPLES
+    export = vbench.Export(given.export, originals, texts, samples, given.seed, filtered)
     generate = [f"--num_frames={given.num_frames}"] if given.num_frames else []
     if given.workdir:
         generate += [f"--checkpoint={given.workdir}", f"--iteration={given.iteration}"]
@@ -521,46 +527,69 @@ def export_vbench(given: flags.FlagValues, arguments: Sequence[str]) -> None:
     vbench.write(export, Path(given.output), [*generate, *arguments], sys.argv[1:], files)
 
 
+def evaluate_suite(given: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """The share of this process in an evaluation suite; see `suite.evaluate`."""
+    share = sharding.share_of(os.environ, given.num_processes, given.process_id)
+    if share.local is not None:  # a process per GPU, and each sees all of its machine
+        jax.config.update("jax_cuda_visible_devices", str(share.local))
+    if share.process:
+        progress.mute()
+    suite.evaluate(given, arguments, share)
+
+
 # Flags that are for some of what the command does -> for what.
-FLAGS_OF = {
-    "lora": ("workdir", "export"),
-    "prompts": ("videos", "export"),
-    "output": ("videos", "export", "import"),
+FLAGS_OF: dict[str, tuple[str, ...]] = {
+    "config": ("workdir", "suite", "export"),
+    "checkpoint": ("suite", "export"),
+    "policy": ("suite",),
+    "lora": ("workdir", "suite", "export"),
+    "prompts": ("videos", "suite", "export"),
+    "output": ("videos", "suite", "export", "import"),
     "rewards": ("videos",),
     **dict.fromkeys(scorers.LEARNED, ("videos",)),
     "clip_frames": ("videos",),
     "clip_spacing": ("videos",),
     "block_pixels": ("videos",),
-    "extended": ("export",),
+    "extended": ("suite", "export"),
     "flickering": ("export",),
-    "samples": ("export",),
-    "seed": ("export",),
-    "num_frames": ("export",),
+    "samples": ("suite", "export"),
+    "seed": ("suite", "export"),
+    "num_frames": ("suite", "export"),
+    "against": ("suite",),
+    "segment_clips": ("suite",),
+    "num_processes": ("suite",),
+    "process_id": ("suite",),
 }
 
 
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    asked = [name for name in ("videos", "export", "import") if given[name].value]
+    asked = [name for name in ("suite", "videos", "export", "import") if given[name].value]
     if given.workdir and asked != ["export"]:  # of an export it is the policy
         asked.append("workdir")
     if len(asked) != 1:
-        raise UsageError("give one of --workdir, --videos, --export and --import")
+        raise UsageError("give one of --workdir, --suite, --videos, --export and --import")
     what = asked[0]
     for name, of in FLAGS_OF.items():
         if given[name].present and what not in of:
             needed = " or ".join(f"--{other}" for other in of)
             says = "; --workdir is scored as --config.FIELD=VALUE says" * (what == "workdir")
             raise UsageError(f"--{name} is for {needed}{says}")
-    if given["iteration"].present and not given.workdir:
+    if given["iteration"].present and not (given.workdir or given.checkpoint):
         raise UsageError("--iteration names a checkpoint of --workdir; there is none here")
     if what in ("videos", "import") and arguments[1:]:
         raise UsageError(f"unexpected argument {arguments[1]!r}")
+    if what == "suite":
+        evaluate_suite(given, arguments[1:])
+        return
+    # These are for the suite; to a run and to kvpo-generate they are handed on.
+    named = [name for name in ("config", "checkpoint") if given[name].value]
+    handed = [f"--{name}={given[name].value}" for name in named]
     if what == "workdir":
-        evaluate_run(Path(given.workdir), given.iteration, arguments[1:], given.lora)
+        evaluate_run(Path(given.workdir), given.iteration, [*handed, *arguments[1:]], given.lora)
     elif what == "export":
-        export_vbench(given, arguments[1:])
+        export_vbench(given, [*handed, *arguments[1:]])
     elif what == "import":
         folder = Path(str(given["import"].value))
         vbench.read(folder, Path(given.output or folder / "vbench.json"))
@@ -573,17 +602,27 @@ def define_flags() -> None:
     command.define_path("workdir", None, "run directory")
     command.define_iteration()
     flags.DEFINE_string("lora", "", "also a converted LoRA, or a sum of several: A:1.0,B:0.5")
+    flags.DEFINE_enum("suite", None, list(suite.SUITES), "generate and score a list of prompts")
+    flags.DEFINE_string("config", None, "of a suite or an export, as of kvpo-generate")
+    command.define_path("checkpoint", None, "of a suite: run directory, or converted base model")
+    flags.DEFINE_enum("policy", None, list(POLICIES), "of a suite: of the run; default: online")
+    command.define_path("against", None, "of a suite: the folder of another one, to compare with")
+    flags.DEFINE_bool("segment_clips", False, "of a suite: also a video of every prompt segment")
+    flags.DEFINE_integer("num_processes", None, "of a suite: processes that share the prompts")
+    flags.DEFINE_integer("process_id", None, "of a suite: which of them this one is, from 0")
     command.define_path("videos", None, "folder of video files to score instead")
-    command.define_path("prompts", None, "file of their prompt sequences, or of those to export")
+    command.define_path("prompts", None, "file of prompt sequences: of videos, suite or export")
     flags.DEFINE_enum("export", None, list(vbench.MODES), "write what VBench needs, to --output")
     command.define_path("import", None, "folder of VBench's results")
-    command.define_path("extended", None, "of an export: what is generated, line by line")
+    command.define_path("extended", None, "of a suite or an export: what is generated, by line")
     command.define_path("flickering", None, "of an export: prompts with 25 videos to be filtered")
-    flags.DEFINE_integer("samples", 5, "of an export: videos per prompt", lower_bound=1)
     flags.DEFINE_integer(
-        "seed", 0, "of an export: of the first videos", 0, config_lib.SEEDS - 1 - vbench.FILTERED
+        "samples", None, "videos per prompt; by default 5, and 1 of --suite=long", 1
     )
-    flags.DEFINE_integer("num_frames", 0, "of an export: latent frames, as of kvpo-generate")
+    flags.DEFINE_integer(
+        "seed", 0, "of the noise", lower_bound=0, upper_bound=config_lib.SEEDS - 1 - vbench.FILTERED
+    )
+    flags.DEFINE_integer("num_frames", 0, "latent frames; default: as the suite or prompts say")
     flags.DEFINE_string(
         "rewards",
         "motion",
@@ -600,7 +639,8 @@ def define_flags() -> None:
     command.define_path(
         "output",
         None,
-        "CSV file of --videos, JSON file of --import, by default beside them; folder of --export",
+        "CSV file of --videos, JSON file of --import, by default beside them; folder of a suite or"
+        " an export",
     )
 
 

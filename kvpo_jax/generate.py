@@ -59,27 +59,35 @@ from kvpo_jax.types import Array, PyTree
 
 
 class Speaker:
-    """first frame of a block -> Spoken, for one video; it encodes a sentence when it is first said.
+    """first frame of a block -> Spoken, for P videos, each with switches of its own.
+
+    A sentence is encoded when it is said, and alone, so that its text does not depend on what is
+    said in the other videos.
 
     Args:
       run: its text encoder and programs.
       variables: of the generating policy.
-      sentence_at: first frame of a block -> its sentence.
+      sentence_at: of each video, first frame of a block -> its sentence.
+
+    Attributes:
+      sentences: what was said last.
     """
 
-    def __init__(self, run: Run, variables: PyTree, sentence_at: Callable[[int], str]):
+    def __init__(self, run: Run, variables: PyTree, *sentence_at: Callable[[int], str]):
         self._run, self._variables, self._sentence_at = run, variables, sentence_at
-        self.sentence: str | None = None
+        self.sentences = [""] * len(sentence_at)  # which no prompt is
         self._text: Any = None
 
     def __call__(self, frame: int) -> Spoken:
-        sentence = self._sentence_at(frame)
-        changed = sentence != self.sentence
-        if changed:
-            embeddings = np.asarray(self._run.backbone.embed([sentence]))[:, None]
+        sentences = [at(frame) for at in self._sentence_at]
+        pairs = zip(sentences, self.sentences, strict=True)
+        changed = np.array([now != before for now, before in pairs])
+        if changed.any():
+            embed = self._run.backbone.embed
+            embeddings = np.stack([np.asarray(embed([sentence])) for sentence in sentences])
             self._text = self._run.programs.encode_text(self._variables, embeddings)
-            self.sentence = sentence
-        return Spoken(self._text, 0, np.array([changed]))
+            self.sentences = sentences
+        return Spoken(self._text, 0, changed)
 
 
 def switches(segments: int, blocks: int, block_frames: int) -> tuple[int, ...]:
@@ -174,11 +182,11 @@ def name_of(index: int, videos: int, sentence: str) -> str:
 
 
 def decoded(run: Run, latents: Iterable[Array]) -> Iterator[np.ndarray]:
-    """The pixels [frames, h, w, 3] of a video's blocks float[1, F, Y, X, C] as they come."""
+    """The pixels [P, frames, h, w, 3] of the blocks float[P, F, Y, X, C] of videos as they come."""
     state = None
     for x in latents:
         pixels, state = run.decoder.block(x, state)
-        yield np.asarray(pixels[0])
+        yield np.asarray(pixels)
 
 
 def write_video(
@@ -188,7 +196,7 @@ def write_video(
 
     Args:
       path: the file.
-      pixels: of each block, from `decoded`.
+      pixels: of each block, [frames, h, w, 3].
       fps: frames per second.
       blocks: how many there are.
       typed: of a video whose prompts are typed. Then there is no bar, but a line for every prompt.
@@ -196,12 +204,12 @@ def write_video(
     Raises:
       UsageError, OSError: see `video.writing`.
     """
-    frames, sentence = 0, None
+    frames, sentence = 0, ""
     begin, uncounted = time.monotonic(), 0
     with progress.bar(path.name, blocks, live=typed is None) as advance, ExitStack() as stack:
         for block, made in enumerate(pixels):
-            if typed is not None and typed.sentence != sentence:
-                sentence = typed.sentence
+            if typed is not None and typed.sentences[0] != sentence:
+                sentence = typed.sentences[0]
                 progress.say(f"block {block + 1}/{blocks}: {sentence!r}")
             images = video.enlarge(made)
             if block == 0:
@@ -250,7 +258,7 @@ def write_branches(
             blocks = decoded(run, diversity.blocks_of(run.config, latents))
             write_video(
                 output / files[name],
-                keeping(blocks, made),
+                keeping((block[0] for block in blocks), made),
                 run.backbone.fps,
                 run.config.video.blocks,
             )
@@ -292,37 +300,63 @@ def load_run(
     config: ml_collections.ConfigDict,
     checkpoint: Path | None,
     adapters: Sequence[adapters_lib.Adapter],
-    ema: bool,
+    policy_name: str,
     sentences: Sequence[str],
     which: Which = NEWEST,
+    devices: int = 1,
 ) -> tuple[Run, PyTree]:
-    """The equipment on one device, and the variables of the policy, to generate these sentences.
+    """The equipment and the variables of the policy, to generate these sentences.
 
     The policy is the base with the LoRA of a run directory, of converted files whose sizes the
     config has, of config.paths.lora, or none, the last of these that is given.
+
+    Args:
+      config: a checked one.
+      checkpoint: a run directory, or None.
+      adapters: files that are used instead of its LoRA.
+      policy_name: which one of the run, see `state.policy_of`.
+      sentences: the only ones that will be encoded.
+      which: checkpoint of the run.
+      devices: a video each.
     """
-    mesh = sharding.make_mesh(1, 1, 1, 1)
+    mesh = sharding.make_mesh(devices, 1, devices, 1)
     run = run_lib.load(config, mesh, sentences)
     if adapters:
         policy = adapters_lib.load(adapters, wan_config(config))
     elif checkpoint is not None:
         state = saved_state(checkpoint, config, mesh, which)
         progress.say(f"iteration {int(state.iteration)} of {checkpoint}")
-        policy = policy_of(state, "ema" if ema else "online")
+        policy = policy_of(state, policy_name)
     else:
         policy = run.initial_lora()
     return run, run.variables(sharding.place(policy, mesh))
 
 
-def find_config(given: flags.FlagValues, arguments: Sequence[str]) -> ml_collections.ConfigDict:
-    """The configuration: --config, or that of the run in --checkpoint; with its files checked."""
+def find_config(
+    given: flags.FlagValues,
+    arguments: Sequence[str],
+    of_run: Mapping[str, bool],
+    scored: bool = False,
+) -> ml_collections.ConfigDict:
+    """The configuration: --config, or that of the run in --checkpoint; with its files checked.
+
+    Args:
+      given: the flags --config, --checkpoint, --lora, --iteration and --output.
+      arguments: --config.FIELD=VALUE.
+      of_run: name of a further flag that only a run directory has an answer to -> whether it is
+        given.
+      scored: whether the videos will be scored.
+
+    Raises:
+      UsageError: flags do not go together, or a file is missing.
+    """
     path = Path(given.checkpoint) if given.checkpoint else None
     run = path if path is not None and path.is_dir() else None
     if path is not None and not path.exists():
         raise UsageError(
             f"--checkpoint={path}: there is no such run directory or converted checkpoint"
         )
-    for name, asked in (("ema", given.ema), ("iteration", given.iteration != NEWEST)):
+    for name, asked in {**of_run, "iteration": given.iteration != NEWEST}.items():
         if asked and run is None:
             raise UsageError(f"--{name} needs --checkpoint to be a run directory")
         if asked and given.lora:
@@ -334,7 +368,7 @@ def find_config(given: flags.FlagValues, arguments: Sequence[str]) -> ml_collect
         config_lib.check(config)
     else:
         config = workdir.resolve(given.config, None, overrides)
-    backbone_lib.check_files(config, scored=False)
+    backbone_lib.check_files(config, scored=scored, listed=False)
     if Path(given.output).is_file():
         raise UsageError(f"--output={given.output} is a file; name a folder")
     return config
@@ -351,8 +385,7 @@ def find_videos(given: flags.FlagValues, config: ml_collections.ConfigDict) -> l
     sequences = [prompts.PromptSequence(tuple(given.prompt), 0)]
     if given.prompts:
         sequences = prompts.load(Path(given.prompts))
-    if not config.window.recache_frames and any(len(s.sentences) != 1 for s in sequences):
-        raise UsageError("config.window.recache_frames=0, but prompts switch")  # typed ones too
+    check_switching(config, sequences)  # typed ones switch, too
     videos = [find_video(given, config, sequence) for sequence in sequences]
     if given.branches is not None and len({v.blocks for v in videos}) > 1:
         raise UsageError(
@@ -360,6 +393,36 @@ def find_videos(given: flags.FlagValues, config: ml_collections.ConfigDict) -> l
             " name it with --num_frames"
         )
     return videos
+
+
+def check_switching(
+    config: ml_collections.ConfigDict, sequences: Sequence[prompts.PromptSequence]
+) -> None:
+    """UsageError unless the window can switch prompts, or none of the sequences asks for it."""
+    if not config.window.recache_frames and any(len(s.sentences) != 1 for s in sequences):
+        raise UsageError("config.window.recache_frames=0, but prompts switch")
+
+
+def scheduled(
+    sequence: prompts.PromptSequence, path: Path | str, frames: int, block_frames: int
+) -> tuple[int, ...]:
+    """The latent frames of a video at which its prompts switch: by their durations, or evenly.
+
+    Args:
+      sequence: its prompts.
+      path: the file that they are from.
+      frames: of the video.
+      block_frames: F.
+
+    Raises:
+      UsageError: the durations are not whole blocks of such a video, or there are too many prompts.
+    """
+    if not sequence.durations:
+        return switches(len(sequence.sentences), frames // block_frames, block_frames)
+    where = f"{path}:{sequence.line}: durations {list(sequence.durations)}"
+    switch_frames = prompts.switch_frames(sequence)
+    config_lib.check_switches(where, switch_frames, block_frames, frames)
+    return switch_frames
 
 
 def find_video(
@@ -373,16 +436,12 @@ def find_video(
     sentences, block_frames = sequence.sentences, config.video.block_frames
     timed = () if given.switch_frames else sequence.durations
     frames = frames_of(given, config, sum(timed))
-    if timed:
-        where = f"{given.prompts}:{sequence.line}: durations {list(timed)}"
-        switch_frames = prompts.switch_frames(sequence)
-        config_lib.check_switches(where, switch_frames, block_frames, frames)
-    elif given.switch_frames:
+    if given.switch_frames:
         switch_frames = given_switches(given.switch_frames, block_frames, frames)
     elif given.interactive:
         switch_frames = ()
     else:
-        switch_frames = switches(len(sentences), frames // block_frames, block_frames)
+        switch_frames = scheduled(sequence, given.prompts, frames, block_frames)
     if sentences and len(switch_frames) != len(sentences) - 1:
         raise UsageError(
             f"--switch_frames={','.join(given.switch_frames)}: {len(sentences)} prompts switch "
@@ -391,10 +450,26 @@ def find_video(
     return Video(sentences, switch_frames, frames // block_frames)
 
 
-def frames_of(given: flags.FlagValues, config: ml_collections.ConfigDict, lasting: int = 0) -> int:
-    """Latent frames of a video; `lasting` are those of its prompts, 0 if they do not say."""
+def frames_of(
+    given: flags.FlagValues,
+    config: ml_collections.ConfigDict,
+    lasting: int = 0,
+    default: int | None = None,
+) -> int:
+    """Latent frames of a video.
+
+    Args:
+      given: the flag --num_frames, which comes first.
+      config: of the run.
+      lasting: those of its prompts, 0 if they do not say.
+      default: where neither says; None: those of the config.
+
+    Raises:
+      UsageError: they are no whole blocks, or too many.
+    """
     block_frames = config.video.block_frames
-    frames = given.num_frames or lasting or config.video.blocks * block_frames
+    default = config.video.blocks * block_frames if default is None else default
+    frames = given.num_frames or lasting or default
     asked = bool(given.num_frames or not lasting)
     what = f"--num_frames={frames}" if asked else f"a prompt sequence of {frames} frames"
     if frames % block_frames or frames < block_frames:
@@ -422,7 +497,7 @@ def find_pivots(
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    config = find_config(given, arguments[1:])
+    config = find_config(given, arguments[1:], {"ema": given.ema})
     adapters = adapters_lib.parse(given.lora) if given.lora else []
     config = adapters_lib.configured(config, adapters) if adapters else config
     videos = find_videos(given, config)
@@ -446,7 +521,8 @@ def main(arguments: list[str]) -> None:
     checkpoint = checkpoint if checkpoint is not None and checkpoint.is_dir() else None
     spoken = [sentence for v in videos for sentence in v.sentences]
     with progress.bar("preparing"):
-        run, variables = load_run(config, checkpoint, adapters, given.ema, spoken, given.iteration)
+        policy = "ema" if given.ema else "online"
+        run, variables = load_run(config, checkpoint, adapters, policy, spoken, given.iteration)
     if pivots:
         write_branches(run, variables, videos, of_branches, pivots, given.seed, output)
         return
@@ -462,7 +538,7 @@ def main(arguments: list[str]) -> None:
         noise = keys.NoiseKey(keys.draw_key(given.seed, "heldout", index), number)
         latents = (x for x, _ in stream(run, variables, speaker, noise, blocks))
         typing = speaker if given.interactive else None
-        pixels = decoded(run, latents)
+        pixels = (block[0] for block in decoded(run, latents))
         write_video(output / names[index], pixels, run.backbone.fps, blocks, typing)
 
 

@@ -160,9 +160,9 @@ def load(
       UsageError: it names the field or file.
     """
     mesh = make_mesh(config) if mesh is None else mesh
-    config_lib.heldout_at_once(config, mesh.shape["data"])
     backbone = backbone_lib.load(config)
     if sentences is None:
+        config_lib.heldout_at_once(config, mesh.shape["data"])
         backbone_lib.check_rewards(config, backbone)
         backbone.prompts("heldout", 0)
     else:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import abstract_variables
-from kvpo_jax.runtime import checkpoint, progress, sharding
+from kvpo_jax.runtime import checkpoint, progress, sharding, sums
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import Array, PyTree
 
@@ -96,6 +96,17 @@ def saved_state(
     return restored[1]
 
 
+# What a policy is called -> its field of TrainState.
+POLICIES = {"online": "lora", "ema": "ema", "reference": "reference"}
+
+
 def policy_of(state: TrainState, name: str) -> PyTree:
-    """The LoRA tree of the policy "online", "ema" or "reference"."""
-    return {"online": state.lora, "ema": state.ema, "reference": state.reference}[name]
+    """The LoRA tree of one of POLICIES."""
+    return getattr(state, POLICIES[name])
+
+
+def policy_sum(workdir: Path, iteration: int, name: str) -> str:
+    """The checksum of one of POLICIES in a run's checkpoint; its arrays are not read."""
+    path, field = workdir / "checkpoints" / str(iteration), POLICIES[name]
+    saved = checkpoint.sums_in(path)
+    return sums.of_json({leaf: x for leaf, x in saved.items() if leaf.startswith(f"{field}.")})

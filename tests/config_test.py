@@ -518,7 +518,7 @@ def test_files_of_scorers(name):
     message = f"the scorer {name} needs --config.paths.{name}=..., made by: kvpo-convert "
     with pytest.raises(ValueError, match=message):
         backbone_lib.check_files(config)
-    backbone_lib.check_files(config, scored=False)
+    backbone_lib.check_files(config, scored=False, listed=False)
 
 
 def test_weights_go_with_the_scorers_that_they_are_of():

@@ -174,6 +174,33 @@ def test_a_launcher_is_recognised(environment, flags, expected):
     assert sharding.distributed_arguments(environment, *flags) == expected
 
 
+@pytest.mark.parametrize(
+    "environment, flags, expected",
+    [
+        ({}, (None, None), (0, 1, None)),
+        ({}, (3, 2), (2, 3, None)),
+        ({}, (1, None), (0, 1, None)),
+        (LAUNCHERS["srun"](1, 4, 3)[1], (None, None), (3, 4, 3)),
+        (LAUNCHERS["srun"](1, 4, 3)[1], (1, None), (0, 1, None)),
+        (LAUNCHERS["mpirun"](1, 4, 3)[1], (None, None), (3, 4, 3)),
+        ({"JOB_COMPLETION_INDEX": "2"}, (4, None), (2, 4, None)),
+        ({}, (4, None), "--process_id is missing"),
+        ({}, (None, 1), "--num_processes is missing"),
+        ({"JOB_COMPLETION_INDEX": "2"}, (None, None), "--num_processes is missing"),
+        ({}, (4, 4), "--process_id=4: with --num_processes=4 they are numbered from 0 to 3"),
+        ({}, (0, 0), "--process_id=0: with --num_processes=0"),
+    ],
+)
+def test_a_process_that_shares_work_knows_its_part(environment, flags, expected):
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            sharding.share_of(environment, *flags)
+        return
+    share = sharding.share_of(environment, *flags)
+    assert share == expected
+    assert [number for number in range(8) if share.has(number)] == [*range(8)[share[0] :: share[1]]]
+
+
 def test_flags_win_over_the_launcher():
     given = sharding.distributed_arguments(SLURM, "a:1", 4, 0)
     assert given == {

@@ -203,6 +203,14 @@ def test_prompts_switch_where_their_durations_say():
     assert video_files.switch_pixels(sequences_of("a")[0], 57) == [28]
 
 
+def test_an_enlarged_video_is_reduced_to_what_it_was():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 12, 3), np.uint8)
+    np.testing.assert_array_equal(video.reduced(video.enlarge(pixels), 8, 12), pixels)
+    assert video.reduced(pixels, 8, 12) is pixels
+    with pytest.raises(ValueError, match="pictures have 12x8 pixels, expected 8x8, or these enlar"):
+        video.reduced(pixels, 8, 8)
+
+
 def test_the_clips_of_a_video_are_those_of_its_durations(tmp_path):
     write_toy_video(tmp_path / "a.mp4", "a red disk moves left", 0)
     count = len(video.read(tmp_path / "a.mp4"))
@@ -377,9 +385,9 @@ def test_the_evaluation_of_the_reference_is_kept_with_what_it_is_made_of(tmp_pat
     "arguments, message",
     [
         (["--videos={dir}"], "--videos needs --prompts"),
-        ([], "give one of --workdir, --videos, --export and --import"),
-        (["--videos={dir}", "--import={dir}"], "give one of --workdir, --videos, --export"),
-        (["--workdir={dir}", "--samples=3"], "--samples is for --export"),
+        ([], "give one of --workdir, --suite, --videos, --export and --import"),
+        (["--videos={dir}", "--import={dir}"], "give one of --workdir, --suite, --videos"),
+        (["--workdir={dir}", "--samples=3"], "--samples is for --suite or --export"),
         (["--export=vbench", "--output={dir}/x"], "--export needs --prompts"),
         (
             ["--export=vbench", "--prompts={dir}/p.txt", "--output={dir}/p.txt"],

@@ -138,7 +138,7 @@ def test_a_sum_of_adapters_generates_as_its_parts_do(tmp_path, world):
     for text in (f"{file}", f"{file}:0.25,{file}:0.75", f"{file}:0.25"):
         found = adapters.parse(text)
         sized = adapters.configured(run.config, found)
-        loaded = generate.load_run(sized, None, found, False, SENTENCES)
+        loaded = generate.load_run(sized, None, found, "online", SENTENCES)
         made.append(jnp.concatenate(video(loaded, SENTENCES[:1], (), 2, noise)))
     np.testing.assert_allclose(made[1], made[0], atol=1e-5)
     assert np.abs(made[2] - made[0]).max() > 1e-2
@@ -483,9 +483,9 @@ def test_a_run_generates_with_the_configuration_of_its_checkpoint(tmp_path):
     extra.mkdir(parents=True)
     atomic.write_json({"config": trained.to_dict()}, extra / "metadata")
     given = SimpleNamespace(
-        checkpoint=str(tmp_path), config=None, ema=False, iteration="newest", output="videos"
+        checkpoint=str(tmp_path), config=None, iteration="newest", output="videos"
     )
-    assert generate.find_config(given, []) == trained
+    assert generate.find_config(given, [], {"ema": False}) == trained
 
 
 def test_what_is_no_folder_and_no_run_is_named(tmp_path):

@@ -15,7 +15,7 @@ PACKAGE = Path(kvpo_jax.__file__).resolve().parent
 MATHS = ("algorithm", "models")
 GROUND = ("types", "errors", *MATHS)  # what maths may import
 COMPILING = ("programs", "decoder", "rewards")  # where programs are made
-LOOPS = ("train", "rollout", "evaluate", "generate")
+LOOPS = ("train", "rollout", "evaluate", "suite", "generate")
 
 
 def modules() -> dict[str, Path]:

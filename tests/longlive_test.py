@@ -248,6 +248,35 @@ def test_memflow_trains(files, preset):
     assert json.loads((workdir / "config.json").read_text())["window"]["bank"] == 3
 
 
+@pytest.mark.slow
+def test_a_suite_of_upstreams_files(files, tmp_path):
+    first = {"prompts": ["a red fox runs", "a fox stops"], "durations": [6, 3]}
+    second = {"prompts": ["snow"], "durations": [3]}
+    lines = "".join(json.dumps(line) + "\n" for line in (first, second))
+    (tmp_path / "p.jsonl").write_text(lines)
+    base, *others = paths(files, "umt5")
+    others = [x for x in others if "paths.lora" not in x and "paths.prompts" not in x]
+    command = ["-m", "kvpo_jax.evaluate", "--suite=long", f"--config={files / 'longlive.py'}"]
+    command += [f"--prompts={tmp_path / 'p.jsonl'}", base, *others, "--segment_clips"]
+    command += ["--config.mesh.data=1", "--config.eval.scorer=stream"]
+    lora = files / "lora.safetensors"
+    run(*command, f"--output={tmp_path / 'base'}")
+    merged = f"--lora={lora}:1.0,{lora}:0.5"
+    against = f"--against={tmp_path / 'base'}"
+    out = run(*command, f"--output={tmp_path / 'lora'}", merged, against)
+    assert "2 videos of 2 prompts" in out and "continuity" in out and "difference" in out
+    assert max(map(len, out.splitlines())) <= 80 + len(str(tmp_path))
+    videos = [tmp_path / x / "videos" / "0000-0.mp4" for x in ("base", "lora")]
+    frames = [iio.imread(path) for path in videos]
+    # 9 latent frames are 33 of pixels, 6 are 21; 32x48 pixels are enlarged to 128 and more.
+    assert frames[0].shape == frames[1].shape == (33, 128, 192, 3)
+    assert np.abs(frames[0].astype(int) - frames[1]).mean() > 1
+    clips = tmp_path / "lora" / "segments" / "videos"
+    assert [len(iio.imread(clips / f"0000_seg{m}-0.mp4")) for m in (0, 1)] == [21, 12]
+    results = json.loads((tmp_path / "lora" / "results.json").read_text())
+    assert results["policy"]["name"] == "lora" and results["against"]["motion"]["win_rate"] >= 0
+
+
 def test_a_missing_file_says_which_command_makes_it(tmp_path):
     done = subprocess.run(
         [

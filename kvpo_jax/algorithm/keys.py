@@ -9,6 +9,7 @@
     noise     iteration   FRESH, frame, prompt          what end points are noised with anew
     shuffle   iteration   prompt              a permutation of advantages (a control)
     heldout   0           frame, prompt       the noise of a held-out video
+    suite     sample      frame, prompt       the noise of a video of an evaluation suite
 
 A key is never split and folded in both, and nothing is folded in that must not change the draw: the
 noise of a block does not depend on the branch. What is below OWN and FRESH, which are no frames, is
@@ -24,7 +25,7 @@ from flax import struct
 
 from kvpo_jax.types import Array
 
-STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout")
+STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout", "suite")
 OWN, FRESH = 2**32 - 1, 2**32 - 2  # folded into the key of the noise in place of a frame
 
 
@@ -37,7 +38,7 @@ class NoiseKey(struct.PyTreeNode):
     """What the noise of a batch is drawn from.
 
     Attributes:
-      key: of the stream "noise" or "heldout".
+      key: of the stream "noise", "heldout" or "suite".
       prompts: int32[P], the number of each prompt in its iteration; it does not depend on how the
         prompts are batched.
       first: int32[], the number of the first branch that is rolled out with it; the others of a

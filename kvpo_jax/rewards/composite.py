@@ -265,7 +265,18 @@ def score_clip(
 def segment_rewards(
     scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
 ) -> dict[str, np.ndarray]:
-    """The global signal: scores every clip with its segment's sentence; the mean over the clips.
+    """The global signal: the mean over the clips of `clip_rewards`.
+
+    Returns:
+      component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
+    """
+    return mean_rewards(clip_rewards(scorer, pixels, prompts, clips))
+
+
+def clip_rewards(
+    scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
+) -> list[dict[str, np.ndarray]]:
+    """Scores every clip with the sentence of its segment.
 
     Args:
       scorer: see Scorer; called once per clip, with those of all prompts.
@@ -274,14 +285,14 @@ def segment_rewards(
       clips: see `segment_clips`.
 
     Returns:
-      component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
+      Of each clip, component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
     """
     segments = len(prompts[0])
     if any(len(sequence) != segments for sequence in prompts):
         raise UsageError(
             f"prompt sequences of different lengths: {[len(sequence) for sequence in prompts]}"
         )
-    scores = [
+    return [
         score_clip(
             scorer,
             pixels,
@@ -291,6 +302,10 @@ def segment_rewards(
         )
         for clip in progress.steps(clips, "scoring clips")
     ]
+
+
+def mean_rewards(scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The mean of the rewards of clips; UsageError if they have not the same components."""
     for other in scores[1:]:
         if other.keys() != scores[0].keys():
             raise UsageError(

@@ -7,13 +7,14 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from kvpo_jax.data import prompts
 from kvpo_jax.errors import UsageError, listed
-from kvpo_jax.rewards import composite, scorers
+from kvpo_jax.rewards import composite, preprocess, scorers
 from kvpo_jax.runtime import progress, video
 from kvpo_jax.runtime.atomic import keeping_part
 from kvpo_jax.types import Pixels
@@ -58,7 +59,7 @@ def score(
         progress.bar("scoring", len(files)) as advance,
     ):
         for path, sequence in pairs:
-            scores = _score_file(scorer, path, sequence, clips, blocks)
+            scores = score_file(scorer, path, sequence, clips, blocks).scores
             if not rows:
                 names = list(scores)
                 table = csv.DictWriter(file, ["video", "prompt", *names])
@@ -173,27 +174,61 @@ def switch_pixels(sequence: prompts.PromptSequence, count: int) -> list[int]:
     return [round(frame * count / total) for frame in switch_frames]
 
 
-def _score_file(
+class Scored(NamedTuple):
+    """The scores of a video.
+
+    Attributes:
+      scores: component -> score.
+      segments: component of the scorers of clips -> the mean over the clips of each prompt segment
+        that has one.
+    """
+
+    scores: dict[str, float]
+    segments: dict[str, list[float]]
+
+
+def score_file(
     scorer: composite.Scorer,
     path: Path,
     sequence: prompts.PromptSequence,
     clips: tuple[int, int],
     blocks: tuple[int, int] | None,
-) -> dict[str, float]:
-    """The components of a video file.
+    size: tuple[int, int] | None = None,
+) -> Scored:
+    """Scores a video file; scorers of whole videos get all its frames.
 
-    Scorers of whole videos get all frames.
+    Args:
+      scorer: see `composite.Scorer`.
+      path: the file.
+      sequence: its prompts.
+      clips: clip_frames and clip_spacing, as in section `reward` of a config.
+      blocks: pixel frames of a generator's first block and of every other one; None if unknown.
+      size: height and width that the video was made with; None: as it is.
+
+    Raises:
+      UsageError: it is no whole video, or not of this size. An error of the scorer gets a note that
+        names the file.
     """
     frames, sentences = video.read(path), sequence.sentences
     count, segments = len(frames), len(sentences)
-    pixels = jnp.asarray(frames[None, None], jnp.float32) / 255
     switches = switch_pixels(sequence, count)
     clip_frames, spacing = clips
     clipping = composite.Clipping(switches, clip_frames, int, spacing)
     try:
+        frames = frames if size is None else video.reduced(frames, *size)
+        pixels = jnp.asarray(frames[None, None])
+        if not isinstance(scorer, scorers.Scorers):  # which make floats of what is scored
+            pixels = preprocess.to_float(pixels)
         cut = composite.segment_clips(count, segments, clipping)
         whole = Pixels(pixels, None, ((0, count),))
-        scores = composite.segment_rewards(scorer, whole, [sentences], cut)
+        of_clips = composite.clip_rewards(scorer, whole, [sentences], cut)
+        scores = composite.mean_rewards(of_clips)
+        pairs = [*zip(cut, of_clips, strict=True)]
+        of_segments = [
+            composite.mean_rewards([made for clip, made in pairs if clip.segment == segment])
+            for segment in sorted({clip.segment for clip in cut})
+        ]
+        alone = {name: [float(made[name][0, 0]) for made in of_segments] for name in scores}
         if isinstance(scorer, scorers.Scorers):
             starts = range(blocks[0], count, blocks[1]) if blocks else ()
             every = [composite.Clip(0, 0, count)]
@@ -201,4 +236,4 @@ def _score_file(
     except Exception as error:
         error.add_note(str(path))
         raise
-    return {name: float(value[0, 0]) for name, value in scores.items()}
+    return Scored({name: float(value[0, 0]) for name, value in scores.items()}, alone)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,25 @@ def keeping_part(path: Path) -> Iterator[Path]:
     with naming(part):
         yield part
         os.replace(part, path)
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that appends a JSON object to a file of lines, on the disk when it returns.
+
+    A last line that a kill has cut short is dropped first. The folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), path.open("a+b") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+        def append(record: Mapping[str, Any]) -> None:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+        yield append
 
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:

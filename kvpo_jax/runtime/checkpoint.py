@@ -123,6 +123,18 @@ def record(path: Path) -> dict[str, Any]:
     return sums.opened(saved) if sums.SEAL in saved else saved
 
 
+def sums_in(path: Path) -> dict[str, str]:
+    """Name of a leaf -> its checksum, in the checkpoint in the folder `path`.
+
+    Raises:
+      UsageError: it has no record of them, or a damaged one.
+    """
+    try:
+        return dict(record(path)[LEAVES])
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"checkpoint {path} has no checksums of its arrays ({error!r})") from error
+
+
 def chosen(directory: Path, which: Which) -> int | None:
     """The step of the checkpoint that is asked for; None if there are no checkpoints at all.
 

@@ -17,7 +17,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -191,6 +191,11 @@ def branches_of(x: Array, mesh: Mesh, branches: int) -> Array:
 # Environment variables that reveal several processes: the counts set by srun and Open MPI's mpirun,
 # and the index set by Kubernetes.
 STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+# Of the same launchers: the count, the number of a process, and that on its machine.
+LAUNCHED = (
+    (STARTED[0], "SLURM_PROCID", "SLURM_LOCALID"),
+    (STARTED[1], "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+)
 INDEXED_POD = "JOB_COMPLETION_INDEX"
 SAID = 500  # bytes of an error that the other processes are told
 
@@ -229,6 +234,55 @@ def distributed_arguments(
         "process_id": process_id,
         "cluster_detection_method": "deactivate",
     }
+
+
+class Share(NamedTuple):
+    """A process among several that divide work and do not talk to one another.
+
+    Attributes:
+      process: its number.
+      processes: how many there are.
+      local: its number among those of its machine; None if all devices are its own.
+    """
+
+    process: int
+    processes: int
+    local: int | None = None
+
+    def has(self, number: int) -> bool:
+        """Whether a piece of the work is this process's."""
+        return number % self.processes == self.process
+
+
+def share_of(
+    environment: Mapping[str, str], num_processes: int | None, process_id: int | None
+) -> Share:
+    """Which process this is, by the flags or else by the launcher's variables.
+
+    Raises:
+      UsageError: a flag is missing, or there is no such process.
+    """
+    if num_processes is None and process_id is None:
+        for count, own, local in LAUNCHED:
+            if int(environment.get(count, 1)) > 1:
+                return Share(*(int(environment[name]) for name in (own, count, local)))
+        if INDEXED_POD not in environment:
+            return Share(0, 1)
+    if process_id is None and INDEXED_POD in environment:
+        process_id = int(environment[INDEXED_POD])
+    if num_processes == 1:
+        process_id = process_id or 0
+    if num_processes is None or process_id is None:
+        missing = "num_processes" if num_processes is None else "process_id"
+        raise UsageError(
+            f"several processes are told --num_processes and --process_id; --{missing} is missing"
+        )
+    if not 0 <= process_id < num_processes:
+        raise UsageError(
+            f"--process_id={process_id}: with --num_processes={num_processes} they are numbered"
+            f" from 0 to {num_processes - 1}"
+        )
+    return Share(process_id, num_processes)
 
 
 def is_main() -> bool:

@@ -22,6 +22,7 @@ from kvpo_jax.runtime.atomic import keeping_part
 
 SUFFIXES = (".mp4", ".webm", ".gif", ".mov")
 SMALLEST = 128  # pixels; smaller videos are enlarged by a whole factor, or no player shows them
+ENCODING = ("-pix_fmt", "yuv420p", "-crf", "10")  # of every mp4, by ffmpeg's x264
 # imageio_ffmpeg would start ffmpeg with a fork, of which JAX warns.
 os.environ.setdefault("IMAGEIO_FFMPEG_NO_PREVENT_SIGINT", "1")
 
@@ -52,6 +53,21 @@ def enlarge(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype != np.uint8:
         pixels = np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else pixels
+
+
+def reduced(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """What was `enlarge`d: the middle pixel of each square, uint8[frames, height, width, 3].
+
+    Raises:
+      UsageError: the pixels uint8[frames, h, w, 3] are no whole multiple of that size.
+    """
+    factor = pixels.shape[1] // height
+    if pixels.shape[1:3] != (factor * height, factor * width):
+        raise UsageError(
+            f"its pictures have {pixels.shape[2]}x{pixels.shape[1]} pixels, expected"
+            f" {width}x{height}, or these enlarged by a whole factor"
+        )
+    return pixels[:, factor // 2 :: factor, factor // 2 :: factor] if factor > 1 else pixels
 
 
 def write(path: Path, pixels: np.ndarray, fps: float) -> None:
@@ -89,7 +105,7 @@ def writing(
     """
     given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps)]
     even = f"scale={width + width % 2}:{height + height % 2}"
-    made = ["-pix_fmt", "yuv420p", "-crf", "10", "-vf", even]
+    made = [*ENCODING, "-vf", even]
     plays = ["-movflags", "frag_keyframe+empty_moov", "-f", "mp4"]
     command = [ffmpeg(), "-y", "-v", "error", *given, "-i", "-", *made, *plays]
     with keeping_part(path) as part, tempfile.TemporaryFile() as said:
