@@ -228,7 +228,8 @@ def manifest_of(
         "video": {
             **{name: config.video[name] for name in ("height", "width", "block_frames")},
             "fps": backbone.fps,
-            "frames": sums.of_json([task.judged.durations for task in tasks]),
+            "frames": sorted({sum(task.judged.durations) for task in tasks}),
+            "durations": sums.of_json([task.judged.durations for task in tasks]),
         },
         **{name: config[name].to_dict() for name in SECTIONS},
         "scoring": {

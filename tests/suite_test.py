@@ -246,7 +246,7 @@ def test_intervals_and_pairs_by_hand():
         ({}, {"window.sink": 2}, "was begun with window.sink 3, not 2"),
         ({}, {"reward.clip_frames": 2}, "was begun with scoring.clip_frames 0, not 2"),
         ({}, {"reward.weights.brightness": 2.0}, "with scoring.weights.brightness 1.0, not 2.0"),
-        ({"num_frames": 12}, {}, "p.jsonl:2: durations|was begun with video.frames"),
+        ({"num_frames": 12}, {}, r"was begun with video.frames \(6, 9, 12\), not \(12,\)"),
         ({"checkpoint": "run"}, {}, "was begun with policy.name 'base', not 'online'"),
         ({"lora": "lora.safetensors"}, {}, "was begun with policy.name 'base', not 'lora'"),
         ({"extended": "p.jsonl"}, {}, "was begun with prompts.extended None, not '"),
