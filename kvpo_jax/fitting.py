@@ -122,9 +122,14 @@ def _halves(size: int, least: int = 1) -> list[int]:
     return [size >> i for i in range(1, size.bit_length()) if size >> i >= least]
 
 
-def _states_at_once(config: ConfigDict) -> int:
-    """replay.chunk, or all states of a branch."""
-    return config.replay.chunk or recorded_blocks(config) * len(config.sampler.steps)
+def _chunks(config: ConfigDict) -> list[int]:
+    """Fewer states at a time than replay.chunk, or than a branch replays."""
+    if config.replay.chunk:
+        return _halves(config.replay.chunk)
+    energies = config_lib.compares_energies(config)
+    steps = config_lib.replayed_steps(config) if energies else config_lib.learned_steps(config)
+    states = recorded_blocks(config) * steps
+    return _halves(states) or [states]
 
 
 # Field -> the values of it that may need less memory, the nearest first.
@@ -133,7 +138,7 @@ Ladder = dict[str, Callable[[ConfigDict], Iterable[Any]]]
 # With these an iteration computes the same gradient, more slowly.
 SAME_GRADIENT: Ladder = {
     "train.micro_batch": lambda c: _divisors(c.train.prompts_per_iteration, prompts_at_once(c)),
-    "replay.chunk": lambda c: _halves(_states_at_once(c)),
+    "replay.chunk": _chunks,
     "rollout.branch_chunk": lambda c: _divisors(c.rollout.branches, branches_at_once(c)),
     "model.remat": lambda c: [name for name in REMAT if name == "block" != c.model.remat],
     "reward.resident": lambda c: [False] if c.reward.resident else [],

@@ -23,6 +23,11 @@ def _window(config: ConfigDict) -> int:
     return max(2, config.replay.blocks, config.rollout.window_blocks)
 
 
+def _most_steps(config: ConfigDict) -> int:
+    """60 % of the steps but the last one."""
+    return max(1, round(0.6 * (len(config.sampler.steps) - 1)))
+
+
 def _times(factor: float) -> Callable[[ConfigDict], float]:
     return lambda config: factor * config.objective.beta
 
@@ -93,20 +98,22 @@ METHODS: dict[str, Fields] = {
         "objective.clip_high": 1e-4,
         "train.epochs": 2,
     },
-    # yifan123/flow_grpo: the blocks of the window, not of the video; no loss weight q / sqrt(D).
+    # yifan123/flow_grpo: the blocks of the window, not of the video.
     "flow_grpo": {
         **DRAWN,
         "rollout.kernel": "flow_sde",
         "rollout.stochasticity": 0.7,
+        "replay.step_weight": "flow_grpo",
         "objective.beta": 0.004,
         "objective.clip_low": 1e-3,
         "objective.clip_high": 1e-3,
     },
-    # XueZeyue/DanceGRPO: all steps are trained, not a random 60 %.
+    # XueZeyue/DanceGRPO: 60 % of the steps, at random.
     "dance_grpo": {
         **DRAWN,
         "rollout.kernel": "dance_sde",
         "rollout.stochasticity": 0.3,
+        "replay.steps_drawn": _most_steps,
         "objective.clip_low": 1e-4,
         "objective.clip_high": 1e-4,
     },
@@ -118,11 +125,12 @@ METHODS: dict[str, Fields] = {
         "objective.clip_low": 1e-3,
         "objective.clip_high": 1e-3,
     },
-    # RAVEN: all steps, not one of a group; its weights of chunks and its factor 100 are left out.
+    # RAVEN: one step of each group; its weights of chunks and its factor 100 are left out.
     "cm_grpo": {
         **DRAWN,
         "rollout.kernel": "cps",
         "rollout.stochasticity": 1.0,
+        "replay.steps_drawn": 1,
         "objective.kind": "regression",
         "objective.advantage": "per_reward",
     },
@@ -145,6 +153,7 @@ METHODS: dict[str, Fields] = {
         "objective.mix": 0.1,
         "replay.energy": "latent",
         "replay.times": (1.0, 0.75, 0.5, 0.25),
+        "replay.steps_drawn": 1,
         "objective.beta": 1e-4,
         "objective.advantage": "batch_std",
         "train.old_decay_step": 0.001,

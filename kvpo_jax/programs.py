@@ -42,7 +42,7 @@ from kvpo_jax.runtime.config import (
     own_starts,
     prompts_at_once,
     recorded_blocks,
-    replay_times,
+    replayed_steps,
     settled_from,
     wan_config,
 )
@@ -365,18 +365,21 @@ def _record_programs(
         return kv_cache.map_trajectories(branches_of, page) if own else kv_cache.trajectory(page, 0)
 
     def record(latents, records, key, start_frames, segments):
-        noise = anchor = fresh = None
+        noise = anchor = fresh = drawn = None
         if section.context in replay.READS_NOISE:
             shape = (steps + 1, *block_shape)
             noise = [keys.block_noise(key, start, shape)[:, -1] for start in start_frames]
         if section.states == "anchor":
             anchor = [made.z[:, 0] for made in records]
         if section.states == "ends":
-            shape = (replay_times(config), *block_shape)
+            shape = (replayed_steps(config), *block_shape)
             fresh = [keys.fresh_noise(key, start, shape) for start in start_frames]
+        if section.steps_drawn:
+            learned = min(section.grad_steps, replayed_steps(config))
+            drawn = keys.drawn_steps(key, section.steps_drawn, learned)
         of_branches = [jax.tree.map(branches_of, made) for made in records]
         tuples = replay.record_tuples(
-            caches.window, of_branches, start_frames, segments, noise, anchor, fresh
+            caches.window, of_branches, start_frames, segments, noise, anchor, fresh, drawn
         )
         whole = block.join_blocks(latents, axis=2)
         return branches_of(whole), whole[:, 0], tuples

@@ -153,6 +153,7 @@ class ReplayTuples(struct.PyTreeNode):
         prompt; None unless these are replayed.
       peers: float[P, W, S, G, F, Y, X, C], the clean latents of all branches at every state; None
         unless each state is compared with them.
+      steps: int32[P, n], which states of each block are replayed of a prompt; None: all.
     """
 
     z: Array
@@ -166,6 +167,7 @@ class ReplayTuples(struct.PyTreeNode):
     anchor: Array | None = None
     fresh: Array | None = None
     peers: Array | None = None
+    steps: Array | None = None
 
 
 class Rollout(struct.PyTreeNode):

@@ -106,6 +106,28 @@ def test_a_proposal_fits_when_it_is_fed_back(config, device, needs):
     assert fitting.peak(given, device) == proposal.peak
 
 
+@pytest.mark.parametrize(
+    ("spec", "fields", "chunks"),
+    [
+        # 3 blocks of 4 states; 3 of drawn steps, or 2, or 1; end points at 4 levels or at 1.
+        ("kvpo", {}, [6, 3, 1]),
+        ("flow_grpo", {}, [4, 2, 1]),
+        ("flow_grpo", {"replay.grad_steps": 2}, [3, 1]),  # no other is replayed
+        ("dance_grpo", {}, [3, 1]),
+        ("cm_grpo", {"rollout.window_blocks": 1}, [1]),
+        ("nft", {}, [6, 3, 1]),
+        ("rwr", {"replay.times": (0.5,)}, [1]),
+        ("ar_copo", {}, [2, 1]),  # one block
+        ("release", {}, [8, 4, 2, 1]),  # 4 blocks
+        ("flow_grpo", {"replay.chunk": 5}, [2, 1]),
+        ("flow_grpo", {"replay.chunk": 1}, []),
+    ],
+)
+def test_smaller_chunks_are_of_the_states_that_a_branch_replays(spec, fields, chunks):
+    config = configure(f"configs/tiny.py:{spec}", fields)
+    assert fitting.SAME_GRADIENT["replay.chunk"](config) == chunks
+
+
 def test_a_setting_is_lowered_no_further_than_it_has_to_be(config, device, needs):
     proposal = fitting.propose(config, device, needs[2])
     assert proposal == fitting.Proposal({"train.micro_batch": 2}, needs[2])

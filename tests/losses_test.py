@@ -6,7 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from kvpo_jax.algorithm import flow, losses, objective, replay
+from kvpo_jax.algorithm import flow, kv_cache, losses, objective, replay
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.types import KVCache, ReplayTuples
 
@@ -183,6 +183,62 @@ def test_regression_of_drawn_steps_is_cm_grpo():
         100 * jax.grad(ours)(at.theta), jax.grad(cm_grpo)(at.theta), rtol=1e-8
     )
     assert_slope("regression", at)
+
+
+@pytest.mark.parametrize("name", replay.STEP_WEIGHTS)
+def test_what_a_step_counts(name):
+    """As Flow-GRPO and Flash-GRPO write it, in q = std / sqrt(sigma - sigma')."""
+    sigma, drop = SIGMA[:-1], -np.diff(SIGMA)
+    q = 0.7 * np.sqrt(sigma / (1 - np.where(sigma == 1, SIGMA[1], sigma)))
+    rectified = 1 / (np.sqrt(drop) / q + q * np.sqrt(drop) * (1 - sigma) / (2 * sigma))
+    weights = {"even": np.ones(S - 1), "flow_grpo": q / np.sqrt(drop)}
+    expected = (weights | {"rectified": rectified / rectified.mean()})[name]
+    at, *_ = drawn_steps("flow_sde")
+    states = states_of("transitions", tuples(), "flow_sde", step_weight=name).flat()
+    np.testing.assert_allclose(states.share.reshape(-1, S - 1)[-1], expected, rtol=1e-10)
+    weighted = at._replace(states=at.states.replace(share=states.share))
+    plain = at._replace(states=at.states.replace(share=None))
+    for kind in "ratio", "regression":
+        ours, theirs = (loss_of(kind, x)[0].reshape(-1, S - 1) for x in (weighted, plain))
+        np.testing.assert_allclose(ours, expected * theirs, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("steps", "grad_steps", "expected"),
+    [
+        (None, 4, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+        (None, 2, [[0, 1], [0, 1]]),
+        ([[2], [0]], 4, [[2], [0]]),
+        ([[0, 3], [1, 2]], 4, [[0, 3], [1, 2]]),
+    ],
+)
+def test_the_loss_is_the_mean_over_the_drawn_steps_of_each_prompt(steps, grad_steps, expected):
+    """The network says its level, and the loss the square of that times 1 + the advantage."""
+
+    def policy(frozen, lora):
+        def network(z, sigma, text, context, start_frame):
+            return jnp.ones_like(z) * sigma[:, None, None, None, None], None
+
+        return network, jnp.zeros((1, P, 1))
+
+    def loss(at: replay.Replica):
+        level = at.theta.mean(axis=(1, 2, 3, 4))
+        np.testing.assert_array_equal(at.states.u.shape, at.states.z.shape)
+        return level**2 * (1 + at.states.advantage), {"level": level}
+
+    options, _ = sections(grad_steps=grad_steps)
+    cache = kv_cache.empty(kv_cache.KVShape(1, 1, 1, 2), (P,), 2, 1, jnp.float64)
+    recorded = tuples(history=cache, page=cache)
+    recorded = recorded.replace(steps=None if steps is None else jnp.asarray(steps))
+    advantages = normals(4, P, G)
+    others = replay.Others(advantages, jnp.asarray(True), None, None)
+    arguments = policy, options, schedule(), {}, (), recorded, False, None, loss, others, ("level",)
+    losses_found, seen = replay.state_losses(*arguments)
+    levels = SIGMA[np.asarray(expected)]
+    of_prompt = (levels**2).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(losses_found, of_prompt * (1 + np.asarray(advantages)), rtol=1e-6)
+    level = np.broadcast_to(levels.mean(axis=1, keepdims=True), (P, G))
+    np.testing.assert_allclose(seen["level"], level, rtol=1e-6)
 
 
 # ---------------------------------------------------------------- end points

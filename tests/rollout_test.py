@@ -525,6 +525,18 @@ def test_own_noise_is_of_the_branch_and_unlike_the_shared():
     assert abs(np.std(noise) - 1) < 0.1
 
 
+def test_every_prompt_draws_steps_of_its_own():
+    """In order, none of them twice, each as often as the others, however prompts are batched."""
+    key = noise_key(3).replace(prompts=np.arange(300))
+    steps = np.asarray(keys.drawn_steps(key, 2, 4))
+    assert steps.shape == (300, 2) and np.all(steps[:, 0] < steps[:, 1])
+    counts = np.bincount(steps.ravel(), minlength=4)
+    assert counts.size == 4 and np.all(np.abs(counts - 150) < 40)
+    few = keys.drawn_steps(key.replace(prompts=np.arange(7, 9)), 2, 4)
+    np.testing.assert_array_equal(few, steps[7:9])
+    np.testing.assert_array_equal(keys.drawn_steps(key, 4, 4)[0], np.arange(4))
+
+
 def test_drawn_transitions_of_full_strength_are_the_renoise_solver():
     """Branches that draw every step but the last with eta = 1; what they add is their own. With the
     noise that they share it would be the anchor, bit for bit.

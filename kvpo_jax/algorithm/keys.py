@@ -7,13 +7,14 @@
     noise     iteration   frame, prompt       the noise of a block
     noise     iteration   OWN, frame, prompt, branch    what a branch explores with
     noise     iteration   FRESH, frame, prompt          what end points are noised with anew
+    noise     iteration   STEPS, prompt                 which steps of a group are replayed
     shuffle   iteration   prompt              a permutation of advantages (a control)
     heldout   0           frame, prompt       the noise of a held-out video
     suite     sample      frame, prompt       the noise of a video of an evaluation suite
 
 A key is never split and folded in both, and nothing is folded in that must not change the draw: the
-noise of a block does not depend on the branch. What is below OWN and FRESH, which are no frames, is
-apart from it. The order of the streams is part of what a checkpoint means.
+noise of a block does not depend on the branch. What is below OWN, FRESH and STEPS, which are no
+frames, is apart from it. The order of the streams is part of what a checkpoint means.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from flax import struct
 from kvpo_jax.types import Array
 
 STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout", "suite")
-OWN, FRESH = 2**32 - 1, 2**32 - 2  # folded into the key of the noise in place of a frame
+# Folded into the key of the noise in place of a frame.
+OWN, FRESH, STEPS = 2**32 - 1, 2**32 - 2, 2**32 - 3
 
 
 def draw_key(seed: int, stream: str, step: int) -> Array:
@@ -87,3 +89,17 @@ def fresh_noise(noise: NoiseKey, start_frame: Array | int, shape: tuple[int, ...
     It is the same for all branches of a prompt, and independent of what made them.
     """
     return block_noise(noise.replace(key=jax.random.fold_in(noise.key, FRESH)), start_frame, shape)
+
+
+def drawn_steps(noise: NoiseKey, count: int, steps: int) -> Array:
+    """int32[P, count]: which `count` of so many steps a group replays, in their order.
+
+    Each prompt has its own; all branches and blocks of it have the same.
+    """
+    key = jax.random.fold_in(noise.key, STEPS)
+
+    def draw(prompt: Array) -> Array:
+        order = jax.random.permutation(jax.random.fold_in(key, prompt), steps)
+        return jnp.sort(order[:count])
+
+    return jax.vmap(draw)(jnp.asarray(noise.prompts))

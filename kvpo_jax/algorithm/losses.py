@@ -3,8 +3,8 @@
 Most losses are taken state by state: a function of the velocities that the policies predict there
 and of the branch's advantage, whose mean over states, branches and prompts is descended. Their only
 measure is `distance`, the energy of config.replay.energy between two velocities, with the weight of
-the state. KVPO's policy is over the branches of a group: it needs the energies of all states first
-(`objective.loss`), and `gibbs` names it.
+the state; in the mean a loss counts the state's share. KVPO's policy is over the branches of a
+group: it needs the energies of all states first (`objective.loss`), and `gibbs` names it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def bind(
             return state_energy(replay, velocity, other, at.states)
 
         value, seen = of_state(options, distance, at)
+        if at.states.share is not None:
+            value = at.states.share * value
         return value, {name: jax.lax.stop_gradient(seen[name]) for name in SEEN}
 
     return loss

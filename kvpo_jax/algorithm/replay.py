@@ -41,6 +41,7 @@ def record_tuples(
     noise: Sequence[Array] | None,
     anchor: Sequence[Array] | None = None,
     fresh: Sequence[Array] | None = None,
+    steps: Array | None = None,
 ) -> ReplayTuples:
     """ReplayTuples of the W blocks of a window (Algorithm 1, step 2), still without their caches.
 
@@ -53,6 +54,7 @@ def record_tuples(
         (`READS_NOISE`).
       anchor: float[P, S, F, Y, X, C] each, states of the anchor; None if they are not replayed.
       fresh: float[P, N, F, Y, X, C] each, noise for end points; None if they are not replayed.
+      steps: int32[P, n], from `keys.drawn_steps`; None if all steps are replayed.
     """
 
     def stacked(blocks: Sequence[Array] | None) -> Array | None:
@@ -70,6 +72,7 @@ def record_tuples(
         noise=stacked(noise),
         anchor=stacked(anchor),
         fresh=stacked(fresh),
+        steps=steps,
     )
 
 
@@ -91,6 +94,7 @@ class States(struct.PyTreeNode):
       segment: int32[...], whose text is read.
       context: int32[...], the batch row of a Context that is read.
       weight: float[...], what the energy of a state counts; None: 1.
+      share: float[...], what the loss of a state counts; None: 1.
       advantage: float[...], of the branch; where a state is compared with all branches float[...,
         G], of each; None where the loss is not taken state by state.
       peers: int32[...], where it is compared with all branches: the row of their latents.
@@ -104,6 +108,7 @@ class States(struct.PyTreeNode):
     segment: Array
     context: Array
     weight: Array | None = None
+    share: Array | None = None
     advantage: Array | None = None
     peers: Array | None = None
 
@@ -124,7 +129,12 @@ def replay_states(schedule: flow.Schedule, tuples: ReplayTuples) -> States:
 
 
 def _states(
-    tuples: ReplayTuples, z: Array, u: Array, sigma: Array, weight: Array | None = None
+    tuples: ReplayTuples,
+    z: Array,
+    u: Array,
+    sigma: Array,
+    weight: Array | None = None,
+    share: Array | None = None,
 ) -> States:
     """States [P, G, W, N] of z and u float[P, G, W, N, ...], with levels and weights float[N]."""
     p, g, w, n = z.shape[:4]
@@ -143,6 +153,7 @@ def _states(
         segment=every(tuples.segment[:, None]),
         context=every(prompt * w + block),
         weight=None if weight is None else every(weight),
+        share=None if share is None else every(share),
     )
 
 
@@ -205,12 +216,39 @@ def end_states(options, schedule, transition, tuples: ReplayTuples) -> States:
     return _states(tuples, z, noise - clean, sigma)
 
 
+def even_weight(drop: Array, std: Array, of_velocity: Array) -> Array:
+    """Every step counts 1."""
+    return jnp.ones_like(std)
+
+
+def flow_grpo_weight(drop: Array, std: Array, of_velocity: Array) -> Array:
+    """Flow-GRPO for Wan: q / sqrt(sigma - sigma') with std = q sqrt(sigma - sigma')."""
+    return std / drop
+
+
+def rectified_weight(drop: Array, std: Array, of_velocity: Array) -> Array:
+    """Flash-GRPO: 1 / |d log p / dv| over its mean, so that no step dominates the gradient.
+
+    With the noise eps that was drawn, d log p / dv = |dm/dv| eps / std.
+    """
+    weight = std / jnp.abs(of_velocity)
+    return weight / weight.mean()
+
+
+# What the loss of a drawn step counts: (sigma - sigma', std, dm/dv) float[S-1] each -> float[S-1].
+STEP_WEIGHTS: Registry[Callable[[Array, Array, Array], Array]] = Registry(
+    "replay.step_weight",
+    {"even": even_weight, "flow_grpo": flow_grpo_weight, "rectified": rectified_weight},
+)
+
+
 def transition_states(options, schedule, transition, tuples: ReplayTuples) -> States:
     """The states before each drawn step, and the velocities whose mean is the state after it.
 
     A drawn step is z' = m(z, v) + std eps, with m linear in v: m = a z + b v. So z' - m(z, v) is
     b (u - v), and the log-probability of z' is -b^2 / (2 std^2) |u - v|^2 and a constant, which is
     the weight here. As in all published code it is of the mean over elements, not of the sum.
+    options.step_weight says what the loss of a step counts.
     """
     assert transition is not None
     s = tuples.z.shape[3]
@@ -223,7 +261,8 @@ def transition_states(options, schedule, transition, tuples: ReplayTuples) -> St
 
     z, reached = tuples.z[:, :, :, :-1], tuples.z[:, :, :, 1:]
     u = (reached - spread(of_state) * z) / spread(of_velocity)
-    return _states(tuples, z, u, sigma, jnp.square(of_velocity) / (2 * jnp.square(std)))
+    share = STEP_WEIGHTS[options.step_weight](sigma - after, std, of_velocity)
+    return _states(tuples, z, u, sigma, jnp.square(of_velocity) / (2 * jnp.square(std)), share)
 
 
 STATES: Registry[Source] = Registry(
@@ -661,7 +700,8 @@ def state_losses(
     """The mean loss of a branch's states, float[P, G], and the means of what is seen.
 
     Arguments as in `anchor_energies`; `loss` of states, what it reads, and the names of `seen`. No
-    state stands for several branches, and none is left out.
+    state stands for several branches. Those without gradient are left out, and those that were not
+    drawn (tuples.steps).
     """
     states = STATES[options.states].make(options, schedule, transition, tuples)
     if options.context == "own":
@@ -697,12 +737,14 @@ def state_losses(
         around = None if peers is None else peers[states.peers]
         return loss(Replica(states, theta, old, others.on_policy, reference, around))
 
-    steps = np.arange(w * n) % n
-    learned = np.flatnonzero(steps < options.grad_steps)
-    chosen = chunked.fold(states, 4, p, g, w * n)[:, :, learned]
+    chosen = states[:, :, :, : options.grad_steps]
+    if tuples.steps is not None:
+        chosen = jax.vmap(lambda own, steps: own[:, :, steps])(chosen, tuples.steps)
+    count = w * chosen.sigma.shape[3]
+    chosen = chunked.fold(chosen, 4, p, g, count)
     constants = frozen, context, peers, others
     sums = chunked.sum_over_steps(per_state, lora, constants, chosen, options.chunk, wanted, seen)
-    return jax.tree.map(lambda x: x / len(learned), sums)
+    return jax.tree.map(lambda x: x / count, sums)
 
 
 # ---------------------------------------------------------------- the text of the replay
@@ -766,9 +808,10 @@ def anchor_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
 
 
 def own_rows(options: ml_collections.ConfigDict, extent: Extent) -> Rows:
-    """Of `own_energies` and of `state_losses`: every state of every branch."""
+    """Of `own_energies`: every state of every branch. `state_losses` leaves the plain ones out."""
     count = STATES[options.states].size(options, extent.steps)
-    learned, states = min(options.grad_steps, count), extent.branches * extent.blocks
+    learned = options.steps_drawn or min(options.grad_steps, count)
+    states = extent.branches * extent.blocks
     return Rows(states * learned, states * (count - learned))
 
 

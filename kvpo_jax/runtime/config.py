@@ -47,6 +47,7 @@ REGISTRIES = (
     explore.MIXES,
     routing.DRAWS,
     replay.STATES,
+    replay.STEP_WEIGHTS,
     replay.CONTEXTS,
     replay.TEXTS,
     replay.ENERGIES,
@@ -84,6 +85,7 @@ MINIMUM = {
     "replay.sigma_floor": 0.0,
     "replay.blocks": 0,
     "replay.grad_steps": 1,
+    "replay.steps_drawn": 0,
     "replay.chunk": 0,
     "objective.anchors": 1,
     "objective.beta": 0.0,
@@ -355,9 +357,16 @@ def has_energy_unit(config: ConfigDict) -> bool:
     return compares_energies(config) and config.objective.tau_unit == "running_std"
 
 
-def replay_times(config: ConfigDict) -> int:
-    """At how many levels end points are replayed: replay.times, or those of the solver."""
-    return len(config.replay.times or config.sampler.steps)
+def replayed_steps(config: ConfigDict) -> int:
+    """How many states each block of a branch has for the replay, of `replay.STATES`."""
+    source = replay.STATES[config.replay.states]
+    return source.size(config.replay, len(config.sampler.steps))
+
+
+def learned_steps(config: ConfigDict) -> int:
+    """How many of them have a gradient: the first ones, or some of these that are drawn."""
+    options = config.replay
+    return options.steps_drawn or min(options.grad_steps, replayed_steps(config))
 
 
 def old_decay(config: ConfigDict, iteration: int) -> float:
@@ -686,12 +695,32 @@ def _check_method(config: ConfigDict) -> None:
         )
     if context == "own" and source.of_anchor:
         raise UsageError(f"{states} are read under config.replay.context=anchor, not {context}")
-    if not (times := config.replay.times) or all(0 < t <= 1 for t in times):
-        pass
-    else:
+    times = config.replay.times
+    if not all(0 < t <= 1 for t in times):
         raise UsageError(f"config.replay.times={times}: expected levels above 0, up to 1")
+    _check_steps(config, kind.of_state is not None)
     if kind.of_state is None and source.followed:
         _check_energies(config, explored.routes)
+
+
+def _check_steps(config: ConfigDict, by_state: bool) -> None:
+    """Which steps are replayed, and what their losses count."""
+    options, drawn = config.replay, f"config.replay.steps_drawn={config.replay.steps_drawn}"
+    if options.steps_drawn and not by_state:
+        raise UsageError(
+            f"{drawn}: the loss of config.objective.kind={config.objective.kind!r} is one of all"
+            " steps together; set it to 0"
+        )
+    if options.steps_drawn > (most := min(options.grad_steps, replayed_steps(config))):
+        raise UsageError(
+            f"{drawn} is more than the {most} states of a block that have a gradient"
+            " (config.replay.states, config.replay.grad_steps)"
+        )
+    if options.step_weight != "even" and options.states != "transitions":
+        raise UsageError(
+            f"config.replay.step_weight={options.step_weight!r} weighs drawn steps, and"
+            f" config.replay.states={options.states!r} are none; set it to even"
+        )
 
 
 def _check_energies(config: ConfigDict, routes: bool) -> None:

@@ -61,6 +61,7 @@ def replay_spec(history: KVCache, own: bool = False) -> ReplayTuples:
         anchor=PROMPTS,
         fresh=PROMPTS,
         peers=PROMPTS,
+        steps=PROMPTS,
     )
 
 
