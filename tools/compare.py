@@ -36,6 +36,9 @@ from kvpo_jax.runtime.statistics import mean_interval, paired_gain, show_interva
 
 ENDLESS = 1_000_000  # iterations of a run that its budget ends
 TRAINING = ("seconds_rollout", "seconds_reward", "seconds_update")
+# Columns of the first table, and how those of the second begin.
+GAINS = ("seeds", "gain", "95 % over prompts", "95 % over seeds", "over the first", "95 % of that")
+PART = "gain in "
 Curve = tuple[list[float], list[float]]  # passes, gain
 
 
@@ -188,13 +191,25 @@ def rows(methods: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     return [{name: row.get(name, "") for name in columns} for row in out]
 
 
-def failures(methods: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Further rows, a run each that has failed: why."""
+def failures(methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each run that has failed: why."""
     return [
-        {"method": f"{m['method']}, seed {seed}", "seeds": f"failed: {fault}"}
+        f"{m['method']}, seed {seed} failed: {fault}"
         for m in methods
         for seed, fault in m["failed"].items()
     ]
+
+
+def markdown(rows: Sequence[Mapping[str, str]]) -> str:
+    """Tables that fit beside one another on a page: the gains, their parts, and what they took."""
+
+    def kind(column: str) -> int:
+        return 0 if column in GAINS else 1 if column.startswith(PART) else 2
+
+    own = [column for column in rows[0] if column != "method"]
+    chosen = [["method", *(c for c in own if kind(c) == number)] for number in range(3)]
+    tables = [[{c: row[c] for c in columns} for row in rows] for columns in chosen if columns[1:]]
+    return "\n\n".join(map(study.markdown, tables))
 
 
 def _cells(m: Mapping[str, Any], parts: Sequence[str]) -> dict[str, str]:
@@ -207,7 +222,7 @@ def _cells(m: Mapping[str, Any], parts: Sequence[str]) -> dict[str, str]:
         "95 % of that": show_interval(m.get("over_first_ci95_prompts")),
         "reward std in group": f"{m['means']['reward_std_in_group']:.4f}",
         "pixel std in group": f"{m['means']['pixel_std_in_group']:.4f}",
-        **{f"gain in {name}": _signed(m["parts"].get(name)) for name in parts},
+        **{f"{PART}{name}": _signed(m["parts"].get(name)) for name in parts},
         **{name: f"{value:,.0f}" for name, value in m["spent"].items()},
     }
 
@@ -268,12 +283,13 @@ def main(arguments: list[str]) -> None:
         {**called, "arguments": arguments[1:], "methods": methods}, output / "comparison.json"
     )
     budget = f"{given.budget:,} passes for each run" if given.budget else "train.iterations each"
-    tables = study.markdown([*compared, *failed])
+    changed = f"; `{' '.join(arguments[1:])}`" if arguments[1:] else ""
     text = (
-        f"# Methods of {given.config} compared\n\n{budget}; seeds 0 to {given.seeds - 1}. Gains are"
-        " of the held-out reward over the reference, on the same prompts and noise; seconds are"
-        f" those of training.\n\n{tables}\n\n![gains](comparison.png)\n"
+        f"### {given.config}\n\n{budget}; seeds 0 to {given.seeds - 1}{changed}. Gains are of the"
+        " held-out reward over the reference, on the same prompts and noise; seconds are those of"
+        f" training.\n\n{markdown(compared)}\n\n"
     )
+    text += "".join(f"* {line}\n" for line in failed) + "\n![gains](comparison.png)\n"
     with replacing(output / "comparison.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     picture(found, methods, output / "comparison.png")
@@ -282,11 +298,11 @@ def main(arguments: list[str]) -> None:
         page.write(finished, output / "report.html")
     print()
     table("", list(compared[0]), [list(row.values()) for row in compared])
-    print("".join(f"\n{row['method']} {row['seeds']}" for row in failed))
+    print("".join(f"\n{line}" for line in failed))
     pages = " and report.html" if finished else ""
     print(f"wrote {output}/comparison.md, .json, .png{pages}", flush=True)
     if failed:
-        raise UsageError(f"{len(failed)} of {len(trials)} runs failed; the table says why")
+        raise UsageError(f"{len(failed)} of {len(trials)} runs failed; comparison.md says why")
 
 
 def define_flags() -> None:
