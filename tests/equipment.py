@@ -1,16 +1,20 @@
 """Equipment that several test files need: runs without files, small configurations."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from kvpo_jax import programs, run
 from kvpo_jax.memory import fileless_backbone
+from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import checkpoint
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
 # A generator that compiles in a moment; its latents are the toy's.
@@ -44,6 +48,16 @@ def bare_run(config: ml_collections.ConfigDict, mesh: Mesh, params: PyTree = Non
     """A Run of these base weights that generates, and cannot decode or score."""
     backbone = fileless_backbone(config)
     return run.Run(config, mesh, backbone, params, programs.build(config, mesh), None)
+
+
+def random_variables(config: ml_collections.ConfigDict, scale: float, seed: int = 0) -> PyTree:
+    """{"params", "lora"} of a generator, every parameter random, of this std.
+
+    The zeros and ones of the initialisation would hide what depends on them.
+    """
+    like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: (scale * rng.normal(size=x.shape)).astype(x.dtype), like)
 
 
 def pixels_of(videos: Array, anchor: Array | None = None, fork: int = 0) -> Pixels:

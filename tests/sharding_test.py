@@ -3,19 +3,16 @@ depend on either.
 """
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import SMALLEST, bare_run, batch_of, configure
+from equipment import SMALLEST, bare_run, batch_of, configure, random_variables
 
 from kvpo_jax import programs, rollout
 from kvpo_jax.algorithm import keys
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import sharding
-from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import ReplayTuples, Rollout
 
 PROMPTS, BRANCHES, FRAMES = 4, 8, 3
@@ -63,16 +60,8 @@ def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) 
     config = configure("configs/tiny.py", {**FIELDS, "rollout.branch_chunk": chunk})
     mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
     equipment = bare_run(config, mesh)
-    # Every parameter random: the zeros and ones of the initialisation would hide what depends on
-    # them.
-    like = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
-    rng = np.random.default_rng(0)
-
-    def normal(x):
-        return (0.25 * rng.normal(size=x.shape)).astype(x.dtype)
-
-    variables, other = jax.tree.map(normal, like), jax.tree.map(normal, like["lora"])
-    variables = sharding.place(variables, mesh)
+    variables = sharding.place(random_variables(config, 0.25), mesh)
+    other, rng = random_variables(config, 0.25, seed=1)["lora"], np.random.default_rng(0)
     embeddings = rng.normal(size=(PROMPTS, 3, 3, 4)).astype(np.float32)
     changed = np.array(
         [[False, True, True], [False, True, False], [False, False, True], [False, False, False]]
