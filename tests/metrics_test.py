@@ -17,6 +17,7 @@ from PIL import Image
 
 from kvpo_jax import programs
 from kvpo_jax.runtime import films, metrics, video
+from kvpo_jax.runtime.records import read_run
 from kvpo_jax.types import Judged, Replayed, Scores
 
 
@@ -255,6 +256,29 @@ def test_no_record_has_a_number_that_is_not_finite(config):
     records = metrics.branch_records(config, 6, [first, second])
     assert records[2]["energy_reference"] == [None, None]
     json.dumps(records, allow_nan=False)
+
+
+def test_what_the_loss_does_not_know_of_a_branch_is_null(config, tmp_path):
+    """A loss by state has no policy over the branches, and may replay the first of them alone. The
+    pages and comparisons read such records.
+    """
+    made = [
+        group.replace(
+            replayed=group.replayed.replace(
+                energies=group.replayed.energies[:, :1], probability=None, ratio=None
+            )
+        )
+        for group in groups()
+    ]
+    rows = metrics.branch_records(config, 6, made)
+    assert [row["energy"] for row in rows] == [[60.1, None], [61.1, None], [62.1, None]]
+    assert all(row["probability"] == row["ratio"] == [None, None] for row in rows)
+    (tmp_path / "config.json").write_text("{}")
+    lines = (json.dumps({"iteration": 0, **row}) for row in rows)
+    (tmp_path / "branches.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert [line["energy"] for line in read_run(tmp_path).branches] == [
+        row["energy"] for row in rows
+    ]
 
 
 def test_a_continued_run_has_every_record_once(recorder_of, tmp_path, capsys):

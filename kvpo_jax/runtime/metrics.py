@@ -122,15 +122,20 @@ def _group_records(group: Group, place: Mapping[str, Any]) -> list[dict[str, Any
     """`branch_records` of a micro-batch; `place` is what all its records have."""
     judged, replayed = group.judged, group.replayed
     routed, scored = as_lists(group.routed_frames), score_records(judged.scores)
+    prompts, branches = judged.advantages.shape
+
+    def of_branches(x: Array | np.ndarray | None) -> list[list[Any]]:
+        """A number of each branch; None where a loss by state has none, or replays few branches."""
+        rows = [[]] * prompts if x is None else as_lists(x)
+        return [[*row, *[None] * (branches - len(row))] for row in rows]
+
     columns = {
         "advantage": as_lists(judged.advantages),
-        "energy": as_lists(replayed.energies),
-        "energy_old": as_lists(group.energies_old),
-        "energy_reference": as_lists(group.energies_ref),
-        **{
-            name: [None] * len(group.sentences) if x is None else as_lists(x)
-            for name, x in (("probability", replayed.probability), ("ratio", replayed.ratio))
-        },
+        "energy": of_branches(replayed.energies),
+        "energy_old": of_branches(group.energies_old),
+        "energy_reference": of_branches(group.energies_ref),
+        "probability": of_branches(replayed.probability),
+        "ratio": of_branches(replayed.ratio),
         "gate_open": as_lists(judged.gate_open),
         "weight": as_lists(replayed.weight),
     }
