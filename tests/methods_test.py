@@ -211,7 +211,7 @@ MESHED = {
     "flow_grpo": ("transition", "transitions", "own", "ratio"),
     "ar_copo": ("init_noise", "branch", "anchor", "neighbours"),
     "nft": ("init_noise", "ends", "own", "nft"),
-    "rwr": ("init_noise", "ends", "own", "regression"),
+    "cm_grpo": ("transition", "transitions", "own", "regression"),  # one drawn step
     "chr_l2": ("routing", "anchor", "anchor", "gibbs"),
     "chr_noise_tve": ("routing+init_noise", "branch", "anchor", "gibbs"),
     "release": ("routing", "branch", "self_rolled", "gibbs"),
