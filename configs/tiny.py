@@ -141,6 +141,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.reward.weights = ConfigDict({"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3})
     # In scorers.SCORERS, or module:function of your own; several with commas.
     c.reward.scorer = "toy"
+    # Standard deviation of noise that is added to the rewards of a run's branches and anchors, as by
+    # a judge that errs; held-out rewards have none.
+    c.reward.noise = 0.0
     # Whether the scorers' weights stay on the devices; if not, they are loaded whenever one scores.
     c.reward.resident = True
     c.reward.segments = ()  # prompt segments that are scored, numbered from 0; empty = all
@@ -153,6 +156,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     # Ends a run before it would have spent more passes (kvpo_jax/budget.py); 0 = no limit.
     t.budget_passes = 0
     t.prompts_per_iteration = 4  # P
+    # Of the world "return": the tasks whose stories are trained on; empty: its mix of them.
+    t.tasks = ()
     t.held_out = 32  # sequences of the prompt file that are never trained on; the toy makes its own
     # Prompts at a time, their gradients summed; a divisor of P. 0 = the most that fit the devices,
     # which the run prints; all at once on a CPU.

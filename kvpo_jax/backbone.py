@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from kvpo_jax import programs
 from kvpo_jax.data import prompts, return_world, text, toy_world
-from kvpo_jax.errors import MissingPackageError, Registry, UsageError
+from kvpo_jax.errors import MissingPackageError, Registry, UsageError, nearest
 from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.wan import WanConfig, abstract_variables
@@ -338,7 +338,7 @@ class World(Protocol):
 
     def heldout_prompts(self, count: int, segments: int) -> list[list[str]]: ...
     def sample_prompts(
-        self, seed: int | tuple[int, ...], split: str, segments: int
+        self, seed: int | tuple[int, ...], split: str, segments: int, **chosen: Any
     ) -> list[str]: ...
     def check(self, prompts: Sequence[str]) -> None: ...
     def embed(self, prompts: Sequence[str]) -> np.ndarray: ...
@@ -378,7 +378,9 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     def sequence(split: str, index: int) -> list[str]:
         if split == "heldout":
             return heldout()[index]
-        return world.sample_prompts((config.seed, index), split, segments)
+        tasks = config.train.tasks
+        chosen = {"tasks": tasks} if split == "train" and tasks else {}
+        return world.sample_prompts((config.seed, index), split, segments, **chosen)
 
     return Backbone(
         load_params=partial(load_params, path, cfg),
@@ -407,6 +409,18 @@ def check_size(config: ml_collections.ConfigDict) -> None:
             raise UsageError(
                 f"config.video.{name}={config.video[name]}: a latent frame of the"
                 f" {config.backbone} has {world.SIZE // world.SIDE}"
+            )
+
+
+def check_tasks(config: ml_collections.ConfigDict) -> None:
+    """UsageError for tasks that the prompts of the backbone do not have."""
+    known = getattr(TOYS[config.backbone].world, "TASKS", ()) if config.backbone in TOYS else ()
+    for task in config.train.tasks:
+        if task not in known:
+            raise UsageError(
+                f"config.train.tasks={config.train.tasks}: the prompts of the backbone"
+                f" {config.backbone!r} have {', '.join(known) or 'no tasks'}, not {task!r}"
+                f"{nearest(task, known)}"
             )
 
 
@@ -591,7 +605,8 @@ BACKBONES: Registry[Kind] = Registry(
 
 
 def load(config: ml_collections.ConfigDict) -> Backbone:
-    """The backbone that config.backbone names."""
+    """The backbone that config.backbone names; UsageError as `check_tasks`."""
+    check_tasks(config)
     return BACKBONES[config.backbone].make(config)
 
 

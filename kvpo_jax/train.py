@@ -117,6 +117,11 @@ def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: 
 
     scores, local, appearance = sharding.gather(score, run.mesh)
     backbone_lib.release_rewards(config, run.backbone)
+    if config.reward.noise:
+        key = keys.draw_key(config.seed, "reward", iteration)
+        noise = config.reward.weights, config.reward.noise, key, batch.numbers
+        scores = objective.noisy_scores(scores, *noise)
+        local = None if local is None else objective.noisy_scores(local, *noise)
     key = keys.draw_key(config.seed, "shuffle", iteration)
     advantages, gate_open = run.programs.judge(scores, local, key, batch.numbers)
     return Judged(

@@ -12,7 +12,7 @@ import compare as tool
 import jax
 import numpy as np
 import pytest
-import study
+import trials
 from equipment import SMALL, configure
 from PIL import Image
 
@@ -196,10 +196,10 @@ def test_only_a_longer_run_goes_on_in_a_directory(tmp_path):
     finish(tmp_path, "paper", 0, [0.1, 0.2])
     endless = [BETA, "--config.train.iterations=1000000"]
 
-    def asked(longer: bool, **budget: int) -> study.Trial:
+    def asked(longer: bool, **budget: int) -> trials.Trial:
         fields = {"train.budget_passes": budget["passes"]}
         spec = "configs/tiny.py:paper"
-        return study.configure("paper", 0, spec, fields, tmp_path, endless, longer)
+        return trials.configure("paper", 0, spec, fields, tmp_path, endless, longer)
 
     for passes in BUDGET, BUDGET + 1, 0:
         assert asked(True, passes=passes).config.train.budget_passes == passes

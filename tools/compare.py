@@ -17,55 +17,26 @@ over seeds is of the gains of whole runs, and says whether another seed would do
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import study
+import trials
 from absl import flags
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import command, page, records
+from kvpo_jax.runtime import command, page
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.progress import table
 from kvpo_jax.runtime.statistics import mean_interval, paired_gain, show_interval
 
 ENDLESS = 1_000_000  # iterations of a run that its budget ends
-TRAINING = ("seconds_rollout", "seconds_reward", "seconds_update")
 # Columns of the first table, and how those of the second begin.
 GAINS = ("seeds", "gain", "95 % over prompts", "95 % over seeds", "over the first", "95 % of that")
 PART = "gain in "
-Curve = tuple[list[float], list[float]]  # passes, gain
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run has come to.
-
-    Attributes:
-      trial: the run.
-      fault: in a line why it has failed; "" if it has not, and the others are known.
-      gain: of the held-out reward over the reference.
-      gains: the same of every held-out prompt, float[n]; None if the run has not written them.
-      parts: component of the reward, or one that is only watched -> its gain.
-      means: metric -> mean over the iterations.
-      spent: iterations, passes, scored videos, and seconds of training.
-      curve: the gain after so many passes.
-    """
-
-    trial: study.Trial
-    fault: str = ""
-    gain: float = 0.0
-    gains: np.ndarray | None = None
-    parts: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    means: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    spent: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    curve: Curve = ([], [])
-
 
 # ---------------------------------------------------------------- runs
 
@@ -77,7 +48,7 @@ def configure(
     file: str,
     output: Path,
     arguments: Sequence[str],
-) -> list[study.Trial]:
+) -> list[trials.Trial]:
     """The runs of a comparison, by method and seed.
 
     Raises:
@@ -93,56 +64,17 @@ def configure(
     limits = {"train.budget_passes": budget} if budget else {}
     endless = [f"--config.train.iterations={ENDLESS}"] if budget else []
     return [
-        study.configure(
+        trials.configure(
             name, seed, f"{file}:{name}", limits, output, [*endless, *arguments], longer=True
         )
         for name, seed in itertools.product(methods, range(seeds))
     ]
 
 
-def result(trial: study.Trial) -> Result:
-    """Makes, continues or finds the run, and reads what it has come to."""
-    if fault := study.carry_out(trial):
-        return Result(trial, fault)
-    try:
-        found = records.read_run(trial.workdir)
-    except UsageError as error:  # a damaged file
-        return Result(trial, str(error))
-    summary, metrics = found.summary, found.metrics
-    if "passes_forward" not in summary:
-        return Result(trial, f"{trial.workdir} is of a version that counted no passes")
-    reference, online = (summary["components"][name] for name in ("reference", "online"))
-    evaluated = [row for row in metrics if row.get("heldout_online") is not None]
-    return Result(
-        trial=trial,
-        gain=summary["heldout"]["gain"],
-        gains=_gains(found.heldout[-1]["reward"]) if found.heldout else None,
-        parts={name: online[name] - reference[name] for name in online},
-        means={
-            name: float(np.mean([row[name] for row in metrics if row[name] is not None]))
-            for name in ("reward_std_in_group", "pixel_std_in_group")
-        },
-        spent={
-            "iterations": summary["iterations"],
-            "passes": summary["passes_forward"] + summary["passes_backward"],
-            "scored videos": summary["videos_scored"],
-            "seconds": sum(row.get(name) or 0.0 for row in metrics for name in TRAINING),
-        },
-        curve=(
-            [0.0, *(row["passes_forward"] + row["passes_backward"] for row in evaluated)],
-            [0.0, *(row["heldout_online"] - row["heldout_reference"] for row in evaluated)],
-        ),
-    )
-
-
-def _gains(rewards: Mapping[str, Sequence[float]]) -> np.ndarray:
-    return np.asarray(rewards["online"]) - np.asarray(rewards["reference"])
-
-
 # ---------------------------------------------------------------- methods
 
 
-def of_method(results: Sequence[Result], first: Sequence[Result]) -> dict[str, Any]:
+def of_method(results: Sequence[trials.Result], first: Sequence[trials.Result]) -> dict[str, Any]:
     """What comparison.json has of a method.
 
     Args:
@@ -171,7 +103,7 @@ def of_method(results: Sequence[Result], first: Sequence[Result]) -> dict[str, A
     return out
 
 
-def _per_prompt(results: Sequence[Result]) -> np.ndarray | None:
+def _per_prompt(results: Sequence[trials.Result]) -> np.ndarray | None:
     """The gain on every held-out prompt, the mean over seeds, float[n]; None if it is not known."""
     gains = [r.gains for r in results if not r.fault]
     known = [g for g in gains if g is not None]
@@ -209,7 +141,7 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     own = [column for column in rows[0] if column != "method"]
     chosen = [["method", *(c for c in own if kind(c) == number)] for number in range(3)]
     tables = [[{c: row[c] for c in columns} for row in rows] for columns in chosen if columns[1:]]
-    return "\n\n".join(map(study.markdown, tables))
+    return "\n\n".join(map(trials.markdown, tables))
 
 
 def _cells(m: Mapping[str, Any], parts: Sequence[str]) -> dict[str, str]:
@@ -234,7 +166,9 @@ def _signed(value: float | None) -> str:
 # ---------------------------------------------------------------- the picture
 
 
-def picture(results: Mapping[str, Sequence[Result]], methods: Sequence[Any], path: Path) -> None:
+def picture(
+    results: Mapping[str, Sequence[trials.Result]], methods: Sequence[Any], path: Path
+) -> None:
     """A PNG: the gain of every run over its passes, and beside it those of the methods."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes most of a second
     from matplotlib.figure import Figure
@@ -271,10 +205,10 @@ def main(arguments: list[str]) -> None:
     given = flags.FLAGS
     output = Path(given.output)
     names = [name.strip() for name in given.methods]
-    trials = configure(names, given.seeds, given.budget, given.config, output, arguments[1:])
-    found: dict[str, list[Result]] = {name: [] for name in names}
-    for trial in trials:
-        found[trial.name].append(result(trial))
+    asked = configure(names, given.seeds, given.budget, given.config, output, arguments[1:])
+    found: dict[str, list[trials.Result]] = {name: [] for name in names}
+    for trial in asked:
+        found[trial.name].append(trials.result(trial))
     first = found[names[0]]
     methods = [of_method(found[name], first) for name in names]
     compared, failed = rows(methods), failures(methods)
@@ -302,7 +236,7 @@ def main(arguments: list[str]) -> None:
     pages = " and report.html" if finished else ""
     print(f"wrote {output}/comparison.md, .json, .png{pages}", flush=True)
     if failed:
-        raise UsageError(f"{len(failed)} of {len(trials)} runs failed; comparison.md says why")
+        raise UsageError(f"{len(failed)} of {len(asked)} runs failed; comparison.md says why")
 
 
 def define_flags() -> None:

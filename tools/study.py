@@ -1,136 +1,474 @@
-"""Runs that a study compares, for toy_study.py and compare.py: configured and made."""
+"""The evidence study: the paper's claims put to the test in the small worlds (docs/evidence.md).
+
+    python tools/study.py --output=docs [--arms=KVPO,none] [--seeds=0,1,2,3,4]
+    python tools/study.py --quick [--output=DIR]     # few arms and seeds, short runs
+    python tools/study.py --search=tve,l2 [--seeds=100,101]    # settings, on development seeds
+    python tools/study.py --render --output=docs     # the pages again, from evidence.json alone
+
+An arm is a configuration, some fields over it, and a number of seeds: ARMS. All arms of a world
+spend the same passes (train.budget_passes, docs/runs.md). They run tier by tier, and in a tier seed
+by seed, the most important first. After each run DIR has evidence.json, evidence.md and
+evidence.html anew, so the study can be stopped at any time; the same command goes on with it.
+Every run's directory, with its page, is kept below --runs.
+
+All runs of a world are judged on the same held-out prompts, from the same noise. An arm's interval
+is over its seeds, each of which counts once. The difference to the arm that it is compared with is
+paired: seed by seed, because a seed has the same training prompts and noise in every arm, and
+prompt by prompt.
+
+What was chosen by looking at results is in SETTINGS, and nothing else. Development seeds are those
+from 100 on; they train on other prompts than the study's, and are judged on held-out prompts that
+the study does not have.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+import evidence
+import jax
+import numpy as np
+import trials
+from absl import flags
 
-from kvpo_jax.errors import UsageError
+from kvpo_jax import backbone as backbone_lib
+from kvpo_jax.data import return_world
+from kvpo_jax.errors import UsageError, nearest
+from kvpo_jax.runtime import command
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import process
-from kvpo_jax.runtime import workdir as workdir_lib
+from kvpo_jax.runtime.atomic import write_json
 
-# How long a run is, where a study may be continued with longer ones. A budget of 0 is no limit.
-LENGTHS = ("train.iterations", "train.budget_passes")
-POLL = 0.2  # seconds between two looks at a run
+DEVELOPMENT = 100  # the first development seed
+ENDLESS = 1_000_000  # iterations of a run that its budget ends
+# Passes of a run: 60 iterations of KVPO with W = 1 and P = 16, about 40 in the drifting world.
+BUDGETS = {"return": 235_200, "toy": 115_000}
+
+# ---------------------------------------------------------------- settings that were searched
+
+_SEARCHED = {
+    "objective.beta": 0.15,
+    "objective.tau": 1.0,
+    "objective.tau_unit": "running_std",
+    "train.learning_rate": 2e-3,
+    "train.prompts_per_iteration": 16,
+    "rollout.window_blocks": 1,
+}
+# Surrogate -> fields of its arms. Set on development seeds (--search), before the study's ran.
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "tve": _SEARCHED,
+    "latent": _SEARCHED,
+    "l2": _SEARCHED,
+    "awm": _SEARCHED,
+    # A rival's beta, clips and advantages are its own (kvpo_jax/methods.py).
+    "rival": {"train.learning_rate": 2e-3, "train.prompts_per_iteration": 16},
+    "toy": {},  # configs/tiny.py as it is
+}
+
+# What runs for every arm: nothing that is looked at while it trains.
+LEAN = {
+    "train.iterations": ENDLESS,
+    "train.checkpoint_every": 50,
+    "train.keep": 1,
+    "train.keep_best": 0,
+    "train.video_every": 0,
+    "eval.every": 0,
+    "eval.prompts": 32,
+}
+QUICK_BUDGET = 40_000
+QUICK_ARMS = ("KVPO", "noise + l2", "no exploration", "shuffled")
+
+# ---------------------------------------------------------------- arms
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
-    """A run of a study.
+class Arm:
+    """A configuration whose runs are compared with those of another.
 
     Attributes:
-      name: what it is a run of.
-      seed: of the run.
-      workdir: its directory.
-      flags: of kvpo_jax.main.
-      config: that they make.
+      name: of the arm.
+      section: of the page.
+      spec: FILE[:PRESET][:METHOD] of the configuration.
+      settings: key of SETTINGS.
+      fields: over the settings.
+      tier: 1 is run first.
+      seeds: how many it has, from 0.
+      versus: the arm that it is compared with.
     """
 
     name: str
-    seed: int
-    workdir: Path
-    flags: tuple[str, ...]
-    config: ConfigDict
+    section: str
+    spec: str = "configs/return.py"
+    settings: str = "tve"
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    tier: int = 3
+    seeds: int = 5
+    versus: str = "KVPO"
 
 
-# ---------------------------------------------------------------- before a run
+RETURN, WEAK, TOY = "configs/return.py", "configs/return.py:weak", config_lib.TINY
+NOISE = {"rollout.explore": "init_noise", "rollout.noise_scale": 1.0}
+DRAWN = {"rollout.explore": "transition"}
+BOTH = {"rollout.explore": "routing+init_noise", "rollout.noise_scale": 1.0}
+L2 = {"replay.states": "anchor", "replay.energy": "latent"}
+SHUFFLED = {"objective.shuffle_advantages": True}
+NEGATED = {"objective.negate_advantages": True}
+NONE = {"rollout.explore": "none"}
+OUTVOTED = {"train.tasks": ("outvoted",)}
 
 
-def configure(
-    name: str,
-    seed: int,
-    spec: str,
-    fields: Mapping[str, Any],
-    runs: Path,
-    arguments: Sequence[str],
-    longer: bool = False,
-) -> Trial:
-    """A run below the folder `runs`.
+def _beta(factor: float) -> Mapping[str, Any]:
+    """A KL weight in proportion to the searched one, which stands for the paper's 5."""
+    return {"objective.beta": factor * SETTINGS["tve"]["objective.beta"]}
+
+
+def _weak(name: str, settings: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
+    versus = "KVPO, weak vote"
+    return Arm(f"{name}, weak vote", "weak vote", WEAK, settings, fields, tier, 5, versus)
+
+
+def _old(name: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
+    versus = "KVPO, old world"
+    return Arm(f"{name}, old world", "old world", TOY, "toy", fields, tier, 3, versus)
+
+
+def _rival(method: str, tier: int = 3) -> Arm:
+    return Arm(method, "rivals", f"{RETURN}:strong+{method}", "rival", {}, tier)
+
+
+ARMS = (
+    Arm("KVPO", "exploration", tier=1),
+    Arm("noise + l2", "exploration", settings="l2", fields={**NOISE, **L2}, tier=1),
+    Arm("CHR + l2", "surrogate", settings="l2", fields=L2, tier=1),
+    Arm("shuffled", "controls", fields=SHUFFLED, tier=1),
+    Arm("no exploration", "exploration", RETURN, "l2", {**NONE, **L2}, 1, 2),
+    Arm("CHR and noise + TVE", "exploration", fields=BOTH, tier=1),
+    Arm("beta 0", "beta", fields=_beta(0), tier=1),
+    Arm("AWM", "surrogate", settings="awm", spec=f"{RETURN}:strong+awm", tier=1),
+    Arm("KVPO, reward noise 0.1", "reward noise", fields={"reward.noise": 0.1}, tier=1),
+    _rival("astrolabe", 1),
+    _weak("KVPO", "tve", {}),
+    _weak("noise + l2", "l2", {**NOISE, **L2}),
+    _weak("CHR + l2", "l2", L2),
+    _weak("shuffled", "tve", SHUFFLED),
+    Arm("KVPO on outvoted", "transfer", fields=OUTVOTED, tier=2),
+    Arm("noise + l2 on outvoted", "transfer", RETURN, "l2", {**NOISE, **L2, **OUTVOTED}, 2),
+    Arm("negated", "controls", fields=NEGATED, tier=2, seeds=2),
+    Arm("CHR + clean latent", "surrogate", RETURN, "latent", {"replay.energy": "latent"}, 2),
+    Arm("CHR and noise + l2", "exploration", settings="l2", fields={**BOTH, **L2}, tier=2),
+    Arm("transition noise + l2", "exploration", settings="l2", fields={**DRAWN, **L2}, tier=2),
+    Arm("transition noise + ratio", "exploration", f"{RETURN}:strong+cps_grpo", "rival", {}, 2),
+    Arm("KVPO, reward noise 0.01", "reward noise", fields={"reward.noise": 0.01}, tier=2),
+    Arm("noise + l2, reward noise 0.1", "reward noise", RETURN, "l2",
+        {**NOISE, **L2, "reward.noise": 0.1}, 2),
+    _old("KVPO", {}),
+    _old("no routing", {"rollout.perturbed_steps": 0}),
+    _old("noise + TVE", NOISE),
+    _old("shuffled", SHUFFLED),
+    *(Arm(f"{n} steps", "CHR", fields={"rollout.perturbed_steps": n}) for n in (1, 4)),
+    Arm("3 of 9 slots", "CHR", f"{RETURN}:strong+slots_3"),
+    Arm("9 of 9 slots", "CHR", f"{RETURN}:strong+slots_9"),
+    Arm("random window", "CHR", f"{RETURN}:strong+random_window"),
+    *(Arm(f"{n} blocks", "CHR", fields={"rollout.window_blocks": n}) for n in (2, 3)),
+    Arm("beta / 5", "beta", fields=_beta(1 / 5)),
+    Arm("2 beta", "beta", fields=_beta(2)),
+    *(_rival(name) for name in ("neighbor_grpo", "nft", "flow_grpo", "ar_copo")),
+    Arm("3 steps", "CHR", fields={"rollout.perturbed_steps": 3}, tier=4),
+    Arm("3/5 beta", "beta", fields=_beta(3 / 5), tier=4),
+    Arm("noise + TVE", "exploration", f"{RETURN}:strong+noise_tve", fields={
+        "rollout.noise_scale": 1.0, "rollout.window_blocks": 1, "replay.blocks": 2}, tier=4),
+    Arm("noise + l2, reward noise 0.01", "reward noise", RETURN, "l2",
+        {**NOISE, **L2, "reward.noise": 0.01}, 4),
+    *(_rival(name, 4) for name in ("dance_grpo", "cm_grpo", "rwr")),
+    *(Arm(f"{n} blocks, old world", "old world", TOY, "toy", {"rollout.window_blocks": n}, 4, 3,
+          "KVPO, old world") for n in (5, 7)),
+)  # fmt: skip
+BY_NAME = {arm.name: arm for arm in ARMS}
+
+
+def world_of(arm: Arm) -> str:
+    """The key of BUDGETS."""
+    return "toy" if arm.spec.startswith(TOY) else "return"
+
+
+# ---------------------------------------------------------------- the search
+
+# What is tried one at a time around SETTINGS, with the arm that carries the surrogate.
+CARRIERS = {"tve": "KVPO", "latent": "CHR + clean latent", "l2": "noise + l2", "awm": "AWM"}
+CARRIERS |= {"rival": "astrolabe"}
+TRIED: Mapping[str, Sequence[Any]] = {
+    "train.learning_rate": (1e-3, 2e-3, 4e-3),
+    "objective.beta": (0.05, 0.15, 0.5),
+    "objective.tau_unit": ("running_std", "group_std"),
+    "rollout.window_blocks": (1, 2),
+    "train.prompts_per_iteration": (8, 16),
+}
+HELD_BACK = 32  # the study's held-out prompts; a search is judged on as many others
+
+
+def searched(surrogate: str) -> list[Arm]:
+    """The arms of a search: the carrier with its settings, and with one of them changed."""
+    arm, settings = BY_NAME[CARRIERS[surrogate]], SETTINGS[surrogate]
+    points: list[dict[str, Any]] = [{}]
+    points += [
+        {name: value}
+        for name, values in TRIED.items()
+        for value in values
+        if name in settings and value != settings[name]
+    ]
+    more = {"eval.prompts": 2 * HELD_BACK}
+    return [
+        dataclasses.replace(
+            arm,
+            name=" ".join([surrogate, *(f"{n.split('.')[1]} {v}" for n, v in point.items())]),
+            fields={**arm.fields, **point, **more},
+        )
+        for point in points
+    ]
+
+
+def search_row(arm: Arm, seed: int, result: trials.Result) -> dict[str, Any]:
+    """What evidence_search.json has of a run: judged on prompts that the study does not have."""
+    changed = {n: v for n, v in arm.fields.items() if n in TRIED or n.startswith("replay.")}
+    row = {"arm": arm.name, "surrogate": arm.settings, "seed": seed, "fields": changed}
+    if result.fault or result.gains is None:
+        return {**row, "fault": result.fault}
+    tasks = tasks_of(result.evaluation, slice(HELD_BACK, None))
+    gain = float(np.mean(result.gains[HELD_BACK:]))
+    return {**row, "gain": gain, "tasks": tasks, "spent": dict(result.spent)}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def trial_of(
+    arm: Arm, seed: int, runs: Path, arguments: Sequence[str], budget: int | None, weak: str
+) -> trials.Trial:
+    """A run of an arm; UsageError as `trials.configure`."""
+    fields = {
+        **LEAN,
+        "train.budget_passes": budget or BUDGETS[world_of(arm)],
+        **({"weights": weak} if arm.spec.startswith(WEAK) and weak else {}),
+        **SETTINGS[arm.settings],
+        **arm.fields,
+    }
+    return trials.configure(arm.name, seed, arm.spec, fields, runs, arguments)
+
+
+def without_generator(arm: Arm, weak: str) -> bool:
+    """Whether neither the package nor the command line has the arm's generator."""
+    return not weak and backbone_lib.shipped_weights(config_lib.load(arm.spec)) is None
+
+
+def tasks_of(evaluation: Mapping[str, Any], which: slice = slice(None)) -> dict[str, Any]:
+    """Task -> its number of held-out stories and their mean components before and after.
 
     Args:
-      name: what it is a run of; its directory is called so.
-      seed: of the run.
-      spec: FILE[:PRESET] of the configuration.
-      fields: dotted name -> value, over it and the arguments.
-      runs: the folder.
-      arguments: --config.FIELD=VALUE, as they were given.
-      longer: whether it may be a longer run than the one that is in the directory.
-
-    Raises:
-      UsageError: the directory has a run of another configuration.
+      evaluation: an object of heldout.jsonl; {} where the world has no tasks.
+      which: of the prompts.
     """
-    workdir, own = runs / f"{name.replace(' ', '_')}-{seed}", {"seed": seed, **fields}
-    changes = [*arguments, *(f"--config.{field}={value}" for field, value in own.items())]
-    config = workdir_lib.resolve(spec, None, changes)
-    # Even what a continued run may change changes the numbers of a study.
-    if (record := workdir / "config.json").exists():
-        before, now = config_lib.flat(config_lib.load_saved(record)), config_lib.flat(config)
-        changed = [n for n in sorted(before | now) if before.get(n) != now.get(n)]
-        if longer:
-            changed = [n for n in changed if n not in LENGTHS or _shorter(before.get(n, 0), now[n])]
-        if changed:
+    stories = evaluation.get("prompt", [])[which]
+    tasks = np.array([return_world.task_of(story) for story in stories])
+    out = {}
+    for task in return_world.TASKS:
+        here = tasks == task
+        if not here.any():
+            continue
+        out[task] = {
+            "stories": int(here.sum()),
+            **{
+                when: {
+                    name: round(float(np.mean(np.asarray(values[which], float)[here])), 5)
+                    for name, values in {
+                        "reward": evaluation["reward"][policy],
+                        **{n: evaluation["components"][policy][n] for n in PARTS},
+                    }.items()
+                }
+                for when, policy in (("before", "reference"), ("after", "online"))
+            },
+        }
+    return out
+
+
+PARTS = ("SC", "VQ", "wanted", "shown", "other")  # of the world "return", as its held-out records
+
+
+def run_record(arm: Arm, seed: int, result: trials.Result) -> dict[str, Any]:
+    """What evidence.json has of a run."""
+    row = {"arm": arm.name, "seed": seed, "run": result.trial.workdir.name}
+    if result.fault:
+        return {**row, "fault": result.fault}
+    gains = None if result.gains is None else [round(float(x), 5) for x in result.gains]
+    in_return = world_of(arm) == "return"
+    return {
+        **row,
+        "gain": result.gain,
+        "gains": gains,
+        "before": float(np.mean(result.evaluation["reward"]["reference"])),
+        "parts": {name: round(value, 6) for name, value in result.parts.items()},
+        "tasks": tasks_of(result.evaluation) if in_return else {},
+        "means": dict(result.means),
+        "spent": dict(result.spent),
+    }
+
+
+def ordered(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
+    """The runs of a study: tier by tier, in a tier seed by seed, in the order of `arms`."""
+    return [
+        (arm, seed)
+        for tier in sorted({arm.tier for arm in arms})
+        for seed in seeds
+        for arm in arms
+        if arm.tier == tier and (seed < arm.seeds or seed >= DEVELOPMENT)
+    ]
+
+
+def carry_out(
+    asked: Sequence[tuple[Arm, trials.Trial]],
+    row_of: Callable[[Arm, int, trials.Result], dict[str, Any]],
+    keep: Callable[[Sequence[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Makes the runs, the finished ones first, which takes no time, and keeps what is known.
+
+    Args:
+      asked: arms and their runs, in order.
+      row_of: what is kept of a run.
+      keep: is given all rows after every run that is made.
+    """
+    rows = []
+    done = [trials.is_finished(trial) for _, trial in asked]
+    for made, (arm, trial) in sorted(zip(done, asked, strict=True), key=lambda x: not x[0]):
+        rows.append(row_of(arm, trial.seed, trials.result(trial)))
+        if not made:
+            keep(rows)
+    keep(rows)
+    return rows
+
+
+# ---------------------------------------------------------------- the command
+
+
+def chosen(names: Sequence[str]) -> list[Arm]:
+    """The arms of these names, in the order of ARMS; all if there are none."""
+    for name in names:
+        if name not in BY_NAME:
             raise UsageError(
-                f"{workdir} has a run with another {changed[0]}; choose another directory for"
-                " the runs"
+                f"--arms: {name!r} is no arm{nearest(name, BY_NAME)}; arms are {', '.join(BY_NAME)}"
             )
-    flags = (f"--config={spec}", f"--workdir={workdir}", *changes)
-    return Trial(name, seed, workdir, flags, config)
+    return [arm for arm in ARMS if not names or arm.name in names]
 
 
-def _shorter(before: int, now: int) -> bool:
-    return (now or math.inf) < (before or math.inf)
+def seeds_of(given: Sequence[str], development: bool) -> list[int]:
+    """The seeds that are asked for."""
+    if not all(seed.strip().isdigit() for seed in given):
+        raise UsageError(f"--seeds={','.join(given)}: expected whole numbers with commas between")
+    seeds = sorted({int(seed) for seed in given})
+    if wrong := [seed for seed in seeds if (seed >= DEVELOPMENT) != development]:
+        raise UsageError(
+            f"--seeds: {wrong[0]} is {'no' if development else 'a'} development seed; those are"
+            f" {DEVELOPMENT} and more, for --search alone"
+        )
+    return seeds
 
 
-# ---------------------------------------------------------------- a run
+def search(surrogates: Sequence[str], runs: Path, output: Path, arguments: Sequence[str]) -> None:
+    """Runs the search, and writes its table to evidence_search.json."""
+    given = flags.FLAGS
+    for name in surrogates:
+        if name not in CARRIERS:
+            raise UsageError(f"--search={name}: surrogates are {', '.join(CARRIERS)}")
+    seeds = seeds_of(given.seeds or [str(DEVELOPMENT)], development=True)
+    arms = [arm for name in surrogates for arm in searched(name)]
+    asked = [
+        (arm, trial_of(arm, seed, runs / "search", arguments, given.budget, given.weak_weights))
+        for seed in seeds
+        for arm in arms
+    ]
+
+    def keep(rows: Sequence[dict[str, Any]]) -> None:
+        write_json({"runs": list(rows)}, output / "evidence_search.json")
+
+    rows = carry_out(asked, search_row, keep)
+    print(f"\n{trials.markdown(evidence.search_rows(rows))}\n", flush=True)
+    print(f"wrote {output / 'evidence_search.json'}", flush=True)
 
 
-def carry_out(trial: Trial) -> str:
-    """Makes or continues a run in a process of its own, unless it is finished.
+def main(arguments: list[str]) -> None:
+    """The command: see the module."""
+    given = flags.FLAGS
+    runs = Path(given.runs)
+    output = Path(given.output) if given.output else runs
+    if given.render:
+        path = output / "evidence.json"
+        if not path.exists():
+            raise UsageError(f"{path} is not there; run the study first, or name its folder")
+        evidence.write(json.loads(path.read_text()), output)
+        return
+    if given.search:
+        search(given.search, runs, output, arguments[1:])
+        return
+    seeds = seeds_of(given.seeds or ("01" if given.quick else "01234"), development=False)
+    arms = chosen(given.arms or (QUICK_ARMS if given.quick else ()))
+    missing = [arm for arm in arms if without_generator(arm, given.weak_weights)]
+    arms = [arm for arm in arms if arm not in missing]
+    budget = given.budget or (QUICK_BUDGET if given.quick else 0)
+    asked = [
+        (arm, trial_of(arm, seed, runs, arguments[1:], budget, given.weak_weights))
+        for arm, seed in ordered(arms, seeds)
+    ]
+    for arm in missing:
+        print(f"{arm.name}: left out, for want of a generator (--weak_weights)", flush=True)
+    known: dict[str, Any] = {
+        "command": " ".join(["python tools/study.py", *_given(given), *arguments[1:]]),
+        "made_with": f"jax {jax.__version__}, {os.cpu_count()} CPU cores ({platform.machine()})",
+        "budget": budget or BUDGETS,
+        "settings": {name: dict(fields) for name, fields in SETTINGS.items()},
+        "asked": {"arms": [arm.name for arm in arms], "seeds": seeds},
+        "left_out": [arm.name for arm in missing],
+        "described": {arm.name: described(arm) for arm in arms},
+    }
 
-    Returns:
-      In a line why it has failed; "" if it has not.
+    def keep(rows: Sequence[dict[str, Any]]) -> None:
+        evidence.write(evidence.summed_up({**known, "runs": list(rows)}), output)
 
-    Raises:
-      UsageError: it was stopped.
-    """
-    if workdir_lib.finished(trial.config, trial.workdir) is not None:
-        return ""
-    print(f"\n=== {trial.name}, seed {trial.seed}", flush=True)
-    command = [sys.executable, "-m", "kvpo_jax.main", *trial.flags]
-    with tempfile.TemporaryFile("w+") as errors, process.stop_signal() as stop:
-        with subprocess.Popen(command, stderr=errors) as run:
-            while run.poll() is None:
-                if stop.wait(POLL):
-                    run.terminate()  # a run that Ctrl-C has reached already does nothing new
-                    run.wait()
-        errors.seek(0)
-        said = errors.read()
-    print(said, end="", file=sys.stderr, flush=True)
-    if stop.is_set() or run.returncode == process.STOPPED:
-        raise UsageError(f"{trial.workdir} is not finished; the same command goes on with it")
-    if not run.returncode:
-        return ""
-    if run.returncode < 0:
-        return f"ended by {signal.Signals(-run.returncode).name}"
-    lines = said.strip().splitlines() or [f"exit status {run.returncode}"]
-    return lines[-1].removeprefix("error: ")
+    rows = carry_out(asked, run_record, keep)
+    print(f"wrote evidence.json, .md and .html in {output}", flush=True)
+    if failed := [row for row in rows if row.get("fault")]:
+        raise UsageError(f"{len(failed)} of {len(rows)} runs failed; the page says why")
 
 
-# ---------------------------------------------------------------- after them
+def described(arm: Arm) -> dict[str, Any]:
+    """What the page says of an arm besides its figures."""
+    changes = {name: str(value) for name, value in arm.fields.items()}
+    facts = dataclasses.asdict(arm)
+    return {name: facts[name] for name in ("section", "spec", "settings", "versus")} | {
+        "fields": changes
+    }
 
 
-def markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    """A table of rows, column -> cell; the first row has all the columns, in their order."""
-    columns = list(rows[0])
-    cells = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
-    return "\n".join(f"| {' | '.join(x.replace('|', '/') for x in row)} |" for row in cells)
+def _given(given: Any) -> list[str]:
+    """The flags that decide which runs are made."""
+    lists = [f"--{n}={','.join(given[n].value)}" for n in ("arms", "seeds") if given[n].value]
+    return [*lists, *(["--quick"] if given.quick else [])]
+
+
+def define_flags() -> None:
+    """The flags of the command."""
+    flags.DEFINE_list("arms", [], "names of arms, with commas between; default: all")
+    flags.DEFINE_list("seeds", [], "with commas between; default: 0,1,2,3,4, of a search 100")
+    flags.DEFINE_list("search", [], "surrogates whose settings are tried on development seeds")
+    flags.DEFINE_bool("quick", False, f"arms {', '.join(QUICK_ARMS)}, two seeds, short runs")
+    flags.DEFINE_bool("render", False, "write the pages again from evidence.json, and run nothing")
+    flags.DEFINE_integer("budget", 0, "passes of each run; 0: those of the study", lower_bound=0)
+    flags.DEFINE_string("weak_weights", "", "generator of the arms with a weak vote")
+    command.define_path("runs", "runs/study", "directory of the runs; finished ones are kept")
+    command.define_path("output", None, "directory of what is written; default: that of the runs")
+
+
+if __name__ == "__main__":
+    command.run(__name__, define_flags, main)

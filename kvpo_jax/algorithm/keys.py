@@ -11,6 +11,7 @@
     shuffle   iteration   prompt              a permutation of advantages (a control)
     heldout   0           frame, prompt       the noise of a held-out video
     suite     sample      frame, prompt       the noise of a video of an evaluation suite
+    reward    iteration   prompt              what is added to rewards (an experiment)
 
 A key is never split and folded in both, and nothing is folded in that must not change the draw: the
 noise of a block does not depend on the branch. What is below OWN, FRESH and STEPS, which are no
@@ -26,7 +27,7 @@ from flax import struct
 
 from kvpo_jax.types import Array
 
-STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout", "suite")
+STREAMS = ("lora", "pivot", "routing", "noise", "shuffle", "heldout", "suite", "reward")
 # Folded into the key of the noise in place of a frame.
 OWN, FRESH, STEPS = 2**32 - 1, 2**32 - 2, 2**32 - 3
 

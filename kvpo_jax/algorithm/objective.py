@@ -254,6 +254,38 @@ def control_advantages(
     return advantages
 
 
+def noisy_scores(
+    scores: Scores, weights: Mapping[str, float], scale: float, key: Array, numbers: np.ndarray
+) -> Scores:
+    """The scores of P groups by a judge that errs: noise N(0, scale) for every video.
+
+    The components of a video err alike, and its reward by the sum of their weights.
+
+    Args:
+      scores: by the judge that does not.
+      weights: component -> its weight in the reward.
+      scale: config.reward.noise.
+      key: of the stream "reward".
+      numbers: int32[P], the number of each prompt in its iteration.
+    """
+
+    def draw(number: Array) -> Array:
+        own = jax.random.fold_in(key, number)
+        return scale * jax.random.normal(own, (scores.branches.shape[1] + 1,))
+
+    drawn = jax.vmap(draw)(jnp.asarray(numbers))
+    branches, anchor = drawn[:, 1:], drawn[:, 0]
+    total = sum(weights.values())
+    return Scores(
+        branches=scores.branches + total * branches,
+        anchor=scores.anchor + total * anchor,
+        components={
+            name: (b + branches, a + anchor) if name in weights else (b, a)
+            for name, (b, a) in scores.components.items()
+        },
+    )
+
+
 # ---------------------------------------------------------------- the Gibbs policy
 
 

@@ -200,15 +200,17 @@ def _check_segments(segments: int) -> None:
         )
 
 
-def sample_prompts(seed: int | tuple[int, ...], split: str, segments: int) -> list[str]:
-    """A story of a random task of MIX, of a pair of objects of `split`.
+def sample_prompts(
+    seed: int | tuple[int, ...], split: str, segments: int, tasks: Sequence[str] = MIX
+) -> list[str]:
+    """A story of a random one of `tasks`, of a pair of objects of `split`.
 
     Raises:
       UsageError: `segments` is not SEGMENTS.
     """
     _check_segments(segments)
     rng, pairs = np.random.default_rng(seed), PAIRS[split]
-    return _story(rng, pairs[rng.integers(len(pairs))], MIX[rng.integers(len(MIX))])
+    return _story(rng, pairs[rng.integers(len(pairs))], tasks[rng.integers(len(tasks))])
 
 
 def heldout_prompts(count: int, segments: int) -> list[list[str]]:

@@ -95,6 +95,7 @@ MINIMUM = {
     "reward.clip_frames": 0,
     "reward.clip_spacing": 0,
     "reward.min_behind": 0.0,
+    "reward.noise": 0.0,
     "train.iterations": 1,
     "train.budget_passes": 0,
     "train.micro_batch": 0,
