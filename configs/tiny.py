@@ -141,8 +141,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.reward.weights = ConfigDict({"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3})
     # In scorers.SCORERS, or module:function of your own; several with commas.
     c.reward.scorer = "toy"
-    # Standard deviation of noise that is added to the rewards of a run's branches and anchors, as by
-    # a judge that errs; held-out rewards have none.
+    # Standard deviation of noise in the rewards that are trained on, as by a judge that errs.
     c.reward.noise = 0.0
     # Whether the scorers' weights stay on the devices; if not, they are loaded whenever one scores.
     c.reward.resident = True

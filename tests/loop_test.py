@@ -36,6 +36,7 @@ from kvpo_jax.types import Experience, PyTree
 
 SEED, ITERATIONS, PROMPTS, HELD_OUT = 3, 3, 2, 2
 LEARNING_RATE, WARMUP, EMA_DECAY = 0.02, 2, 0.75
+NOISE = 5.0  # in rewards of 0 to 1
 FIELDS = {
     "seed": SEED,
     **SMALL,
@@ -44,6 +45,7 @@ FIELDS = {
     "rollout.branches": 3,
     "rollout.window_blocks": 1,
     "objective.gate": "mechanism_2",  # never closes, so that the policy moves whatever the rewards
+    "reward.noise": NOISE,
     "train.iterations": ITERATIONS,
     "train.prompts_per_iteration": PROMPTS,
     "train.micro_batch": 1,
@@ -470,6 +472,18 @@ def test_the_recorded_rewards_are_those_of_the_metrics(run):
         for name in ("VQ", "MQ", "TA"):
             scores = [x[name]["branches"] for x in recorded(run, i, "components")]
             assert np.mean(scores) == pytest.approx(metrics[f"reward_{name}"], rel=1e-5)
+
+
+def test_the_noise_of_a_reward_is_of_the_iteration_and_of_the_number_of_the_prompt(run):
+    for i in range(ITERATIONS):
+        key = key_of(SEED, "reward", i)
+        keys = [jax.random.fold_in(key, n) for n in range(PROMPTS)]
+        drawn = NOISE * np.array([jax.random.normal(k, (1 + 3,)) for k in keys])
+        for name, noise in (("reward", drawn[:, 1:]), ("reward_anchor", drawn[:, 0])):
+            without = recorded(run, i, name) - noise
+            assert np.all((without >= 0) & (without <= 1))
+    heldout = run.summary["heldout"]
+    assert all(0 <= heldout[policy] <= 1 for policy in ("reference", "online", "ema"))
 
 
 def test_the_unit_of_tau_is_common_and_is_the_running_mean_of_the_spreads(run):

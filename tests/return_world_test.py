@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from equipment import configure
 
+from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.algorithm import routing
 from kvpo_jax.data import return_world as world
 from kvpo_jax.errors import UsageError
@@ -96,6 +98,27 @@ def test_training_stories_mix_the_tasks():
         cast = [world.parse(s) for s in dict.fromkeys(story[:3])]
         assert tuple(cast[:2]) in world.PAIRS["train"] and story[3:] == ["nothing", "it returns"]
         assert len({o // 3 for o in cast}) == len(cast)  # all of different colours
+
+
+def test_a_run_may_train_on_some_tasks_alone():
+    given = {"train.tasks": "('outvoted',)", "eval.prompts": 8}
+    backbone = backbone_lib.load(configure("configs/return.py", given))
+    tasks = {world.task_of(backbone.prompts("train", i)) for i in range(20)}
+    held_out = {world.task_of(backbone.prompts("heldout", i)) for i in range(8)}
+    assert tasks == {"outvoted"} and held_out == set(world.TASKS)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("configs/return.py", "have outvoted, ambiguous, sink wins, not 'outvotd'; did you mean"),
+        ("configs/tiny.py", "the backbone 'toy' have no tasks"),
+        ("configs/longlive.py", "the backbone 'longlive' have no tasks"),
+    ],
+)
+def test_tasks_that_are_none_are_an_error(spec, message):
+    with pytest.raises(UsageError, match=message):
+        backbone_lib.load(configure(spec, {"train.tasks": "('outvotd',)"}))
 
 
 def test_held_out_stories_are_different_and_in_turn():

@@ -689,6 +689,25 @@ def test_controls_change_the_advantages_only(weights):
     np.testing.assert_array_equal(alone, shuffled[third])
 
 
+def test_a_judge_that_errs_errs_alike_in_all_components():
+    weights, p, g = {"VQ": 0.25, "TA": 0.5}, 3, 4000
+    ones = jnp.ones((p, g)), jnp.ones(p)
+    scores = Scores(*ones, {name: ones for name in ("VQ", "TA", "watched")})
+    numbers, key = np.arange(p), jax.random.key(1)
+    noisy = objective.noisy_scores(scores, weights, 0.2, key, numbers)
+    branches, anchor = noisy.components["VQ"]
+    assert abs(float(jnp.std(branches)) - 0.2) < 0.01 and abs(float(branches.mean()) - 1) < 0.01
+    assert len(set(map(float, anchor))) == p  # the anchor's are drawn, too
+    np.testing.assert_array_equal(noisy.components["TA"][0], branches)
+    np.testing.assert_array_equal(noisy.components["watched"][0], ones[0])
+    np.testing.assert_allclose(noisy.branches, 1 + 0.75 * (branches - 1), rtol=1e-5)
+    np.testing.assert_allclose(noisy.anchor, 1 + 0.75 * (anchor - 1), rtol=1e-5)
+    # What is drawn is of a prompt's number, not of its place in the batch.
+    third = jax.tree.map(lambda x: x[2:], scores)
+    alone = objective.noisy_scores(third, weights, 0.2, key, numbers[2:])
+    np.testing.assert_array_equal(alone.branches, noisy.branches[2:])
+
+
 def test_release_preset_trains(weights, tmp_path):
     """Every field of the release preset, through the same loop."""
     release = config_lib.load("configs/tiny.py:release")
