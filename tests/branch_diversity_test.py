@@ -27,7 +27,8 @@ def test_stories_of_a_task_do_not_depend_on_how_many_are_asked_for():
 def test_routing_changes_what_returns_and_noise_how_it_looks(tmp_path):
     drawn = tmp_path / "branches.png"
     config = configure("configs/return.py", {"train.prompts_per_iteration": 8, "eval.prompts": 16})
-    measured = branch_diversity.measure(config, ("routing", "init_noise"), 8, drawn)
+    runs = branch_diversity.loaded(config, ("routing", "init_noise"))
+    measured = branch_diversity.measure(runs, 8, drawn)
     # The anchor and two groups of 8, the frames side by side.
     width, height = Image.open(drawn).size
     assert width > 24 * 48 and height > 17 * 48

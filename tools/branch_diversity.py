@@ -78,21 +78,23 @@ def batch_of(run: Run, stories: Sequence[list[str]]) -> PromptBatch:
     return backbone_lib.prompt_batch(told, run.mesh, "train", 0, np.arange(len(stories)))
 
 
-def stories_of(task: str, count: int, start: int) -> list[list[str]]:
+def stories_of(task: str, count: int, start: int, seed: int = SEED) -> list[list[str]]:
     """The stories start, start + 1, ... of a task, of pairs that a run trains on."""
     found, index = [], 0
     while len(found) < start + count:
-        story = return_world.sample_prompts((SEED, index), "train", return_world.SEGMENTS)
+        story = return_world.sample_prompts((seed, index), "train", return_world.SEGMENTS)
         found += [story] * (return_world.task_of(story) == task)
         index += 1
     return found[start:]
 
 
-def groups_of(run: Run, variables: PyTree, batch: PromptBatch, number: int) -> Groups:
+def groups_of(
+    run: Run, variables: PyTree, batch: PromptBatch, number: int, seed: int = SEED
+) -> Groups:
     """Groups whose branches differ in what config.rollout.explore says."""
     fork = run.pivots[0] * run.config.video.block_frames
-    noise = keys.NoiseKey(keys.draw_key(SEED, "noise", number), batch.numbers)
-    drawn = run.programs.draw(keys.draw_key(SEED, "routing", number), batch.numbers, fork)
+    noise = keys.NoiseKey(keys.draw_key(seed, "noise", number), batch.numbers)
+    drawn = run.programs.draw(keys.draw_key(seed, "routing", number), batch.numbers, fork)
     rolled = rollout_lib.rollout(run, variables, batch, noise, drawn, run.pivots[0])
     return Groups(batch.sentences, *map(np.asarray, (rolled.branches, rolled.anchor, drawn)))
 
@@ -168,10 +170,10 @@ def spread(run: Run, groups: Groups) -> dict[str, Any]:
 # ---------------------------------------------------------------- the tables
 
 
-def deployment(run: Run, variables: PyTree) -> list[dict[str, Any]]:
+def deployment(run: Run, variables: PyTree, seed: int = SEED) -> list[dict[str, Any]]:
     """What returns in the held-out stories, a row for each task and ending."""
     count = run.config.eval.prompts
-    noise = keys.NoiseKey(keys.draw_key(SEED, "heldout", 0), np.arange(count))
+    noise = keys.NoiseKey(keys.draw_key(seed, "heldout", 0), np.arange(count))
     told, rows = [run.backbone.prompts("heldout", i) for i in range(count)], []
     for ending in (return_world.RETURNS, return_world.FIRST_RETURNS):
         stories = [[*story[:-1], ending] for story in told]
@@ -236,34 +238,40 @@ def picture(run: Run, groups: dict[str, Groups], path: Path) -> None:
         sheet.quantize(256).save(temporary, format="PNG")
 
 
-def measure(
-    config: ml_collections.ConfigDict, ways: Sequence[str], groups: int, path: Path | None
-) -> dict[str, Any]:
-    """The three tables.
-
-    Args:
-      config: of the generator.
-      ways: values of config.rollout.explore, the first "routing".
-      groups: how many of each task.
-      path: where to write a picture of a group, or None.
-    """
+def loaded(config: ml_collections.ConfigDict, ways: Sequence[str]) -> dict[str, Run]:
+    """The generator of `config` with what its branches explore, values of rollout.explore."""
     runs = {}
     for way in ways:
         with (own := config.copy_and_resolve_references()).unlocked():
             own.rollout.update(explore=way, noise_scale=1.0)
         runs[way] = run_lib.load(own)
-    first = runs[ways[0]]
+    return runs
+
+
+def measure(
+    runs: dict[str, Run], groups: int, path: Path | None = None, seed: int = SEED
+) -> dict[str, Any]:
+    """The three tables.
+
+    Args:
+      runs: from `loaded`, the first of "routing".
+      groups: how many of each task.
+      path: where to write a picture of a group, or None.
+      seed: of stories, noise and routing.
+    """
+    ways, first = list(runs), next(iter(runs.values()))
+    config = first.config
     variables, at_once = first.variables(first.initial_lora()), config.train.prompts_per_iteration
-    measured: dict[str, Any] = {"deployment": deployment(first, variables), "diversity": []}
+    measured: dict[str, Any] = {"deployment": deployment(first, variables, seed), "diversity": []}
     for task in return_world.TASKS:
         told = [
-            stories_of(task, at_once, number * at_once)
+            stories_of(task, at_once, number * at_once, seed)
             for number in range(math.ceil(groups / at_once))
         ]
         made = {
             way: joined(
                 [
-                    groups_of(run, variables, batch_of(run, stories), number)
+                    groups_of(run, variables, batch_of(run, stories), number, seed)
                     for number, stories in enumerate(told)
                 ]
             )
@@ -295,7 +303,7 @@ def main(arguments: list[str]) -> None:
         for name in ("json", "picture")
     )
     command.use_compilation_cache()
-    measured = measure(config, WAYS, given.groups, path)
+    measured = measure(loaded(config, WAYS), given.groups, path)
     print("\nUnder the deployment window, held out:\n")
     print(table(measured["deployment"]))
     print("\nThe first object returns, by routed frames that show it (outvoted):\n")

@@ -178,21 +178,18 @@ def picture(
     curves, gains = figure.subplots(1, 2, width_ratios=(3, 2))
     for place, m in enumerate(methods):
         colour = f"C{place % 10}"
-        for r in results[m["method"]]:
+        runs = results[m["method"]]
+        for r in runs:
             curves.plot(*r.curve, color=colour, marker=".", linewidth=1.2)
-            if not r.fault:
-                gains.plot(r.gain, place, ".", color=colour, alpha=0.5)
         if m["seeds"]:
-            low, high = m.get("gain_ci95_prompts") or m["gain_ci95_seeds"] or [m["gain"]] * 2
-            gains.plot([low, high], [place, place], color=colour, linewidth=1.6)
-            gains.plot(m["gain"], place, "D", color=colour, label=m["method"])
+            interval = m.get("gain_ci95_prompts") or m["gain_ci95_seeds"]
+            seeds = [r.gain for r in runs if not r.fault]
+            trials.draw_gain(gains, place, seeds, m["gain"], interval, colour)
     curves.set(xlabel="passes", ylabel="gain of the held-out reward", title="every run")
     gains.set(xlabel="gain of the held-out reward", title="methods, with 95 % intervals")
-    gains.set_yticks(range(len(methods)), [m["method"] for m in methods])
-    gains.set_ylim(len(methods) - 0.5, -0.5)  # the first one above
-    for axes in (curves, gains):
-        axes.grid(True, linewidth=0.5, alpha=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+    trials.name_gains(gains, [m["method"] for m in methods])
+    curves.grid(True, linewidth=0.5, alpha=0.5)
+    curves.spines[["top", "right"]].set_visible(False)
     with replacing(path) as temporary, temporary.open("wb") as file:
         figure.savefig(file, format="png")
 

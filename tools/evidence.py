@@ -15,16 +15,19 @@ the policy that training starts from. The rule of the verdict (`verdict`):
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import trials
 
+from kvpo_jax.runtime import media, page
 from kvpo_jax.runtime.atomic import replacing, write_json
-from kvpo_jax.runtime.statistics import mean_interval, show_interval
+from kvpo_jax.runtime.statistics import mean_interval
 
-REPRODUCED, NOT, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
+VERDICTS = REPRODUCED, NOT, UNTESTABLE = "reproduced", "not reproduced", "not testable here"
 NEGLIGIBLE = 0.03  # of a gain, whose scale is 0 to 1
 
 Run = Mapping[str, Any]  # of a run, as study.run_record makes it
@@ -42,6 +45,8 @@ class Claim:
       arm: whose runs it is about; "" if no run can say anything.
       over: the arm that it is compared with; "" is the policy that training starts from.
       measure: "gain", a component of the reward, or "TASK: COMPONENT".
+      table: "runs", or "return" and "weak" of what branches differ in before training; there the
+        arms are values of rollout.explore and the measure is "TASK: COLUMN".
       sign: of the difference that the paper claims; 0 is none.
       why: it cannot be tested.
     """
@@ -53,10 +58,25 @@ class Claim:
     measure: str = "gain"
     sign: int = 1
     why: str = ""
+    table: str = "runs"
+
+
+def _diverse(claim: str, column: str, sign: int = 1, table: str = "return") -> Claim:
+    """Routing against noise, in the stories whose first object is outvoted."""
+    measure = f"outvoted: {column}"
+    where = "Fig. 1, Appendix B"
+    return Claim(claim, where, "routing", "init_noise", measure, sign, table=table)
 
 
 TABLE_1 = "Table 1: LongLive VQ +28 %, MQ +6 %, TA +26 % on long videos"
 CLAIMS = (
+    _diverse("routed history changes what is shown, noise how it looks", "between objects"),
+    _diverse("branches of routed histories differ more in semantics", "SC std"),
+    _diverse("and less in appearance", "VQ std", -1),
+    _diverse("the best branch of a routed group is further above the anchor", "best - anchor"),
+    _diverse(
+        "branches of routed histories differ more in semantics (weak vote)", "SC std", 1, "weak"
+    ),
     Claim("KVPO raises the reward that it optimises", TABLE_1, "KVPO"),
     Claim("and its semantic part", TABLE_1, "KVPO", measure="SC"),
     Claim("and its appearance", TABLE_1, "KVPO", measure="VQ"),
@@ -181,14 +201,24 @@ def by_seed(runs: Sequence[Run], arm: str) -> dict[int, Run]:
     return {run["seed"]: run for run in runs if run["arm"] == arm and not run.get("fault")}
 
 
-def judged(runs: Sequence[Run], claim: Claim) -> dict[str, Any]:
+def measured(found: Mapping[str, Any], claim: Claim, arm: str) -> dict[int, float]:
+    """Seed -> the measure of a claim for one of its arms."""
+    if claim.table == "runs":
+        return {s: value(r, claim.measure) for s, r in by_seed(found["runs"], arm).items()}
+    task, _, column = claim.measure.rpartition(": ")
+    return {
+        seed["seed"]: row[column]
+        for seed in found.get("diversity", {}).get(claim.table, ())
+        for row in seed["diversity"]
+        if (row["task"], row["explore"]) == (task, arm)
+    }
+
+
+def judged(found: Mapping[str, Any], claim: Claim) -> dict[str, Any]:
     """What evidence.json has of a claim."""
-    own, other = by_seed(runs, claim.arm), by_seed(runs, claim.over)
+    own, other = measured(found, claim, claim.arm), measured(found, claim, claim.over)
     seeds = sorted(own.keys() & other.keys() if claim.over else own)
-    values = [
-        value(own[s], claim.measure) - (value(other[s], claim.measure) if claim.over else 0.0)
-        for s in seeds
-    ]
+    values = [own[s] - other.get(s, 0.0) for s in seeds]
     ours, interval = mean_interval(np.array(values)) if values else (None, None)
     why = claim.why
     if not why and interval is None:
@@ -204,6 +234,7 @@ def judged(runs: Sequence[Run], claim: Claim) -> dict[str, Any]:
         "measure": claim.measure,
         "arms": [name for name in (claim.arm, claim.over) if name],
         "claimed": claim.sign,
+        "table": claim.table,
         "why": why,
     }
 
@@ -261,11 +292,112 @@ def of_arm(runs: Sequence[Run], name: str, versus: str) -> dict[str, Any]:
 def summed_up(kept: Mapping[str, Any]) -> dict[str, Any]:
     """evidence.json: what was kept of the runs, with the figures of the arms and the claims."""
     runs, described = kept["runs"], kept["described"]
-    arms = [of_arm(runs, name, about["versus"]) for name, about in described.items()]
-    return {"claims": [judged(runs, claim) for claim in CLAIMS], "arms": arms, **kept}
+    made = {run["arm"] for run in runs}
+    arms = [of_arm(runs, n, about["versus"]) for n, about in described.items() if n in made]
+    return {"claims": [judged(kept, claim) for claim in CLAIMS], "arms": arms, **kept}
 
 
 # ---------------------------------------------------------------- pages
+
+PARTS = ("SC", "VQ", "other", "MQ", "TA")  # of the worlds, as far as each has them
+DIVERSITY = (
+    "reward std",
+    "SC std",
+    "VQ std",
+    "semantic share of var R",
+    "between objects",
+    "wanted",
+    "best - anchor",
+)
+RULE = (
+    "The rule: a claim is a difference of two arms, or of an arm and the policy that it starts"
+    " from. It is taken seed by seed, and its 95 % Student-t interval is over the seeds. The claim"
+    " is reproduced if the whole interval lies on the paper's side of 0; where the paper says that"
+    f" there is no difference, if it lies within {NEGLIGIBLE} of 0. It is not reproduced with any"
+    " other interval, be it on the other side or too wide to say. It is not testable here if the"
+    " worlds do not have what it is about, or if there are not two seeds of both arms.",
+    "All arms of a world spend the same passes; their settings were chosen on development seeds and"
+    " on other held-out prompts, and nothing was changed after the study's seeds were seen.",
+)
+ARRANGED = (
+    "Routed windows are contexts that the generators of the world return were trained on. LongLive"
+    " and MemFlow were not trained so.",
+    "The strength of the vote and the pattern of the stories decide how deterministic the generator"
+    " is given its history, and with it what routing can change that noise cannot. The weak vote is"
+    " the other end.",
+    "The reward wants what history decides (SC). The other half of it, VQ, is what noise decides.",
+    "A frame is one token, and three blocks return: windows of 5 and 7 blocks are tried in the old"
+    " world.",
+    "The wanted rule exists in the generator, under an ending of the story that no run has.",
+)
+SECTIONS = {
+    "exploration": (
+        "Exploration",
+        "What makes the branches differ, each with a surrogate that suits it, and l2 as a bridge."
+        " Noise with TVE in one block has an energy of exactly 0: it learns nothing by"
+        " construction, and is no test of exploration.",
+    ),
+    "surrogate": (
+        "Surrogate policy",
+        "The energy that stands for a branch's probability, under routed history and, for AWM,"
+        " noise.",
+    ),
+    "controls": ("Controls", "What the reward's direction is worth."),
+    "beta": ("KL penalty", "In proportion to the searched weight, which stands for the paper's 5."),
+    "reward noise": (
+        "Reward noise",
+        "Noise of this standard deviation in the rewards of training; held-out rewards have none.",
+    ),
+    "CHR": ("Routing", "The paper's Table 2, one change at a time."),
+    "rivals": ("Rivals", "Methods of others, at the same passes; docs/methods.md describes them."),
+    "weak vote": (
+        "A weak vote",
+        "The generator follows the majority of the attended frames only weakly: here noise finds"
+        " other objects, too.",
+    ),
+    "transfer": (
+        "Transfer",
+        "Trained on stories alone in which the first object is outvoted; judged on all tasks.",
+    ),
+    "old world": (
+        "The old world",
+        "configs/tiny.py, a drifting shape. Its gain is no evidence for routed history: nothing in"
+        " it is known to the past alone.",
+    ),
+}
+TASKS_TEXT = (
+    "SC is semantic, VQ appearance; other is the share of frames that show an object which nobody"
+    " showed, an unclear one, or none."
+)
+DIVERSITY_TEXT = (
+    "No training: groups of eight branches of the reference policy, means with 95 % intervals over"
+    " seeds. Between objects: the share of the variance of the pixels that lies between the objects"
+    " that return. Wanted: the share of branches in which the first object returns."
+)
+VOTES_TEXT = "Where the first object is outvoted, over all seeds."
+SETTINGS_TEXT = "Chosen on development seeds, one set for a surrogate, and then not changed."
+SEARCH_TEXT = (
+    "Development seeds, judged on held-out prompts that the study does not have; one setting is"
+    " changed at a time."
+)
+BEFORE_TEXT = (
+    "Earlier studies, with other generators and 1 to 3 seeds an arm, which the settings above began"
+    " with. Their figures are not comparable with those of this page."
+)
+BEFORE = (
+    "A window of three blocks, four prompts, a learning rate of 1e-3 and beta 0.05 lost where the"
+    " first object is outvoted: -0.057 (one seed).",
+    "There, with one block, 16 prompts and 60 iterations: CHR + TVE +0.149, with beta 0.15 +0.170,"
+    " CHR + l2 +0.182, noise + l2 +0.208, shuffled +0.006 (3 seeds each); with 160 iterations"
+    " +0.233, +0.290 (CHR + l2), +0.357 (noise + l2), -0.009 (1 or 2 seeds).",
+    "Windows of three blocks gained less than of one in every comparison (+0.101, +0.028 with"
+    " self-rolled replay).",
+    "One routed step +0.234 (and a collapse in a longer run), four +0.216, two +0.149; 3 of 9 slots"
+    " +0.124, 9 of 9 +0.184; beta 0 +0.102, 0.5 +0.085 (1 to 3 seeds).",
+    "On all three tasks mixed, CHR + TVE and noise + l2 gained 0.05 to 0.06, all of it appearance.",
+    "The drifting shape, 20 iterations: noise + TVE +0.361, CHR + TVE +0.330, no routing exactly 0;"
+    " with reward noise of 0.01 CHR + TVE +0.05, noise + TVE +0.348 (1 or 2 seeds).",
+)
 
 
 def search_rows(rows: Sequence[Run]) -> list[dict[str, str]]:
@@ -283,22 +415,268 @@ def search_rows(rows: Sequence[Run]) -> list[dict[str, str]]:
                     row[f"{task}: {part}"] = f"{np.mean(gained):+.3f}"
             row["iterations"] = f"{np.mean([r['spent']['iterations'] for r in done]):.0f}"
         out.append(row)
-    columns = dict.fromkeys(name for row in out for name in row)
-    return [{name: row.get(name, "") for name in columns} for row in out]
+    return even(out)
 
 
 def write(found: Mapping[str, Any], output: Path) -> None:
-    """Writes evidence.json and the pages into a folder."""
+    """Writes evidence.json, .md, .html and .png into a folder."""
     write_json(found, output / "evidence.json")
+    parts = story(found)
+    drawn = picture(found)
+    with replacing(output / PICTURE) as temporary:
+        temporary.write_bytes(drawn)
     with replacing(output / "evidence.md") as temporary:
-        temporary.write_text(markdown_page(found), encoding="utf-8")
+        temporary.write_text(in_markdown(found, parts), encoding="utf-8")
+    shown = [{**part._asdict(), "table": in_table(part.table)} for part in parts]
+    for part in shown:
+        part["picture"] = media.uri("image/png", drawn) if part["picture"] else ""
+    html = page.template("evidence.html.j2").render(title=TITLE, facts=facts(found), parts=shown)
+    page.save(html, output / "evidence.html")
 
 
-def markdown_page(found: Mapping[str, Any]) -> str:
+TITLE, PICTURE = "Evidence", "evidence.png"
+
+
+class Section(NamedTuple):
+    """A section of the pages.
+
+    Attributes:
+      title: of it.
+      text: paragraphs.
+      points: a list below them.
+      table: rows with the same columns.
+      picture: the file of a picture, or "".
+      alt: what the picture shows.
+    """
+
+    title: str
+    text: Sequence[str] = ()
+    points: Sequence[str] = ()
+    table: Sequence[Mapping[str, str]] = ()
+    picture: str = ""
+    alt: str = ""
+
+
+def facts(found: Mapping[str, Any]) -> str:
+    """How it was made, in a line."""
+    seeds = ", ".join(map(str, found["seeds"]))
+    finished = [run for run in found["runs"] if not run.get("fault")]
+    hours = sum(run["spent"]["seconds"] for run in finished) / 3600
+    return (
+        f"Written by `{found['command']}` with {found['made_with']}: {len(finished)} runs of seeds"
+        f" {seeds}, {hours:.1f} hours of training in all, each of {_budgets(found['budget'])}."
+    )
+
+
+def _budgets(budget: Any) -> str:
+    """The passes of a run in words."""
+    if not isinstance(budget, Mapping):
+        return f"{budget:,} passes"
+    return " or ".join(f"{passes:,} passes ({world})" for world, passes in budget.items())
+
+
+def story(found: Mapping[str, Any]) -> list[Section]:
+    """The sections of the pages."""
+    counts = [sum(c["verdict"] == v for c in found["claims"]) for v in VERDICTS]
+    sections = [
+        Section(
+            "Claims",
+            (
+                f"{counts[0]} reproduced, {counts[1]} not reproduced, {counts[2]} not testable"
+                " here. A verdict is of these worlds and this compute, and not of LongLive or"
+                " MemFlow.",
+                *RULE,
+            ),
+            table=[claim_row(claim) for claim in found["claims"]],
+        ),
+        Section("What is arranged", points=ARRANGED),
+        Section(
+            "All arms",
+            ("Gains of the held-out reward over the policy that training starts from.",),
+            picture=PICTURE,
+            alt="the gain of every arm, its seeds and its 95 % interval",
+        ),
+    ]
+    for name, (title, text) in SECTIONS.items():
+        about = found["described"]
+        arms = [a for a in found["arms"] if about[a["arm"]]["section"] == name]
+        if arms:
+            more = vividness_text(found) if name == "old world" else ()
+            sections.append(Section(title, (text, *more), table=rows_of(arms)))
+    tasks = [row for arm in found["arms"] for row in task_rows(arm)]
+    if tasks:
+        sections.append(Section("Task by task", (TASKS_TEXT,), table=tasks))
+    for world, seeds in found.get("diversity", {}).items():
+        sections += diversity_sections(world, seeds)
+    settings = [
+        {"surrogate": name, "settings": _fields(fields) or "those of the configuration"}
+        for name, fields in found["settings"].items()
+    ]
+    sections.append(Section("Settings", (SETTINGS_TEXT,), table=settings))
+    if found.get("search"):
+        rows = search_rows(found["search"])
+        sections.append(Section("The search for them", (SEARCH_TEXT,), table=rows))
+    sections.append(Section("What was tried before", (BEFORE_TEXT,), BEFORE))
+    return sections
+
+
+def _fields(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in fields.items())
+
+
+def signed(value: float | None) -> str:
+    """A difference for a table."""
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def between(interval: Sequence[float] | None) -> str:
+    """An interval for a table."""
+    return "-" if interval is None else f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def claim_row(claim: Mapping[str, Any]) -> dict[str, str]:
+    """The row of a claim."""
+    tested = claim["ci95"] is not None
+    arms = ",".join(claim["arms"])
+    again = f'--arms="{arms}"' if claim["table"] == "runs" else "--groups=16"
+    of = "" if claim["measure"] == "gain" else f" ({claim['measure']})"
+    return {
+        "claim": claim["claim"],
+        "paper": claim["paper"],
+        "ours": signed(claim["ours"]) + (of if tested else ""),
+        "95 %": between(claim["ci95"]),
+        "seeds": str(claim["n_seeds"]),
+        "verdict": claim["verdict"],
+        "by": f"`python tools/study.py {again}`" if tested else claim["why"],
+    }
+
+
+def rows_of(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The rows of arms."""
+    rows = []
+    for arm in arms:
+        failed = "".join(f"; seed {s} failed: {why}" for s, why in arm["failed"].items())
+        row = {"arm": arm["arm"], "seeds": f"{len(arm['seeds'])}{failed}"}
+        if arm["seeds"]:
+            over, parts = arm.get("difference", {}), arm["parts"]
+            row |= {
+                "gain": signed(arm["gain"]["mean"]),
+                "95 %": between(arm["gain"]["ci95"]),
+                "compared with": arm.get("over", "-"),
+                "difference": signed(over.get("mean")),
+                "95 % over seeds": between(over.get("ci95")),
+                "95 % over prompts": between(over.get("ci95_prompts")),
+                **{name: signed(parts[name]["mean"]) for name in PARTS if name in parts},
+                "reward std in group": f"{arm['means']['reward_std_in_group']:.4f}",
+                "iterations": f"{arm['spent']['iterations']:.0f}",
+                "seconds": f"{arm['spent']['seconds']:.0f}",
+            }
+        rows.append(row)
+    return even(rows)
+
+
+def even(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows that all have the columns of each."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
+def task_rows(arm: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The rows of an arm, a task each; none where the world has no tasks."""
+    return [
+        {
+            "arm": arm["arm"],
+            "task": task,
+            "SC before": f"{parts['before']['SC']:.3f}",
+            **{
+                f"gain in {name}": f"{signed(parts[name]['mean'])} {between(parts[name]['ci95'])}"
+                for name in ("SC", "VQ", "other")
+            },
+        }
+        for task, parts in arm.get("tasks", {}).items()
+    ]
+
+
+def diversity_sections(world: str, seeds: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """What branches differ in, before any training."""
+    strength = {"return": "a strong vote", "weak": "a weak vote"}[world]
+    rows = []
+    for place, first in enumerate(seeds[0]["diversity"]):
+        here = [seed["diversity"][place] for seed in seeds]
+        row = {"task": first["task"], "explored": first["explore"]}
+        for name in DIVERSITY:
+            mean, interval = mean_interval(np.array([r[name] for r in here]))
+            row[name] = f"{mean:.3f} {between(interval)}".replace("+", "").removesuffix(" -")
+        rows.append(row)
+    votes: dict[int, list[Mapping[str, Any]]] = {}
+    for seed in seeds:
+        for row in seed["votes"]:
+            votes.setdefault(row["frames"], []).append(row)
+    vote_rows = []
+    for frames, found in sorted(votes.items()):
+        count = sum(r["n"] for r in found)
+        share = sum(r["n"] * r["share"] for r in found) / count
+        vote_rows.append(
+            {
+                "routed frames that show the first object": str(frames),
+                "it returns": f"{share:.0%}",
+                "the rule of the data": f"{found[0]['rule']:.1%}",
+                "branches": str(count),
+            }
+        )
+    return [
+        Section(f"Branches of a group, {strength}", (DIVERSITY_TEXT,), table=rows),
+        Section(f"Routed frames decide, {strength}", (VOTES_TEXT,), table=vote_rows),
+    ]
+
+
+def vividness_text(found: Mapping[str, Any]) -> list[str]:
+    """The oracle of vividness, in words."""
+    if "vividness" not in found:
+        return []
+    before, vivid = (found["vividness"][name]["reward"] for name in ("before", "vivid"))
+    text = (
+        "The oracle of vividness: the videos of the reference policy, the colour of every frame"
+        f" scaled to that of its best clean object, score {vivid:.3f} instead of {before:.3f}"
+        f" ({vivid - before:+.3f})"
+    )
+    arm = of_arm(found["runs"], "KVPO, old world", "")
+    if arm["seeds"] and arm["gain"]["mean"] > 0:
+        text += f", {(vivid - before) / arm['gain']['mean']:.0%} of what KVPO gains"
+    return [f"{text}."]
+
+
+def in_table(rows: Sequence[Mapping[str, str]]) -> page.Table | None:
+    """Rows as the page's templates take them."""
+    return page.Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
+
+
+def in_markdown(found: Mapping[str, Any], parts: Sequence[Section]) -> str:
     """evidence.md."""
-    lines = ["# Evidence", "", "| claim | ours | 95 % | seeds | verdict |", "|---|---|---|---|---|"]
-    for c in found["claims"]:
-        ours = "-" if c["ours"] is None else f"{c['ours']:+.4f}"
-        ci = show_interval(c["ci95"])
-        lines.append(f"| {c['claim']} | {ours} | {ci} | {c['n_seeds']} | {c['verdict']} |")
-    return "\n".join(lines) + "\n"
+    blocks = [f"# {TITLE}", facts(found)]
+    for part in parts:
+        blocks += [f"## {part.title}", *part.text]
+        blocks += ["\n".join(f"* {line}" for line in part.points)] if part.points else []
+        blocks += [f"![{part.alt}]({part.picture})"] if part.picture else []
+        blocks += [trials.markdown(part.table)] if part.table else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def picture(found: Mapping[str, Any]) -> bytes:
+    """A PNG: the gain of every arm, its mean and interval over the dots of its seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes most of a second
+    from matplotlib.figure import Figure
+
+    arms = [arm for arm in found["arms"] if arm["seeds"]]
+    figure = Figure((8, 1 + 0.22 * len(arms)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for place, arm in enumerate(arms):
+        gain = arm["gain"]
+        trials.draw_gain(axes, place, gain["seeds"], gain["mean"], gain["ci95"], "C0")
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="gain of the held-out reward, with 95 % intervals over seeds")
+    trials.name_gains(axes, [arm["arm"] for arm in arms])
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()

@@ -28,22 +28,27 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import branch_diversity
 import evidence
 import jax
 import numpy as np
 import trials
+import vividness
 from absl import flags
+from ml_collections import ConfigDict
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.data import return_world
 from kvpo_jax.errors import UsageError, nearest
-from kvpo_jax.runtime import command
+from kvpo_jax.runtime import command, sums
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import write_json
 
+SEEDS = (0, 1, 2, 3, 4)  # of the study
 DEVELOPMENT = 100  # the first development seed
 ENDLESS = 1_000_000  # iterations of a run that its budget ends
 # Passes of a run: 60 iterations of KVPO with W = 1 and P = 16, about 40 in the drifting world.
@@ -247,22 +252,16 @@ def search_row(arm: Arm, seed: int, result: trials.Result) -> dict[str, Any]:
 
 
 def trial_of(
-    arm: Arm, seed: int, runs: Path, arguments: Sequence[str], budget: int | None, weak: str
+    arm: Arm, seed: int, runs: Path, arguments: Sequence[str], budget: int
 ) -> trials.Trial:
     """A run of an arm; UsageError as `trials.configure`."""
     fields = {
         **LEAN,
         "train.budget_passes": budget or BUDGETS[world_of(arm)],
-        **({"weights": weak} if arm.spec.startswith(WEAK) and weak else {}),
         **SETTINGS[arm.settings],
         **arm.fields,
     }
     return trials.configure(arm.name, seed, arm.spec, fields, runs, arguments)
-
-
-def without_generator(arm: Arm, weak: str) -> bool:
-    """Whether neither the package nor the command line has the arm's generator."""
-    return not weak and backbone_lib.shipped_weights(config_lib.load(arm.spec)) is None
 
 
 def tasks_of(evaluation: Mapping[str, Any], which: slice = slice(None)) -> dict[str, Any]:
@@ -332,22 +331,74 @@ def carry_out(
     asked: Sequence[tuple[Arm, trials.Trial]],
     row_of: Callable[[Arm, int, trials.Result], dict[str, Any]],
     keep: Callable[[Sequence[dict[str, Any]]], None],
+    others: Sequence[tuple[Arm, trials.Trial]] = (),
 ) -> list[dict[str, Any]]:
-    """Makes the runs, the finished ones first, which takes no time, and keeps what is known.
+    """Makes runs one after the other, and keeps what is known of all that are finished.
 
     Args:
       asked: arms and their runs, in order.
       row_of: what is kept of a run.
-      keep: is given all rows after every run that is made.
+      keep: is given all rows, at the start and after every run that is made.
+      others: runs that are not made, but kept if they are finished.
     """
-    rows = []
-    done = [trials.is_finished(trial) for _, trial in asked]
-    for made, (arm, trial) in sorted(zip(done, asked, strict=True), key=lambda x: not x[0]):
-        rows.append(row_of(arm, trial.seed, trials.result(trial)))
-        if not made:
-            keep(rows)
+    finished = {t.workdir: (arm, t) for arm, t in [*asked, *others] if trials.is_finished(t)}
+    rows = [row_of(arm, trial.seed, trials.read(trial)) for arm, trial in finished.values()]
     keep(rows)
+    for arm, trial in asked:
+        if trial.workdir not in finished:
+            rows.append(row_of(arm, trial.seed, trials.result(trial)))
+            keep(rows)
     return rows
+
+
+# ---------------------------------------------------------------- without training
+
+DIVERSE = {"return": (RETURN, branch_diversity.WAYS), "weak": (WEAK, branch_diversity.WAYS[:2])}
+
+
+def remembered(path: Path, made_of: Any, make: Callable[[], Any]) -> Any:
+    """What a file has, made anew where it was made of something else."""
+    made_of = sums.of_json(made_of)
+    try:
+        kept = json.loads(path.read_text())
+        if kept["made_of"] == made_of:
+            return kept["found"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or not a whole one
+        pass
+    found = make()
+    write_json({"made_of": made_of, "found": found}, path)
+    return found
+
+
+def diversity(spec: str, ways: Sequence[str], seeds: Sequence[int], groups: int) -> list[Any]:
+    """`branch_diversity.measure` of every seed: [{"seed", its three tables}, ...]."""
+    runs = branch_diversity.loaded(config_lib.load(spec), ways)
+    return [{"seed": seed, **branch_diversity.measure(runs, groups, seed=seed)} for seed in seeds]
+
+
+def untrained(runs: Path, seeds: Sequence[int], groups: int) -> dict[str, Any]:
+    """What the generators show before any training: "diversity" by world, and "vividness"."""
+    runs.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"diversity": {}}
+    for world, (spec, ways) in DIVERSE.items():
+        config = config_lib.load(spec)
+        made_of = [config.to_dict(), weights_sum(config), list(ways), list(seeds), groups]
+        print(f"\n=== diversity, {spec}", flush=True)
+        found["diversity"][world] = remembered(
+            runs / f"diversity_{world}.json", made_of, partial(diversity, spec, ways, seeds, groups)
+        )
+    toy = config_lib.load(TOY)
+    path = runs / "vividness.json"
+    made_of = [toy.to_dict(), weights_sum(toy)]
+    found["vividness"] = remembered(path, made_of, partial(vividness.measure, toy))
+    return found
+
+
+def weights_sum(config: ConfigDict) -> str:
+    """The sum of the generator's file."""
+    path = config.weights or backbone_lib.shipped_weights(config)
+    assert path is not None
+    return sums.of_path(path)
 
 
 # ---------------------------------------------------------------- the command
@@ -385,7 +436,7 @@ def search(surrogates: Sequence[str], runs: Path, output: Path, arguments: Seque
     seeds = seeds_of(given.seeds or [str(DEVELOPMENT)], development=True)
     arms = [arm for name in surrogates for arm in searched(name)]
     asked = [
-        (arm, trial_of(arm, seed, runs / "search", arguments, given.budget, given.weak_weights))
+        (arm, trial_of(arm, seed, runs / "search", arguments, given.budget))
         for seed in seeds
         for arm in arms
     ]
@@ -401,7 +452,7 @@ def search(surrogates: Sequence[str], runs: Path, output: Path, arguments: Seque
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
-    runs = Path(given.runs)
+    runs = Path(given.runs or ("runs/study_quick" if given.quick else "runs/study"))
     output = Path(given.output) if given.output else runs
     if given.render:
         path = output / "evidence.json"
@@ -412,34 +463,42 @@ def main(arguments: list[str]) -> None:
     if given.search:
         search(given.search, runs, output, arguments[1:])
         return
-    seeds = seeds_of(given.seeds or ("01" if given.quick else "01234"), development=False)
+    by_default = SEEDS[:2] if given.quick else SEEDS
+    seeds = seeds_of(given.seeds or [*map(str, by_default)], development=False)
     arms = chosen(given.arms or (QUICK_ARMS if given.quick else ()))
-    missing = [arm for arm in arms if without_generator(arm, given.weak_weights)]
-    arms = [arm for arm in arms if arm not in missing]
     budget = given.budget or (QUICK_BUDGET if given.quick else 0)
-    asked = [
-        (arm, trial_of(arm, seed, runs, arguments[1:], budget, given.weak_weights))
-        for arm, seed in ordered(arms, seeds)
-    ]
-    for arm in missing:
-        print(f"{arm.name}: left out, for want of a generator (--weak_weights)", flush=True)
+    trial = {
+        (arm.name, seed): (arm, trial_of(arm, seed, runs, arguments[1:], budget))
+        for arm, seed in ordered(ARMS, sorted({*seeds, *SEEDS}))
+    }
+    wanted = {(arm.name, seed): None for arm, seed in ordered(arms, seeds)}  # in their order
+    asked = [trial[which] for which in wanted]
+    others = [pair for which, pair in trial.items() if which not in wanted]
+    command.use_compilation_cache()
     known: dict[str, Any] = {
+        **(untrained(runs, seeds, given.groups) if given.groups else {}),
         "command": " ".join(["python tools/study.py", *_given(given), *arguments[1:]]),
         "made_with": f"jax {jax.__version__}, {os.cpu_count()} CPU cores ({platform.machine()})",
         "budget": budget or BUDGETS,
+        "search": found_by_search(output),
         "settings": {name: dict(fields) for name, fields in SETTINGS.items()},
-        "asked": {"arms": [arm.name for arm in arms], "seeds": seeds},
-        "left_out": [arm.name for arm in missing],
-        "described": {arm.name: described(arm) for arm in arms},
+        "seeds": seeds,
+        "described": {arm.name: described(arm) for arm in ARMS},
     }
 
     def keep(rows: Sequence[dict[str, Any]]) -> None:
         evidence.write(evidence.summed_up({**known, "runs": list(rows)}), output)
 
-    rows = carry_out(asked, run_record, keep)
+    rows = carry_out(asked, run_record, keep, others)
     print(f"wrote evidence.json, .md and .html in {output}", flush=True)
     if failed := [row for row in rows if row.get("fault")]:
         raise UsageError(f"{len(failed)} of {len(rows)} runs failed; the page says why")
+
+
+def found_by_search(output: Path) -> list[dict[str, Any]]:
+    """The runs of the last search, if there was one."""
+    path = output / "evidence_search.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
 
 
 def described(arm: Arm) -> dict[str, Any]:
@@ -464,9 +523,13 @@ def define_flags() -> None:
     flags.DEFINE_list("search", [], "surrogates whose settings are tried on development seeds")
     flags.DEFINE_bool("quick", False, f"arms {', '.join(QUICK_ARMS)}, two seeds, short runs")
     flags.DEFINE_bool("render", False, "write the pages again from evidence.json, and run nothing")
+    flags.DEFINE_integer(
+        "groups", 16, "groups of each task and seed that are compared untrained; 0: none", 0
+    )
     flags.DEFINE_integer("budget", 0, "passes of each run; 0: those of the study", lower_bound=0)
-    flags.DEFINE_string("weak_weights", "", "generator of the arms with a weak vote")
-    command.define_path("runs", "runs/study", "directory of the runs; finished ones are kept")
+    command.define_path(
+        "runs", None, "directory of the runs; default: runs/study, or runs/study_quick with --quick"
+    )
     command.define_path("output", None, "directory of what is written; default: that of the runs")
 
 

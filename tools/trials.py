@@ -215,3 +215,26 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
     columns = list(rows[0])
     cells = [columns, ["---"] * len(columns), *([row.get(c, "") for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(x.replace('|', '/') for x in row)} |" for row in cells)
+
+
+def draw_gain(
+    axes: Any,
+    place: int,
+    seeds: Sequence[float],
+    mean: float,
+    interval: Sequence[float] | None,
+    colour: str,
+) -> None:
+    """Draws a line of a picture of gains: dots of the seeds, the mean and its interval."""
+    low, high = interval or (mean, mean)
+    axes.plot(seeds, [place] * len(seeds), ".", color=colour, alpha=0.5)
+    axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
+    axes.plot(mean, place, "D", color=colour)
+
+
+def name_gains(axes: Any, names: Sequence[str]) -> None:
+    """Names the lines of a picture of gains, the first one above."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(True, linewidth=0.5, alpha=0.5)
+    axes.spines[["top", "right"]].set_visible(False)

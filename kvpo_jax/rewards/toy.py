@@ -76,17 +76,25 @@ def centroid(pixels: Array) -> Array:
     return (jnp.stack([y, x], axis=-1) * SIZE / (2 * jnp.pi)) % SIZE
 
 
+def templates(center: Array) -> Array:
+    """The chroma of every clean object there, float[..., colours, shapes, 8, 8, 3].
+
+    Args:
+      center: float[..., 2], as `centroid` finds it.
+    """
+    colours, shapes = jnp.arange(len(COLOURS))[:, None], jnp.arange(len(SHAPES))[None, :]
+    return render(center[..., None, None, :], colours, shapes) - BACKGROUND
+
+
 @jax.jit
 @layers.exact
 def _score(pixels: Array, attributes: Array) -> dict[str, Array]:
     """`score` on arrays: pixels float[n, frames, 8, 8, 3] and attributes int32[n, 3]."""
     chroma = pixels - BACKGROUND
     center = centroid(pixels)  # [n, frames, 2]
-    colours, shapes = jnp.arange(len(COLOURS))[:, None], jnp.arange(len(SHAPES))[None, :]
-    # [n, frames, colour, shape, 8, 8, 3]
-    templates = render(center[:, :, None, None], colours, shapes) - BACKGROUND
-    overlap = jnp.einsum("nfyxc,nfksyxc->nfks", chroma, templates)
-    template_energy = jnp.sum(templates**2, axis=(-3, -2, -1))
+    clean = templates(center)  # [n, frames, colour, shape, 8, 8, 3]
+    overlap = jnp.einsum("nfyxc,nfksyxc->nfks", chroma, clean)
+    template_energy = jnp.sum(clean**2, axis=(-3, -2, -1))
     energy = jnp.sum(chroma**2, axis=(-3, -2, -1))[..., None, None]
 
     error = (energy - 2 * overlap + template_energy) / template_energy
