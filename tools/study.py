@@ -51,18 +51,18 @@ from kvpo_jax.runtime.atomic import write_json
 SEEDS = (0, 1, 2, 3, 4)  # of the study
 DEVELOPMENT = 100  # the first development seed
 ENDLESS = 1_000_000  # iterations of a run that its budget ends
-# Passes of a run: 60 iterations of KVPO with W = 1 and P = 16, about 40 in the drifting world.
-BUDGETS = {"return": 235_200, "toy": 115_000}
+# Passes of a run: 60 iterations of KVPO with W = 2 and P = 16, about 40 in the drifting world.
+BUDGETS = {"return": 355_200, "toy": 115_000}
 
 # ---------------------------------------------------------------- settings that were searched
 
 _SEARCHED = {
-    "objective.beta": 0.15,
+    "objective.beta": 0.05,
     "objective.tau": 1.0,
     "objective.tau_unit": "running_std",
-    "train.learning_rate": 2e-3,
+    "train.learning_rate": 4e-3,
     "train.prompts_per_iteration": 16,
-    "rollout.window_blocks": 1,
+    "rollout.window_blocks": 2,
 }
 # Surrogate -> fields of its arms. Set on development seeds (--search), before the study's ran.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -179,7 +179,11 @@ ARMS = (
     Arm("3 of 9 slots", "CHR", f"{RETURN}:strong+slots_3"),
     Arm("9 of 9 slots", "CHR", f"{RETURN}:strong+slots_9"),
     Arm("random window", "CHR", f"{RETURN}:strong+random_window"),
-    *(Arm(f"{n} blocks", "CHR", fields={"rollout.window_blocks": n}) for n in (2, 3)),
+    *(
+        Arm(f"{n} blocks", "CHR", fields={"rollout.window_blocks": n})
+        for n in (1, 2, 3)
+        if n != SETTINGS["tve"]["rollout.window_blocks"]
+    ),
     Arm("beta / 5", "beta", fields=_beta(1 / 5)),
     Arm("2 beta", "beta", fields=_beta(2)),
     *(_rival(name) for name in ("neighbor_grpo", "nft", "flow_grpo", "ar_copo")),
@@ -207,10 +211,10 @@ def world_of(arm: Arm) -> str:
 CARRIERS = {"tve": "KVPO", "latent": "CHR + clean latent", "l2": "noise + l2", "awm": "AWM"}
 CARRIERS |= {"rival": "astrolabe"}
 TRIED: Mapping[str, Sequence[Any]] = {
-    "train.learning_rate": (1e-3, 2e-3, 4e-3),
+    "train.learning_rate": (2e-3, 4e-3, 8e-3),
     "objective.beta": (0.05, 0.15, 0.5),
     "objective.tau_unit": ("running_std", "group_std"),
-    "rollout.window_blocks": (1, 2),
+    "rollout.window_blocks": (1, 2, 3),
     "train.prompts_per_iteration": (8, 16),
 }
 HELD_BACK = 32  # the study's held-out prompts; a search is judged on as many others
@@ -272,26 +276,28 @@ def tasks_of(evaluation: Mapping[str, Any], which: slice = slice(None)) -> dict[
       which: of the prompts.
     """
     stories = evaluation.get("prompt", [])[which]
-    tasks = np.array([return_world.task_of(story) for story in stories])
-    out = {}
-    for task in return_world.TASKS:
-        here = tasks == task
-        if not here.any():
-            continue
-        out[task] = {
-            "stories": int(here.sum()),
+    if not stories:
+        return {}
+    values = {
+        when: {
+            name: np.asarray(found[which], float)
+            for name, found in {
+                "reward": evaluation["reward"][policy],
+                **{part: evaluation["components"][policy][part] for part in PARTS},
+            }.items()
+        }
+        for when, policy in (("before", "reference"), ("after", "online"))
+    }
+    return {
+        task: {
+            "stories": len(chosen["before"]["reward"]),
             **{
-                when: {
-                    name: round(float(np.mean(np.asarray(values[which], float)[here])), 5)
-                    for name, values in {
-                        "reward": evaluation["reward"][policy],
-                        **{n: evaluation["components"][policy][n] for n in PARTS},
-                    }.items()
-                }
-                for when, policy in (("before", "reference"), ("after", "online"))
+                when: {name: round(float(x.mean()), 5) for name, x in parts.items()}
+                for when, parts in chosen.items()
             },
         }
-    return out
+        for task, chosen in return_world.by_task(stories, values).items()
+    }
 
 
 PARTS = ("SC", "VQ", "wanted", "shown", "other")  # of the world "return", as its held-out records
@@ -467,13 +473,16 @@ def main(arguments: list[str]) -> None:
     seeds = seeds_of(given.seeds or [*map(str, by_default)], development=False)
     arms = chosen(given.arms or (QUICK_ARMS if given.quick else ()))
     budget = given.budget or (QUICK_BUDGET if given.quick else 0)
-    trial = {
-        (arm.name, seed): (arm, trial_of(arm, seed, runs, arguments[1:], budget))
-        for arm, seed in ordered(ARMS, sorted({*seeds, *SEEDS}))
-    }
-    wanted = {(arm.name, seed): None for arm, seed in ordered(arms, seeds)}  # in their order
-    asked = [trial[which] for which in wanted]
-    others = [pair for which, pair in trial.items() if which not in wanted]
+    wanted = ordered(arms, seeds)
+    there = [
+        (arm, seed)
+        for arm, seed in ordered(ARMS, SEEDS)
+        if (arm, seed) not in wanted and trials.workdir_of(arm.name, seed, runs).exists()
+    ]
+    asked, others = (
+        [(arm, trial_of(arm, seed, runs, arguments[1:], budget)) for arm, seed in some]
+        for some in (wanted, there)
+    )
     command.use_compilation_cache()
     known: dict[str, Any] = {
         **(untrained(runs, seeds, given.groups) if given.groups else {}),

@@ -50,6 +50,11 @@ class Trial:
 # ---------------------------------------------------------------- before a run
 
 
+def workdir_of(name: str, seed: int, runs: Path) -> Path:
+    """The directory of a run below the folder `runs`."""
+    return runs / f"{name.replace(' ', '_')}-{seed}"
+
+
 def configure(
     name: str,
     seed: int,
@@ -73,7 +78,7 @@ def configure(
     Raises:
       UsageError: the directory has a run of another configuration.
     """
-    workdir, own = runs / f"{name.replace(' ', '_')}-{seed}", {"seed": seed, **fields}
+    workdir, own = workdir_of(name, seed, runs), {"seed": seed, **fields}
     changes = [*arguments, *(f"--config.{field}={value}" for field, value in own.items())]
     config = workdir_lib.resolve(spec, None, changes)
     # Even what a continued run may change changes the numbers of a study.
