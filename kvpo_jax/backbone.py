@@ -338,7 +338,7 @@ class World(Protocol):
 
     def heldout_prompts(self, count: int, segments: int) -> list[list[str]]: ...
     def sample_prompts(
-        self, seed: int | tuple[int, ...], split: str, segments: int, **chosen: Any
+        self, seed: int | tuple[int, ...], split: str, segments: int
     ) -> list[str]: ...
     def check(self, prompts: Sequence[str]) -> None: ...
     def embed(self, prompts: Sequence[str]) -> np.ndarray: ...
@@ -378,9 +378,10 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
     def sequence(split: str, index: int) -> list[str]:
         if split == "heldout":
             return heldout()[index]
-        tasks = config.train.tasks
-        chosen = {"tasks": tasks} if split == "train" and tasks else {}
-        return world.sample_prompts((config.seed, index), split, segments, **chosen)
+        seed = (config.seed, index)
+        if config.train.tasks:  # which that world alone has: `check_tasks`
+            return return_world.sample_prompts(seed, split, segments, config.train.tasks)
+        return world.sample_prompts(seed, split, segments)
 
     return Backbone(
         load_params=partial(load_params, path, cfg),

@@ -63,7 +63,8 @@ FIELDS = {
 }
 
 # A checkpoint relies on the number of a stream: with another one, a resumed run draws other noise.
-STREAMS = {"lora": 0, "pivot": 1, "routing": 2, "noise": 3, "shuffle": 4, "heldout": 5, "reward": 6}
+STREAMS = {"lora": 0, "pivot": 1, "routing": 2, "noise": 3, "shuffle": 4, "heldout": 5}
+STREAMS |= {"suite": 6, "reward": 7}
 # Routing draws 6 frames of those between the 3 of the sink and the 3 newest. The first block of 3
 # frames that leaves it a choice has number 5. Behind number 6 lie 6 of the 24 scored frames, which
 # is just enough.

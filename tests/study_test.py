@@ -21,7 +21,7 @@ from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.statistics import heldout_summary
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "study.py"
-BUDGET = 8000  # two iterations of KVPO
+BUDGET = 16_000  # two iterations of KVPO
 TASKS = {"outvoted": (0.2, 0.5), "sink wins": (1.0, 0.9)}  # SC before and after
 STORIES = [
     ["a red bar", "a blue dot", "a blue dot", "nothing", "it returns"],

@@ -240,6 +240,6 @@ def draw_gain(
 def name_gains(axes: Any, names: Sequence[str]) -> None:
     """Names the lines of a picture of gains, the first one above."""
     axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
     axes.grid(True, linewidth=0.5, alpha=0.5)
     axes.spines[["top", "right"]].set_visible(False)

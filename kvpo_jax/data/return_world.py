@@ -210,7 +210,7 @@ def sample_prompts(
     """
     _check_segments(segments)
     rng, pairs = np.random.default_rng(seed), PAIRS[split]
-    return _story(rng, pairs[rng.integers(len(pairs))], tasks[rng.integers(len(tasks))])
+    return _story(rng, pairs[rng.integers(len(pairs))], tasks[int(rng.integers(len(tasks)))])
 
 
 def heldout_prompts(count: int, segments: int) -> list[list[str]]:
