@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import http.client
 import json
 import os
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -26,24 +23,14 @@ from typing import Any, NamedTuple
 from kvpo_jax.data import stories
 from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime import progress
+from kvpo_jax.runtime import progress, web
 from kvpo_jax.runtime.atomic import naming
 
 ECHO = "echo"  # instead of an endpoint: every reply is the text itself
-LONGEST_WAIT = 60.0  # seconds between two tries
-_AGAIN = (408, 409, 425, 429)  # statuses, besides 5xx, after which the same request may succeed
 _THOUGHT = re.compile(r"^.*</think>", re.DOTALL)  # what a model says to itself comes first
 
 
-class _Failed(Exception):
-    """A try that may succeed when it is made again, after `wait` seconds if the server says so."""
-
-    def __init__(self, reason: str, wait: float = 0.0):
-        super().__init__(reason)
-        self.wait = wait
-
-
-class Unacceptable(UsageError):
+class Unacceptable(web.Failed):
     """A reply that is not as it must be; the model is asked again."""
 
 
@@ -100,7 +87,7 @@ class Reply(NamedTuple):
 
 
 def request(endpoint: Endpoint, text: str) -> Reply:
-    """One try. Raises `_Failed` if another may succeed, UsageError if none will."""
+    """One try; see `web.fetch`. A reply that is none is `web.Failed`, too."""
     if endpoint.url == ECHO:
         return Reply(text, ECHO)
     body = {
@@ -111,26 +98,9 @@ def request(endpoint: Endpoint, text: str) -> Reply:
         ],
         **endpoint.sampling,
     }
-    headers = {"Content-Type": "application/json"}
-    if endpoint.key:
-        headers["Authorization"] = f"Bearer {endpoint.key}"
+    headers = {"Content-Type": "application/json", **web.bearer(endpoint.key)}
     url = f"{endpoint.url.rstrip('/')}/chat/completions"
-    try:
-        made = urllib.request.Request(url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(made, timeout=endpoint.timeout) as answer:
-            content = answer.read()
-    except urllib.error.HTTPError as error:
-        said = " ".join(error.read(2000).decode(errors="replace").split())[:200]
-        reason = f"{url}: HTTP {error.code} {error.reason}: {said}"
-        if error.code not in _AGAIN and error.code < 500:
-            raise UsageError(reason) from error
-        wait = error.headers.get("Retry-After", "")
-        raise _Failed(reason, float(wait) if wait.isdecimal() else 0.0) from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _Failed(f"{url}: {getattr(error, 'reason', error) or 'no answer'}") from error
-    except ValueError as error:
-        raise UsageError(f"--endpoint={endpoint.url} is no address: {error}") from error
-    return _read_answer(url, content)
+    return _read_answer(url, web.fetch(url, json.dumps(body).encode(), headers, endpoint.timeout))
 
 
 def _read_answer(url: str, content: bytes) -> Reply:
@@ -142,11 +112,11 @@ def _read_answer(url: str, content: bytes) -> Reply:
         cut = choice.get("finish_reason") == "length"
         served = str(answer.get("model", ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Failed(f"{url}: the answer is no chat completion ({error!r})") from error
+        raise web.Failed(f"{url}: the answer is no chat completion ({error!r})") from error
     if cut:
-        raise _Failed(f"{url}: the reply is cut off; raise --max_tokens")
+        raise web.Failed(f"{url}: the reply is cut off; raise --max_tokens")
     if not isinstance(text, str) or not (text := _THOUGHT.sub("", text).strip()):
-        raise _Failed(f"{url}: the reply is empty")
+        raise web.Failed(f"{url}: the reply is empty")
     return Reply(text, served)
 
 
@@ -224,20 +194,18 @@ def asking(endpoint: Endpoint, ledger: Ledger, stop: threading.Event) -> Ask:
                 return read(known["reply"])
             except Unacceptable:  # accepted when something else was asked for
                 pass
-        for number in range(endpoint.tries):
-            try:
-                reply = request(endpoint, text)
-                made = read(reply.text)
-            except (_Failed, Unacceptable) as error:
-                problem = error
-                wait = max(getattr(error, "wait", 0.0), endpoint.wait * 2**number)
-                if number + 1 < endpoint.tries and stop.wait(min(wait, LONGEST_WAIT)):
-                    break
-                continue
-            record = {"key": key, "text": text, "reply": reply.text, "served": reply.served}
-            ledger.add({**record, **endpoint.origin})
-            return made
-        raise UsageError(f"{problem} (tried {number + 1} times)")
+
+        def attempt() -> tuple[Reply, Any]:
+            reply = request(endpoint, text)
+            return reply, read(reply.text)
+
+        try:
+            reply, made = web.persist(attempt, endpoint.tries - 1, endpoint.wait, stop)
+        except web.Failed as error:
+            raise UsageError(str(error)) from error
+        record = {"key": key, "text": text, "reply": reply.text, "served": reply.served}
+        ledger.add({**record, **endpoint.origin})
+        return made
 
     return ask
 
