@@ -139,7 +139,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
 
     c.reward = ConfigDict()
     c.reward.weights = ConfigDict({"VQ": 1 / 3, "MQ": 1 / 3, "TA": 1 / 3})
-    # In scorers.SCORERS, or module:function of your own; several with commas.
+    # In scorers.SCORERS, module:function of your own, or a server's address; several with commas.
     c.reward.scorer = "toy"
     # Standard deviation of noise in the rewards that are trained on, as by a judge that errs.
     c.reward.noise = 0.0
@@ -149,6 +149,22 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.reward.clip_frames = 0  # pixel frames scored per prompt segment, centred; 0 = all of them
     c.reward.clip_spacing = 160  # a longer segment has a clip for every so many frames; 0 = one
     c.reward.min_behind = 0.25  # share of the scored frames that lies behind a block that forks
+
+    # How the servers are asked that reward.scorer and eval.scorer name (docs/rewards.md).
+    c.reward.http = h = ConfigDict()
+    h.timeout = 600.0  # seconds that an answer may take, with the clips before it in the queue
+    h.retries = 8  # further tries of a request that got no answer
+    h.backoff = 1.0  # seconds before the first of them; doubled before each further one, up to 60
+    # Whether a run stops, to be continued, if a server does not answer; if not, each clip gets ...
+    h.required = True
+    h.missing = 0.0  # ... this score instead, with all others of its group
+    h.format = "npz"  # In remote.FORMATS: the clips as they are, or as mp4, with losses
+    h.megabytes = 256  # pixels of a request; it has whole groups, at least one
+    h.requests = 1  # at a time to a server
+    # Whether prompts are rolled out while a server scores those before them (train.micro_batch);
+    # two rollouts are in memory then.
+    h.ahead = True
+    h.token_file = ""  # has the token of the servers; empty: KVPO_REWARD_TOKEN of the environment
 
     c.train = t = ConfigDict()
     t.iterations = 40

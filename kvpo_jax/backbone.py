@@ -243,14 +243,16 @@ def blocks_read(
     return next(n for n in blocks if to_pixel(n * frames) >= last)
 
 
-def score_group(
+def ask_group(
     config: ml_collections.ConfigDict,
     backbone: Backbone,
     sentences: Sequence[Sequence[str]],
     pixels: Pixels,
     pivot: int,
-) -> tuple[Scores, Scores | None]:
+) -> Callable[[], tuple[Scores, Scores | None]]:
     """Rewards of the whole videos and, for anchor-relative advantages, of the replayed blocks.
+
+    What is returned waits for those of servers.
 
     Args:
       config: of the run.
@@ -261,13 +263,17 @@ def score_group(
     """
     scorer, weights, to_pixel = backbone.rewards, config.reward.weights, backbone.to_pixel
     clips = scored_clips(config, to_pixel)
-    whole = composite.score_rollout(scorer, pixels, sentences, weights, clips)
+    whole = composite.ask_rollout(scorer, pixels, sentences, weights, clips)
     window = local_window(config, to_pixel, pivot)
     if window is None:
-        return whole, None
+        return lambda: (whole(), None)
     segment = segment_of(pivot * config.video.block_frames, config.video.switch_frames)
     at_fork = [composite.Sentence.of(sequence, segment) for sequence in sentences]
-    return whole, composite.score_window(scorer, pixels, at_fork, weights, window)
+    local = composite.ask_window(scorer, pixels, at_fork, weights, window)
+    return lambda: (whole(), local())
+
+
+score_group = composite.at_once(ask_group)
 
 
 def release_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
@@ -394,8 +400,8 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
         load_decoder=lambda sharding: {},
         depths=world.depths,
         decode=lambda decoder, latents, depth, state: (world.decode(latents), ()),
-        rewards=scorers.Scorers(config.reward.scorer, config.paths),
-        watch=scorers.Scorers(config.eval.scorer, config.paths),
+        rewards=scorers.Scorers(config.reward.scorer, config.paths, config.reward.http, fps=8),
+        watch=scorers.Scorers(config.eval.scorer, config.paths, config.reward.http, fps=8),
         to_pixel=lambda frame: frame,
         side=world.SIDE,
         fps=8,
@@ -573,8 +579,8 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         ),
         depths=partial(wan_vae.depths, vae),
         decode=partial(decode, vae),
-        rewards=scorers.Scorers(config.reward.scorer, config.paths),
-        watch=scorers.Scorers(config.eval.scorer, config.paths),
+        rewards=scorers.Scorers(config.reward.scorer, config.paths, config.reward.http, fps=16),
+        watch=scorers.Scorers(config.eval.scorer, config.paths, config.reward.http, fps=16),
         to_pixel=composite.latent_to_pixel,
         side=vae.spatial_factor,
         fps=16,
@@ -612,7 +618,7 @@ def load(config: ml_collections.ConfigDict) -> Backbone:
 
 
 def check_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None:
-    """UsageError for a reward that is none, cannot be imported, or cannot be weighed."""
+    """UsageError for a reward that is none, cannot be imported or asked, or cannot be weighed."""
     if whole := [x for x in scorers.names_of(config.reward.scorer) if x in scorers.OF_VIDEOS]:
         raise UsageError(
             f"config.reward.scorer={config.reward.scorer}: {whole[0]} compares the frames of whole"
@@ -620,8 +626,7 @@ def check_rewards(config: ml_collections.ConfigDict, backbone: Backbone) -> None
         )
     backbone.rewards.check()
     backbone.watch.check()
-    optimised = scorers.components_of(config.reward.scorer)
-    watched = scorers.components_of(config.eval.scorer)
+    optimised, watched = backbone.rewards.components(), backbone.watch.components()
     composite.check_weights(optimised, watched, config.reward.weights)
 
 

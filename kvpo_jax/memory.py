@@ -51,6 +51,7 @@ from kvpo_jax.runtime.config import (
     compares_energies,
     heldout_at_once,
     prompts_at_once,
+    rolls_ahead,
     wan_config,
 )
 from kvpo_jax.state import TrainState, abstract_state
@@ -499,7 +500,7 @@ def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
     frames = (prompts, count + 1, longest_clip(run), *picture)
     clip = placed(shape(frames, branches.dtype), run.mesh, sharding.PROMPTS)
     names = scorers.names_of(config.reward.scorer)
-    if branches.dtype != np.uint8 or set(names) <= set(scorers.TAKES_BYTES):
+    if branches.dtype != np.uint8 or all(map(scorers.takes_bytes, names)):
         return [clip, clip]
     return [clip, clip, placed(shape(frames, jnp.float32), run.mesh, sharding.PROMPTS)]
 
@@ -575,6 +576,7 @@ def _parts(iteration: Iteration, decoding: Decoding) -> dict[str, PyTree]:
         # The history that the tuples refer to is counted above.
         "replay tuples and the anchor's page": rolled.replay.replace(history=None),
         "kept of other prompts for further epochs": [(rolled.replay, rolled.text)] * kept,
+        "rollout of the prompts before, while servers score it": rolled,
         "latents of all trajectories": (rolled.branches, rolled.anchor),
         "pixels of all trajectories": decoding.pixels,
         "a clip of all trajectories": trace_clips(iteration, decoding),
@@ -612,6 +614,8 @@ def _stages(
     training = standing | {"kept of other prompts for further epochs"}
     if _batches(config) > 1:
         training |= {"gradient of LoRA"}
+    if rolls_ahead(config):
+        training |= {"rollout of the prompts before, while servers score it"}
     begun = training | {
         "text keys and values",
         "history (shared by the branches)",

@@ -46,10 +46,22 @@ class Run:
 
     @functools.cached_property
     def files(self) -> dict[str, str]:
-        """What names it -> the checksum of every file that the run's numbers depend on."""
-        return {
+        """What names it -> the checksum of every file that the run's numbers depend on.
+
+        Of reward servers the sum of what they say of themselves.
+        """
+        files = {
             name: sums.of_path(path) for name, path in backbone_lib.files_read(self.config).items()
         }
+        versions = {
+            f"{field} {name}": sums.of_json(said)
+            for field, listed in (
+                ("reward.scorer", self.backbone.rewards),
+                ("eval.scorer", self.backbone.watch),
+            )
+            for name, said in listed.versions().items()
+        }
+        return files | versions
 
     def variables(self, lora: PyTree) -> PyTree:
         """What the programs take as the policy with this LoRA tree."""
@@ -164,6 +176,12 @@ def load(
     if sentences is None:
         config_lib.heldout_at_once(config, mesh.shape["data"])
         backbone_lib.check_rewards(config, backbone)
+        if backbone.rewards.needs_groups() and sharding.splits_groups(mesh):
+            raise UsageError(
+                f"mesh.branch={mesh.shape['branch']} spreads the branches of a prompt over several"
+                " processes, and a server of config.reward.scorer has to see them together; set"
+                f" --config.mesh.branch={jax.local_device_count()} or less"
+            )
         backbone.prompts("heldout", 0)
     else:
         backbone.check_sentences(sentences)

@@ -459,7 +459,7 @@ def scorers_of(config: ml_collections.ConfigDict) -> scorers.Scorers:
     optimised, watched = config.reward.scorer, config.eval.scorer
     parts = scorers.components_of(optimised), scorers.components_of(watched)
     composite.check_weights(*parts, config.reward.weights)
-    scorer = scorers.Scorers(f"{optimised},{watched}", config.paths)
+    scorer = scorers.Scorers(f"{optimised},{watched}", config.paths, config.reward.http)
     scorer.check()
     return scorer
 

@@ -9,10 +9,11 @@ improve   steps 1 to 5    one iteration
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -44,6 +45,7 @@ from kvpo_jax.runtime.config import (
     is_synced,
     micro_batches,
     old_decay,
+    rolls_ahead,
 )
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
 from kvpo_jax.runtime.process import Clock, saved_on_error, stop_signal, until_stopped
@@ -97,10 +99,12 @@ def explore(
     return jax.block_until_ready(rolled)
 
 
-def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int) -> Judged:
-    """Step 3: rewards of the videos, advantages, and the anchor gate.
+def ask(
+    run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int
+) -> Callable[[], Judged]:
+    """Step 3 as far as it goes without reward servers; what is returned waits for their scores.
 
-    Arguments as those of `explore`.
+    Arguments as those of `explore`. The videos are not needed any more.
     """
     config = run.config
     windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot)
@@ -110,27 +114,38 @@ def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: 
     pixels = jax.tree.map(sharding.own_part, pixels)
     own = sharding.own_prompts(run.mesh, len(batch.sentences))
     sentences = [batch.sentences[i] for i in own]
-
-    def score():
-        scores = backbone_lib.score_group(config, run.backbone, sentences, pixels, pivot)
-        return *scores, run.programs.appearance(pixels.videos, count)
-
-    scores, local, appearance = sharding.gather(score, run.mesh)
-    backbone_lib.release_rewards(config, run.backbone)
-    if config.reward.noise:
-        key = keys.draw_key(config.seed, "reward", iteration)
-        noise = config.reward.weights, config.reward.noise, key, batch.numbers
-        scores = objective.noisy_scores(scores, *noise)
-        local = None if local is None else objective.noisy_scores(local, *noise)
-    key = keys.draw_key(config.seed, "shuffle", iteration)
-    advantages, gate_open = run.programs.judge(scores, local, key, batch.numbers)
-    return Judged(
-        scores=scores,
-        advantages=advantages,
-        gate_open=gate_open,
-        pixel_std=pixel_std,
-        appearance=appearance,
+    answers = sharding.together(
+        lambda: backbone_lib.ask_group(config, run.backbone, sentences, pixels, pivot)
     )
+    looks = run.programs.appearance(pixels.videos, count)
+    backbone_lib.release_rewards(config, run.backbone)
+
+    def judged() -> Judged:
+        scores, local, appearance = sharding.gather(lambda: (*answers(), looks), run.mesh)
+        if config.reward.noise:
+            key = keys.draw_key(config.seed, "reward", iteration)
+            noise = config.reward.weights, config.reward.noise, key, batch.numbers
+            scores = objective.noisy_scores(scores, *noise)
+            local = None if local is None else objective.noisy_scores(local, *noise)
+        key = keys.draw_key(config.seed, "shuffle", iteration)
+        advantages, gate_open = run.programs.judge(scores, local, key, batch.numbers)
+        return Judged(
+            scores=scores,
+            advantages=advantages,
+            gate_open=gate_open,
+            pixel_std=pixel_std,
+            appearance=appearance,
+        )
+
+    return judged
+
+
+def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int) -> Judged:
+    """Step 3: rewards of the videos, advantages, and the anchor gate.
+
+    Arguments as those of `explore`.
+    """
+    return ask(run, rolled, batch, iteration, pivot)()
 
 
 def remember(
@@ -221,32 +236,57 @@ def apply(
     return updated, metrics
 
 
-def explore_and_learn(
-    run: Run,
-    state: TrainState,
-    iteration: int,
-    numbers: np.ndarray,
-    total: Gradient | None,
-    clock: Clock,
-) -> tuple[Gradient, Group, Experience | None]:
-    """Steps 1 to 4 for some prompts of an iteration.
+class Asked(NamedTuple):
+    """Some prompts of an iteration whose videos are with the scorers.
 
-    A function of its own, so that videos are freed before the next prompts are rolled out. Their
-    experience, gigabytes at full size, is returned for further epochs only.
+    Attributes:
+      batch: the prompts.
+      rolled: their rollout.
+      judged: () -> their rewards, which are waited for.
+      films: of the first prompt, where they are shown.
+    """
+
+    batch: PromptBatch
+    rolled: Rollout
+    judged: Callable[[], Judged]
+    films: np.ndarray | None
+
+
+def explore_and_ask(
+    run: Run, state: TrainState, iteration: int, numbers: np.ndarray, clock: Clock
+) -> Asked:
+    """Steps 1 to 3 for some prompts of an iteration, without the scores of reward servers.
+
+    A function of its own, so that videos are freed before anything else is made.
     """
     config, pivot = run.config, run.draw_pivot(iteration)
-    on_policy = is_on_policy(config, iteration)
     filmed = numbers[0] == 0 and is_pictured(config, iteration)
     with clock.time("rollout"):
         batch = prompts_of(run, iteration, numbers)
         windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot, whole=filmed)
         rolled = explore(run, state.old, batch, iteration, pivot, windows)
     with clock.time("reward"):
-        judged = judge(run, rolled, batch, iteration, pivot)
+        judged = ask(run, rolled, batch, iteration, pivot)
     films = None
     if filmed:
         with clock.time("videos"):
             films = run.decoder.group_films(rolled.branches, rolled.anchor, pivot)
+    return Asked(batch, rolled, judged, films)
+
+
+def learn_from(
+    run: Run, state: TrainState, iteration: int, asked: Asked, total: Gradient | None, clock: Clock
+) -> tuple[Gradient, Group, Experience | None]:
+    """Step 4 for some prompts of an iteration, once their rewards are there.
+
+    A function of its own, which nobody else should give `asked`, so that a rollout is freed before
+    the next. The experience, gigabytes at full size, is returned for further epochs only.
+    """
+    on_policy = is_on_policy(run.config, iteration)
+    batch, rolled, answers, films = asked
+    del asked
+    with clock.time("reward"):
+        judged = answers()
     with clock.time("update"), progress.bar("replay"):
         experience = remember(run, state, rolled, batch, judged, on_policy)
         routed_frames = rolled.routed_frames
@@ -262,7 +302,7 @@ def explore_and_learn(
             sentences=batch.sentences,
             films=films,
         )
-        if config.train.epochs == 1:
+        if run.config.train.epochs == 1:
             return total, group, None
         return total, group, experience.replace(energies_old=old, on_policy=np.asarray(False))
 
@@ -304,10 +344,17 @@ def improve(
     total: Gradient | None = None
     groups: list[Group] = []
     kept: list[Experience] = []  # empty unless there are further epochs
-    for numbers in micro_batches(run.config):
-        total, group, experience = explore_and_learn(run, state, iteration, numbers, total, clock)
-        groups.append(group)
-        kept += [] if experience is None else [experience]
+    batches, ahead = list(micro_batches(run.config)), rolls_ahead(run.config)
+    waiting: deque[Asked] = deque()  # for reward servers
+    for turn in range(len(batches) + ahead):
+        if turn < len(batches):
+            waiting.append(explore_and_ask(run, state, iteration, batches[turn], clock))
+        if turn >= ahead:
+            total, group, experience = learn_from(
+                run, state, iteration, waiting.popleft(), total, clock
+            )
+            groups.append(group)
+            kept += [] if experience is None else [experience]
 
     with clock.time("update"):
         updated, metrics = apply(run, state, total)
@@ -437,6 +484,8 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
             record["pivot"] = run.draw_pivot(iteration)
             spent += budget.of_next(run, iteration)
             record |= spent.metrics()
+            if run.backbone.rewards.waits and not config.reward.http.required:
+                record["reward_missing"] = sharding.total(run.backbone.rewards.missing())
             results = None
             done, last = iteration + 1, iteration + 1 == iterations
             if last or (config.eval.every and done % config.eval.every == 0):

@@ -1,6 +1,9 @@
 """Equipment that several test files need: runs without files, small configurations."""
 
+import http.server
 import json
+import threading
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -79,3 +82,55 @@ def save_lora(path: Path, lora: PyTree, config: ml_collections.ConfigDict) -> Pa
     made = json.dumps({**sizes, "rank": config.lora.rank, "alpha": config.lora.alpha})
     checkpoint.save_weights(path, lora, {"kind": "wan_lora", "config": made})
     return path
+
+
+def random_weights(path: Path, config: ml_collections.ConfigDict) -> Path:
+    """Writes a generator of random weights, none of which is 0, of the sizes of the config."""
+    params = init_variables(wan_config(config), jax.random.key(0))["params"]
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    params = jax.tree.map(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape), params, noise)
+    checkpoint.save_weights(path, params, {})
+    return path
+
+
+@contextmanager
+def serving(answer):
+    """The address of a web server on this machine, and the requests that it got.
+
+    Args:
+      answer: (number of the request, its body) -> status, headers, bytes. A GET is counted too; its
+        body is empty.
+
+    Yields:
+      The address, and a list of (path, headers, body).
+    """
+    seen, lock = [], threading.Lock()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            with lock:
+                number = len(seen)
+                seen.append((self.path, dict(self.headers), body))
+            status, headers, content = answer(number, body)
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                self.send_header(name, value)
+            with suppress(BrokenPipeError, ConnectionResetError):  # of a client that went away
+                self.end_headers()
+                self.wfile.write(content)
+
+        do_GET = do_POST
+
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    # It looks every 20 ms whether it has to end.
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", seen
+    finally:
+        server.shutdown()
+        server.server_close()

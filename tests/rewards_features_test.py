@@ -512,7 +512,7 @@ def test_scorers_by_name(clip_weights, dino_files, aesthetic_files):
     names = "clip,dino,aesthetic"
     paths = {"clip": clip_weights, "dino": dino_files[1], "aesthetic": aesthetic_files[2]}
     clips = jnp.asarray(videos()[None])  # [P, T, ...]
-    scores = composite.score_clips(scorers.Scorers(names, paths), clips, ["a disk"], shared=1)
+    scores = composite.ask_clips(scorers.Scorers(names, paths), clips, ["a disk"], shared=1)()
     assert list(scores) == scorers.components_of(names)
     total = composite.composite(scores, {"clip_score": 1.0, "subject_consistency": 2.0})
     want = scores["clip_score"] + 2 * scores["subject_consistency"]

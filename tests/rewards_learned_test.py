@@ -351,7 +351,7 @@ def test_hpsv3(base, hpsv3_files, hpsv3_weights):
     pixels = videos(3, 480, 832)
     mu = torch_hpsv3(model, base, pixels)
     scorer = hpsv3.load(hpsv3_weights)
-    scores = composite.score_clips(scorer, jnp.asarray(pixels)[:, None], PROMPTS)
+    scores = composite.ask_clips(scorer, jnp.asarray(pixels)[:, None], PROMPTS)()
     assert scores.keys() == {"VQ", "VQ_best"} == set(scorers.COMPONENTS["hpsv3"]) and scores[
         "VQ"
     ].shape == (2, 1)

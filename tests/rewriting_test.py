@@ -1,6 +1,5 @@
 """Rewriting through a real HTTP server on this machine: order, tries, kills, records."""
 
-import http.server
 import json
 import os
 import signal
@@ -8,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+import equipment
 import pytest
 
 from kvpo_jax.data import prompts, rewriting
@@ -22,38 +22,23 @@ TOOL = Path(__file__).resolve().parents[1] / "tools" / "prompts.py"
 
 @contextmanager
 def serving(answer):
-    """The address of a server of chat completions, and the requests (headers, body) that it got.
+    """The address of a server of chat completions, and the requests (path, headers, body) that it
+    got.
 
     Args:
       answer: (number of the request, its body) -> status, headers, and the reply or raw bytes.
     """
-    seen, lock = [], threading.Lock()
+    seen = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                number = len(seen)
-                seen.append((self.path, dict(self.headers), body))
-            status, headers, reply = answer(number, body)
-            content = reply if isinstance(reply, bytes) else completion(reply)
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(content))} | headers).items():
-                self.send_header(name, value)
-            with suppress(BrokenPipeError):  # of a client that was killed
-                self.end_headers()
-                self.wfile.write(content)
+    def complete(number, content):
+        body = json.loads(content)
+        path, headers, _ = got[number]
+        seen.append((path, headers, body))
+        status, headers, reply = answer(number, body)
+        return status, headers, reply if isinstance(reply, bytes) else completion(reply)
 
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+    with equipment.serving(complete) as (url, got):
+        yield f"{url}/v1", seen
 
 
 def completion(text, reason="stop"):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from equipment import SMALL, configure
+from equipment import SMALL, configure, random_weights
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import budget, evaluate, programs, rollout, train
@@ -25,13 +25,11 @@ from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys, objective
 from kvpo_jax.errors import DivergedError, NotFiniteError, UsageError
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.rewards import composite, scorers
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, films, sharding, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
-from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.pictures import PICTURED
 from kvpo_jax.runtime.process import STOPPED
 from kvpo_jax.state import TrainState
@@ -61,12 +59,7 @@ FIELDS = {
 def weights(tmp_path_factory) -> Path:
     """A generator whose every parameter is random: zero inits would hide what depends on them."""
     path = tmp_path_factory.mktemp("weights") / "random.safetensors"
-    params = init_variables(wan_config(make_config(path)), jax.random.key(0))["params"]
-    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    params = jax.tree.map(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape), params, noise)
-    checkpoint.save_weights(path, params, {})
-    return path
+    return random_weights(path, make_config(path))
 
 
 def make_config(weights: Path, **fields):
@@ -498,18 +491,18 @@ def test_an_earlier_micro_batch_is_forgotten(weights, tmp_path, monkeypatch):
         return sum(x.shape == shape for x in jax.live_arrays()) // 2  # keys and values
 
     before, counted = histories(), {"train": [], "heldout": []}
-    score_group, segment_rewards = backbone_lib.score_group, composite.segment_rewards
+    ask_group, segment_rewards = backbone_lib.ask_group, composite.segment_rewards
 
-    def counting_score_group(*arguments):
+    def counting_ask_group(*arguments):
         counted["train"].append(histories() - before)
-        return score_group(*arguments)
+        return ask_group(*arguments)
 
     def counting_segment_rewards(*arguments):
         if arguments[1].anchor is None:
             counted["heldout"].append(histories() - before)
         return segment_rewards(*arguments)
 
-    monkeypatch.setattr(backbone_lib, "score_group", counting_score_group)
+    monkeypatch.setattr(backbone_lib, "ask_group", counting_ask_group)
     monkeypatch.setattr(composite, "segment_rewards", counting_segment_rewards)
     train.train_and_evaluate(config, tmp_path)
     assert counted["train"] == [1] * 2 * PROMPTS

@@ -6,15 +6,16 @@ local signal of the released code scores the chunk that contains the fork.
 
 What comes before the fork is the same in all trajectories of a prompt, and is scored once.
 
-Everything above `score_clips` is arithmetic on Python ints. Windows are half open, [start, end).
+Everything above `ask_clips` is arithmetic on Python ints. Windows are half open, [start, end).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import chex
 import jax.numpy as jnp
@@ -25,6 +26,9 @@ from kvpo_jax.runtime import progress
 from kvpo_jax.types import Array, Pixels, Scores, Windows
 
 ZERO = np.zeros((), np.float32)  # what sums of scores begin with
+P = ParamSpec("P")
+T = TypeVar("T")
+Answers = Callable[[], dict[str, np.ndarray]]  # component -> scores, which are waited for
 
 
 class Scorer(Protocol):
@@ -45,20 +49,28 @@ class Scorer(Protocol):
 
 
 class Sentence(str):
-    """The sentence of a clip, which knows what was said before it.
+    """The sentence of a clip, which knows what was said before it, and whom the clip competes with.
 
     Attributes:
       before: the sentences of its sequence before it, none for a sentence that stands alone.
+      group: a number that the clips of one prompt sequence have in common, which come in a row: the
+        branches and the anchor, or one clip of what is the same in all.
     """
 
     before: tuple[str, ...] = ()
+    group: int = 0
+
+    @classmethod
+    def with_context(cls, text: str, before: Sequence[str], group: int) -> Sentence:
+        """A sentence with its attributes."""
+        sentence = cls(text)
+        sentence.before, sentence.group = tuple(before), group
+        return sentence
 
     @classmethod
     def of(cls, sequence: Sequence[str], segment: int) -> Sentence:
         """The sentence of a prompt segment of a sequence."""
-        sentence = cls(sequence[segment])
-        sentence.before = tuple(sequence[:segment])
-        return sentence
+        return cls.with_context(sequence[segment], sequence[:segment], 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,19 +218,29 @@ def share_behind(clips: Sequence[Clip], frame: int) -> float:
 # ---------------------------------------------------------------- scores
 
 
-def score_clips(
-    scorer: Scorer, clips: Array, sentences: Sequence[str], shared: int = 0
-) -> dict[str, np.ndarray]:
+def at_once(ask: Callable[P, Callable[[], T]]) -> Callable[P, T]:
+    """The function that asks as `ask` does, and waits for the answer."""
+
+    @functools.wraps(ask)
+    def score(*arguments: P.args, **named: P.kwargs) -> T:
+        return ask(*arguments, **named)()
+
+    return score
+
+
+def ask_clips(scorer: Scorer, clips: Array, sentences: Sequence[str], shared: int = 0) -> Answers:
     """Scores one clip per trajectory in a single call of the scorer.
 
     Args:
-      scorer: see Scorer; it is told `Shared` clips, if there are any, as the argument `shared`.
+      scorer: see Scorer; it is told `Shared` clips, if there are any, as the argument `shared`. One
+        with an attribute `waits` that is true is called by its method `ask`, see
+        `scorers.Scorers.ask`, and its scores are waited for later.
       clips: [P, T, frames, h, w, 3], of a dtype that the scorer takes.
       sentences: P sentences, one per prompt sequence.
       shared: so many frames, the first ones, are the same in all T clips of a prompt.
 
     Returns:
-      component -> float[P, T].
+      () -> component -> float[P, T].
 
     Raises:
       NotFiniteError: a score is not finite; names component, prompt and trajectory.
@@ -226,10 +248,22 @@ def score_clips(
     p, t = clips.shape[:2]
     chex.assert_shape(clips, (p, t, None, None, None, 3))
     chex.assert_equal(len(sentences), p)
-    per_clip = [sentence for sentence in sentences for _ in range(t)]
+    per_clip = [
+        Sentence.with_context(sentence, getattr(sentence, "before", ()), group)
+        for group, sentence in enumerate(sentences)
+        for _ in range(t)
+    ]
     told = {"shared": Shared(t, shared)} if shared and t > 1 else {}
-    raw = scorer(clips.reshape(p * t, *clips.shape[2:]), per_clip, **told)
-    return {name: _finite(name, values, sentences, t) for name, values in raw.items()}
+
+    def finite(raw: Mapping[str, Array]) -> dict[str, np.ndarray]:
+        return {name: _finite(name, values, sentences, t) for name, values in raw.items()}
+
+    flat = clips.reshape(p * t, *clips.shape[2:])
+    if getattr(scorer, "waits", False):
+        answers = scorer.ask(flat, per_clip, **told)  # type: ignore[attr-defined]
+        return lambda: finite(answers())
+    scores = finite(scorer(flat, per_clip, **told))
+    return lambda: scores
 
 
 def _finite(name: str, values: Array | np.ndarray, sentences: Sequence[str], t: int) -> np.ndarray:
@@ -248,34 +282,23 @@ def _finite(name: str, values: Array | np.ndarray, sentences: Sequence[str], t: 
     return scores
 
 
-def score_clip(
+def ask_clip(
     scorer: Scorer, pixels: Pixels, start: int, end: int, sentences: Sequence[str]
-) -> dict[str, np.ndarray]:
+) -> Answers:
     """Scores frames [start, end) of all trajectories, and what they share once.
 
     Returns:
-      component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
+      () -> component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
     """
     clips, shared = _cut(pixels, start, end), min(max(pixels.fork - start, 0), end - start)
     whole = (len(sentences), pixels.videos.shape[1] + (pixels.anchor is not None))
-    scores = score_clips(scorer, clips, sentences, shared)
-    return {name: np.broadcast_to(x, whole) for name, x in scores.items()}
+    answers = ask_clips(scorer, clips, sentences, shared)
+    return lambda: {name: np.broadcast_to(x, whole) for name, x in answers().items()}
 
 
-def segment_rewards(
+def ask_each(
     scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
-) -> dict[str, np.ndarray]:
-    """The global signal: the mean over the clips of `clip_rewards`.
-
-    Returns:
-      component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
-    """
-    return mean_rewards(clip_rewards(scorer, pixels, prompts, clips))
-
-
-def clip_rewards(
-    scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
-) -> list[dict[str, np.ndarray]]:
+) -> Callable[[], list[dict[str, np.ndarray]]]:
     """Scores every clip with the sentence of its segment.
 
     Args:
@@ -285,15 +308,16 @@ def clip_rewards(
       clips: see `segment_clips`.
 
     Returns:
-      Of each clip, component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
+      () -> of each clip, component -> float[P, T], or float[P, T + 1] with an anchor, which is
+      the last.
     """
     segments = len(prompts[0])
     if any(len(sequence) != segments for sequence in prompts):
         raise UsageError(
             f"prompt sequences of different lengths: {[len(sequence) for sequence in prompts]}"
         )
-    return [
-        score_clip(
+    asked = [
+        ask_clip(
             scorer,
             pixels,
             clip.start,
@@ -302,6 +326,22 @@ def clip_rewards(
         )
         for clip in progress.steps(clips, "scoring clips")
     ]
+    return lambda: [answers() for answers in asked]
+
+
+clip_rewards = at_once(ask_each)
+
+
+def ask_segments(
+    scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
+) -> Callable[[], dict[str, np.ndarray]]:
+    """The global signal: the mean over the clips of `clip_rewards`.
+
+    Returns:
+      () -> component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
+    """
+    answers = ask_each(scorer, pixels, prompts, clips)
+    return lambda: mean_rewards(answers())
 
 
 def mean_rewards(scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -314,6 +354,9 @@ def mean_rewards(scores: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.nda
             )
     share = 1 / len(scores)
     return {name: share * sum((s[name] for s in scores), ZERO) for name in scores[0]}
+
+
+segment_rewards = at_once(ask_segments)
 
 
 def footage_of(windows: Windows, clips: Sequence[Clip], starts: Sequence[int]) -> Footage:
@@ -443,14 +486,14 @@ def _as_scores(components: Mapping[str, Any], weights: Mapping[str, float]) -> S
     )
 
 
-def score_rollout(
+def ask_rollout(
     scorer: Scorer,
     pixels: Pixels,
     prompts: Sequence[Sequence[str]],
     weights: Mapping[str, float],
     clips: Sequence[Clip],
-) -> Scores:
-    """`segment_rewards` of a group and its anchor, in one batch.
+) -> Callable[[], Scores]:
+    """`ask_segments` of a group and its anchor, in one batch.
 
     Args:
       scorer: see Scorer.
@@ -459,16 +502,20 @@ def score_rollout(
       weights: component -> weight, see `composite`.
       clips: see `segment_clips`.
     """
-    return _as_scores(segment_rewards(scorer, pixels, prompts, clips), weights)
+    answers = ask_segments(scorer, pixels, prompts, clips)
+    return lambda: _as_scores(answers(), weights)
 
 
-def score_window(
+score_rollout = at_once(ask_rollout)
+
+
+def ask_window(
     scorer: Scorer,
     pixels: Pixels,
     sentences: Sequence[str],
     weights: Mapping[str, float],
     window: tuple[int, int],
-) -> Scores:
+) -> Callable[[], Scores]:
     """The released code's local signal: a score of the chunk that contains the fork.
 
     Args:
@@ -484,4 +531,8 @@ def score_window(
     start, end = window
     if not 0 <= start < end:
         raise UsageError(f"local window [{start}, {end}) has no pixel frame")
-    return _as_scores(score_clip(scorer, pixels, start, end, sentences), weights)
+    answers = ask_clip(scorer, pixels, start, end, sentences)
+    return lambda: _as_scores(answers(), weights)
+
+
+score_window = at_once(ask_window)

@@ -2,6 +2,7 @@
 "return", "module:function".
 
 The last is a function of your own, see `composite.Scorer`. "stream" and "flow" score whole videos.
+An address, "http://host:port", is a reward server, see `remote`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,15 +30,20 @@ from kvpo_jax.rewards import (
     motion,
     optical_flow,
     preprocess,
+    remote,
     returning,
     stream,
     toy,
     videoalign,
 )
 from kvpo_jax.rewards.composite import Footage, Scorer, Shared, VideoScorer
+from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime import web
 from kvpo_jax.types import Array
 
 Paths = Mapping[str, str]  # a name of LEARNED -> file of converted weights
+
+Asked = dict[str, Callable[[], Mapping[str, Any]]]  # scorer -> what waits for its components
 
 # Name of a scorer with weights -> how it is loaded from their file, which config.paths has.
 LEARNED: dict[str, Callable[[str], Scorer]] = {
@@ -98,7 +104,8 @@ def names_of(names: str) -> list[str]:
 def components_of(names: str) -> list[str] | None:
     """The components of a list of names.
 
-    None if the list has a "module:function": its components are not known before it scores.
+    None if the list has a "module:function", whose components are not known before it scores, or a
+    server, which is asked by `Scorers.components`.
     """
     listed = names_of(names)
     if not COMPONENTS.keys() >= set(listed):
@@ -106,38 +113,104 @@ def components_of(names: str) -> list[str] | None:
     return [component for name in listed for component in COMPONENTS[name]]
 
 
+def takes_bytes(name: str) -> bool:
+    """Whether a scorer is given uint8 pixels where they are stored."""
+    return name in TAKES_BYTES or web.is_address(name)
+
+
 class Scorers:
     """One scorer with the components of all scorers in a list.
 
     A module is imported when its scorer is checked or first used, so never by a command that does
-    not score. Weights are loaded when a clip is scored for the first time, and again after
-    `release`.
+    not score, and a server is asked no earlier. Weights are loaded when a clip is scored for the
+    first time, and again after `release`.
 
     Args:
-      names: keys of SCORERS and OF_VIDEOS and "module:function"s, separated by commas. An empty
-        list is a scorer without components.
+      names: keys of SCORERS and OF_VIDEOS, "module:function"s and addresses of servers, separated
+        by commas. An empty list is a scorer without components.
       paths: the files of the scorers that need one.
+      http: section reward.http of a config; None is its default.
+      fps: frames per second of the clips, which servers are told; None if nobody knows.
+
+    Attributes:
+      waits: whether there are servers, whose scores are waited for.
+      servers: address -> server.
     """
 
-    def __init__(self, names: str, paths: Paths):
+    def __init__(
+        self,
+        names: str,
+        paths: Paths,
+        http: Mapping[str, Any] | None = None,
+        fps: float | None = None,
+    ):
         self._names = names
         self._whole = [name for name in names_of(names) if name in OF_VIDEOS]
         self._of_clips = [name for name in names_of(names) if name not in OF_VIDEOS]
-        self._loaded = cache(lambda: {name: _loader(name)(paths) for name in self._of_clips})
+        addresses = [name for name in self._of_clips if web.is_address(name)]
+        self.waits = bool(addresses)
+        if addresses and http is None:
+            http = config_lib.load(str(config_lib.shipped(config_lib.TINY))).reward.http
+        self.servers = {
+            url: remote.Server(url, remote.Settings(**http or {}), fps) for url in addresses
+        }
+        here = [name for name in self._of_clips if name not in self.servers]
+        self._loaded = cache(lambda: {name: _loader(name)(paths) for name in here})
 
     def check(self) -> None:
-        """Imports the functions, and loads no weights.
+        """Imports the functions and asks the servers what they are, and loads no weights.
 
         Raises:
-          UsageError: a name is not a scorer, or a function cannot be imported.
+          UsageError: a name is not a scorer, a function cannot be imported, or a server does not
+            answer as it should.
         """
         for name in self._of_clips:
-            _loader(name)
+            if name not in self.servers:
+                _loader(name)
+        for server in self.servers.values():
+            _ = server.about
+
+    def components(self) -> list[str] | None:
+        """The components of the list; None if they are not known before it scores."""
+        here = components_of(",".join(x for x in names_of(self._names) if x not in self.servers))
+        if here is None:
+            return None
+        return [*here, *(x for server in self.servers.values() for x in server.about.components)]
+
+    def needs_groups(self) -> bool:
+        """Whether a server has to see the branches of a prompt together."""
+        return any(server.about.groups for server in self.servers.values())
+
+    def versions(self) -> dict[str, str]:
+        """ "server 1", ... -> what the scores of the servers depend on, in their own words.
+
+        Their addresses are no part of it: a continued run may find them elsewhere.
+        """
+        return {
+            f"server {i + 1}": f"{server.about.name} {server.about.version}"
+            for i, server in enumerate(self.servers.values())
+        }
+
+    def missing(self) -> int:
+        """How many clips have got reward.http.missing instead of a server's scores so far."""
+        return sum(server.missing for server in self.servers.values())
+
+    def load(self) -> None:
+        """Loads the weights now."""
+        self._loaded()
 
     def __call__(
         self, pixels: Array, prompts: Sequence[str], shared: Shared | None = None
     ) -> dict[str, Array]:
-        """See `composite.Scorer`.
+        """See `composite.Scorer` and `ask`."""
+        return self.ask(pixels, prompts, shared)()
+
+    def ask(
+        self, pixels: Array, prompts: Sequence[str], shared: Shared | None = None
+    ) -> Callable[[], dict[str, Array]]:
+        """Sends clips to the servers and lets the other scorers score them.
+
+        The pixels may be freed before the servers answer.
 
         Args:
           pixels: [n, frames, h, w, 3], float in [0, 1] or uint8. Scorers get floats, except those
@@ -145,17 +218,30 @@ class Scorers:
           prompts: n sentences.
           shared: which frames are the same in several clips, if there are any.
 
+        Returns:
+          () -> component -> float[n], which waits for the servers.
+
         Raises:
           UsageError: two scorers have a component of the same name, or one returns something else
-            than a number per clip for each of its components.
+            than a number per clip for each of its components. What servers do wrong is raised by
+            what is returned.
         """
-        components: dict[str, Array] = {}
+        answers: Asked = {url: server.ask(pixels, prompts) for url, server in self.servers.items()}
         floats = cache(lambda: preprocess.to_float(pixels))
-        of_videos = {component for name in self._whole for component in COMPONENTS[name]}
         for name, scorer in self._loaded().items():
             taken = pixels if name in TAKES_BYTES else floats()
             told = {"shared": shared} if shared and name in OF_FRAMES else {}
-            scores = _checked(name, scorer(taken, prompts, **told), len(prompts))
+            answers[name] = partial(
+                dict, _checked(name, scorer(taken, prompts, **told), len(prompts))
+            )
+        return partial(self._joined, answers)
+
+    def _joined(self, answers: Asked) -> dict[str, Array]:
+        """The components of all scorers, in the order of the list."""
+        components: dict[str, Array] = {}
+        of_videos = {component for name in self._whole for component in COMPONENTS[name]}
+        for name in self._of_clips:
+            scores = answers[name]()
             if twice := (components.keys() | of_videos) & scores.keys():
                 raise UsageError(
                     f"two rewards of {self._names!r} have a component {min(twice)!r}; {name!r} is"
@@ -231,7 +317,11 @@ def _module_of(name: str) -> ModuleType:
 
 def sources(names: str) -> dict[str, Path]:
     """ "module:function" -> the file of its module, for those in a list that have one."""
-    own = [name for name in names_of(names) if name not in {*SCORERS, *OF_VIDEOS}]
+    own = [
+        name
+        for name in names_of(names)
+        if name not in {*SCORERS, *OF_VIDEOS} and not web.is_address(name)
+    ]
     files = {name: _module_of(name).__file__ for name in own}
     return {name: Path(file) for name, file in files.items() if file is not None}
 
@@ -240,7 +330,7 @@ def _loader(name: str) -> Callable[[Paths], Scorer]:
     """How a scorer is loaded; "module:function" is imported at once."""
     if name in SCORERS:
         return SCORERS[name]
-    known = f"expected {', '.join((*SCORERS, *OF_VIDEOS))} or module:function"
+    known = f"expected {', '.join((*SCORERS, *OF_VIDEOS))}, module:function or http://host:port"
     try:
         scorer = getattr(_module_of(name), name.partition(":")[2])
     except (ImportError, AttributeError, ValueError) as error:

@@ -29,6 +29,8 @@ from kvpo_jax.algorithm import explore, flow, losses, objective, replay, routing
 from kvpo_jax.errors import UsageError, nearest, shortened
 from kvpo_jax.methods import METHODS, apply
 from kvpo_jax.models import attention, layers, wan, wan_vae
+from kvpo_jax.rewards import remote
+from kvpo_jax.runtime import web
 from kvpo_jax.runtime.records import with_tuples
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -56,6 +58,7 @@ REGISTRIES = (
     objective.ADVANTAGES,
     objective.NORMALIZERS,
     objective.GATES,
+    remote.FORMATS,
 )
 
 # The smallest value that means something; a group needs two branches to have a spread, an interval
@@ -96,6 +99,10 @@ MINIMUM = {
     "reward.clip_spacing": 0,
     "reward.min_behind": 0.0,
     "reward.noise": 0.0,
+    "reward.http.retries": 0,
+    "reward.http.backoff": 0.0,
+    "reward.http.megabytes": 1,
+    "reward.http.requests": 1,
     "train.iterations": 1,
     "train.budget_passes": 0,
     "train.micro_batch": 0,
@@ -125,12 +132,13 @@ POSITIVE = (
     "objective.mix",
     "objective.quasi_norm",
     "objective.reward_tau",
+    "reward.http.timeout",
     "lora.alpha",
     "train.grad_clip",
 )
 # What may differ when a run is continued: how long it runs, what is only looked at, and the
 # machine: its devices, how much they take at once, and where it has the files, which are taken to
-# be the same ones.
+# be the same ones. Reward servers may be elsewhere, too (`another_run`), and be asked otherwise.
 RESUMABLE = (
     "train.iterations",
     "train.budget_passes",
@@ -141,6 +149,8 @@ RESUMABLE = (
     "train.micro_batch",
     "eval.",
     "reward.resident",
+    *(f"reward.http.{name}" for name in ("timeout", "retries", "backoff", "required", "requests")),
+    *(f"reward.http.{name}" for name in ("ahead", "token_file")),
     "mesh.",
     "paths.",
     "weights",
@@ -410,6 +420,13 @@ def micro_batches(config: ConfigDict) -> Iterator[np.ndarray]:
     size = prompts_at_once(config)
     for first in range(0, config.train.prompts_per_iteration, size):
         yield np.arange(first, first + size, dtype=np.int32)
+
+
+def rolls_ahead(config: ConfigDict) -> int:
+    """How many micro-batches may wait for reward servers while the next is rolled out: 0 or 1."""
+    http = any(map(web.is_address, _names(config.reward.scorer)))
+    several = prompts_at_once(config) < config.train.prompts_per_iteration
+    return int(http and several and config.reward.http.ahead)
 
 
 def is_pictured(config: ConfigDict, iteration: int) -> bool:
@@ -742,8 +759,14 @@ def _check_energies(config: ConfigDict, routes: bool) -> None:
 
 
 def another_run(saved: ConfigDict, given: ConfigDict) -> list[str]:
-    """The fields by which a run of `given` is another one than a run of `saved`: not RESUMABLE."""
+    """The fields by which a run of `given` is another one than a run of `saved`: not RESUMABLE.
+
+    The addresses of reward servers may differ, but not their number.
+    """
     before, now = flat(saved), flat(given)
+    for fields in (before, now):
+        if "reward.scorer" in fields:
+            fields["reward.scorer"] = re.sub(r"https?://[^,]*", "http://", fields["reward.scorer"])
     names = sorted(before.keys() | now.keys())
     return [n for n in names if before.get(n) != now.get(n) and not n.startswith(RESUMABLE)]
 

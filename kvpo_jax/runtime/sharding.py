@@ -302,6 +302,16 @@ def _processes(mesh: Mesh) -> np.ndarray:
     return np.vectorize(lambda device: device.process_index)(mesh.devices[::rows, ::columns])
 
 
+def splits_groups(mesh: Mesh) -> bool:
+    """Whether the branches of a prompt are on several processes."""
+    return _processes(mesh).shape[1] > 1
+
+
+def total(count: int) -> int:
+    """The sum over the processes. Every process has to ask."""
+    return int(multihost_utils.process_allgather(np.asarray(count)).sum())
+
+
 def device_memory() -> float | None:
     """Bytes that JAX may take of a device, the least on any; None if they are not known (CPU).
 

@@ -45,13 +45,19 @@ def ffmpeg() -> str:
     return program
 
 
+def as_bytes(pixels: np.ndarray) -> np.ndarray:
+    """uint8[...] of pixels uint8 or in [0, 1]."""
+    if pixels.dtype == np.uint8:
+        return pixels
+    return np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
+
+
 def enlarge(pixels: np.ndarray) -> np.ndarray:
     """uint8[frames, h, w, 3] of pixels uint8 or in [0, 1], by a whole factor no smaller than
     SMALLEST.
     """
     factor = -(-SMALLEST // min(pixels.shape[1:3]))
-    if pixels.dtype != np.uint8:
-        pixels = np.clip(np.round(255 * pixels), 0, 255).astype(np.uint8)
+    pixels = as_bytes(pixels)
     return pixels.repeat(factor, axis=1).repeat(factor, axis=2) if factor > 1 else pixels
 
 
