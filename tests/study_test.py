@@ -230,7 +230,7 @@ def test_the_most_important_arms_run_first_and_seed_by_seed():
 
 
 def test_a_search_changes_one_setting_and_is_judged_on_other_prompts():
-    points = [arm.fields for arm in study.searched("l2")]
+    points = [arm.fields for arm in study.searched("noise_l2")]
     assert all(fields["eval.prompts"] == 64 for fields in points)
     own = {"eval.prompts", *study.BY_NAME["noise + l2"].fields}
     assert [len(fields.keys() - own) for fields in points] == [0, *[1] * (len(points) - 1)]

@@ -375,7 +375,10 @@ DIVERSITY_TEXT = (
     " that return. Wanted: the share of branches in which the first object returns."
 )
 VOTES_TEXT = "Where the first object is outvoted, over all seeds."
-SETTINGS_TEXT = "Chosen on development seeds, one set for a surrogate, and then not changed."
+SETTINGS_TEXT = (
+    "Chosen on development seeds, one set for a surrogate, and then not changed; docs/worlds.md has"
+    " what was tried."
+)
 SEARCH_TEXT = (
     "Development seeds, judged on held-out prompts that the study does not have; one setting is"
     " changed at a time."

@@ -2,7 +2,7 @@
 
     python tools/study.py --output=docs [--arms=KVPO,none] [--seeds=0,1,2,3,4]
     python tools/study.py --quick [--output=DIR]     # few arms and seeds, short runs
-    python tools/study.py --search=tve,l2 [--seeds=100,101]    # settings, on development seeds
+    python tools/study.py --search=tve,noise_l2 [--seeds=100,101]  # settings, on development seeds
     python tools/study.py --render --output=docs     # the pages again, from evidence.json alone
 
 An arm is a configuration, some fields over it, and a number of seeds: ARMS. All arms of a world
@@ -64,14 +64,31 @@ _SEARCHED = {
     "train.prompts_per_iteration": 16,
     "rollout.window_blocks": 2,
 }
-# Surrogate -> fields of its arms. Set on development seeds (--search), before the study's ran.
+# Surrogate -> fields of its arms, set on development seeds (docs/worlds.md) before the study's ran.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "tve": _SEARCHED,
     "latent": _SEARCHED,
-    "l2": _SEARCHED,
-    "awm": _SEARCHED,
+    "noise_l2": {
+        **_SEARCHED,
+        "objective.beta": 0.15,
+        "rollout.window_blocks": 1,
+        "rollout.noise_scale": 0.3,
+        "replay.blocks": 2,
+    },
+    # All its states are shared: what it needs is the KL.
+    "chr_l2": {
+        **_SEARCHED,
+        "objective.beta": 1.5,
+        "rollout.window_blocks": 1,
+        "train.learning_rate": 2e-3,
+    },
+    "awm": {**_SEARCHED, "objective.beta": 0.15, "rollout.window_blocks": 1},
     # A rival's beta, clips and advantages are its own (kvpo_jax/methods.py).
-    "rival": {"train.learning_rate": 2e-3, "train.prompts_per_iteration": 16},
+    "rival": {
+        "train.learning_rate": 4e-3,
+        "train.prompts_per_iteration": 16,
+        "rollout.window_blocks": 1,
+    },
     "toy": {},  # configs/tiny.py as it is
 }
 
@@ -117,9 +134,9 @@ class Arm:
 
 
 RETURN, WEAK, TOY = "configs/return.py", "configs/return.py:weak", config_lib.TINY
-NOISE = {"rollout.explore": "init_noise", "rollout.noise_scale": 1.0}
+NOISE = {"rollout.explore": "init_noise"}
 DRAWN = {"rollout.explore": "transition"}
-BOTH = {"rollout.explore": "routing+init_noise", "rollout.noise_scale": 1.0}
+BOTH = {"rollout.explore": "routing+init_noise", "rollout.noise_scale": 0.3}
 L2 = {"replay.states": "anchor", "replay.energy": "latent"}
 SHUFFLED = {"objective.shuffle_advantages": True}
 NEGATED = {"objective.negate_advantages": True}
@@ -148,32 +165,32 @@ def _rival(method: str, tier: int = 3) -> Arm:
 
 ARMS = (
     Arm("KVPO", "exploration", tier=1),
-    Arm("noise + l2", "exploration", settings="l2", fields={**NOISE, **L2}, tier=1),
-    Arm("CHR + l2", "surrogate", settings="l2", fields=L2, tier=1),
+    Arm("noise + l2", "exploration", settings="noise_l2", fields={**NOISE, **L2}, tier=1),
+    Arm("CHR + l2", "surrogate", settings="chr_l2", fields=L2, tier=1),
     Arm("shuffled", "controls", fields=SHUFFLED, tier=1),
-    Arm("no exploration", "exploration", RETURN, "l2", {**NONE, **L2}, 1, 2),
+    Arm("no exploration", "exploration", RETURN, "chr_l2", {**NONE, **L2}, 1, 2),
     Arm("CHR and noise + TVE", "exploration", fields=BOTH, tier=1),
     Arm("beta 0", "beta", fields=_beta(0), tier=1),
     Arm("AWM", "surrogate", settings="awm", spec=f"{RETURN}:strong+awm", tier=1),
     Arm("KVPO, reward noise 0.1", "reward noise", fields={"reward.noise": 0.1}, tier=1),
     _rival("astrolabe", 1),
     _weak("KVPO", "tve", {}),
-    _weak("noise + l2", "l2", {**NOISE, **L2}),
-    _weak("CHR + l2", "l2", L2),
+    _weak("noise + l2", "noise_l2", {**NOISE, **L2}),
+    _weak("CHR + l2", "chr_l2", L2),
     _weak("shuffled", "tve", SHUFFLED),
     Arm("KVPO on outvoted", "transfer", fields=OUTVOTED, tier=2),
-    Arm("noise + l2 on outvoted", "transfer", RETURN, "l2", {**NOISE, **L2, **OUTVOTED}, 2),
+    Arm("noise + l2 on outvoted", "transfer", RETURN, "noise_l2", {**NOISE, **L2, **OUTVOTED}, 2),
     Arm("negated", "controls", fields=NEGATED, tier=2, seeds=2),
     Arm("CHR + clean latent", "surrogate", RETURN, "latent", {"replay.energy": "latent"}, 2),
-    Arm("CHR and noise + l2", "exploration", settings="l2", fields={**BOTH, **L2}, tier=2),
-    Arm("transition noise + l2", "exploration", settings="l2", fields={**DRAWN, **L2}, tier=2),
+    Arm("CHR and noise + l2", "exploration", settings="chr_l2", fields={**BOTH, **L2}, tier=2),
+    Arm("transition noise + l2", "exploration", RETURN, "noise_l2", {**DRAWN, **L2}, 2),
     Arm("transition noise + ratio", "exploration", f"{RETURN}:strong+cps_grpo", "rival", {}, 2),
     Arm("KVPO, reward noise 0.01", "reward noise", fields={"reward.noise": 0.01}, tier=2),
-    Arm("noise + l2, reward noise 0.1", "reward noise", RETURN, "l2",
+    Arm("noise + l2, reward noise 0.1", "reward noise", RETURN, "noise_l2",
         {**NOISE, **L2, "reward.noise": 0.1}, 2),
     _old("KVPO", {}),
     _old("no routing", {"rollout.perturbed_steps": 0}),
-    _old("noise + TVE", NOISE),
+    _old("noise + TVE", {**NOISE, "rollout.noise_scale": 1.0}),
     _old("shuffled", SHUFFLED),
     *(Arm(f"{n} steps", "CHR", fields={"rollout.perturbed_steps": n}) for n in (1, 4)),
     Arm("3 of 9 slots", "CHR", f"{RETURN}:strong+slots_3"),
@@ -191,7 +208,7 @@ ARMS = (
     Arm("3/5 beta", "beta", fields=_beta(3 / 5), tier=4),
     Arm("noise + TVE", "exploration", f"{RETURN}:strong+noise_tve", fields={
         "rollout.noise_scale": 1.0, "rollout.window_blocks": 1, "replay.blocks": 2}, tier=4),
-    Arm("noise + l2, reward noise 0.01", "reward noise", RETURN, "l2",
+    Arm("noise + l2, reward noise 0.01", "reward noise", RETURN, "noise_l2",
         {**NOISE, **L2, "reward.noise": 0.01}, 4),
     *(_rival(name, 4) for name in ("dance_grpo", "cm_grpo", "rwr")),
     *(Arm(f"{n} blocks, old world", "old world", TOY, "toy", {"rollout.window_blocks": n}, 4, 3,
@@ -208,8 +225,8 @@ def world_of(arm: Arm) -> str:
 # ---------------------------------------------------------------- the search
 
 # What is tried one at a time around SETTINGS, with the arm that carries the surrogate.
-CARRIERS = {"tve": "KVPO", "latent": "CHR + clean latent", "l2": "noise + l2", "awm": "AWM"}
-CARRIERS |= {"rival": "astrolabe"}
+CARRIERS = {"tve": "KVPO", "latent": "CHR + clean latent", "awm": "AWM", "rival": "astrolabe"}
+CARRIERS |= {"noise_l2": "noise + l2", "chr_l2": "CHR + l2"}
 TRIED: Mapping[str, Sequence[Any]] = {
     "train.learning_rate": (2e-3, 4e-3, 8e-3),
     "objective.beta": (0.05, 0.15, 0.5),
