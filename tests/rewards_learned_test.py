@@ -385,6 +385,7 @@ def test_what_branches_share_is_scored_once(hpsv3_weights, videoalign_weights, m
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]), "data")
     alone = hpsv3.load(hpsv3_weights, mesh=one, batch=3)
     step = learned.scoring_step(alone.args[0].cfg, one, preprocess.resize_pil)
+    step.clear_cache()  # of what other tests have scored
     paths = {"hpsv3": hpsv3_weights, "videoalign": videoalign_weights}
     monkeypatch.setitem(scorers.SCORERS, "hpsv3", lambda paths: alone)
     scorer = scorers.Scorers("hpsv3,videoalign", paths)
