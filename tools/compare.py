@@ -37,6 +37,7 @@ ENDLESS = 1_000_000  # iterations of a run that its budget ends
 # Columns of the first table, and how those of the second begin.
 GAINS = ("seeds", "gain", "95 % over prompts", "95 % over seeds", "over the first", "95 % of that")
 PART = "gain in "
+WIDTH = 7  # columns of a table beside that of the methods
 
 # ---------------------------------------------------------------- runs
 
@@ -139,8 +140,9 @@ def markdown(rows: Sequence[Mapping[str, str]]) -> str:
         return 0 if column in GAINS else 1 if column.startswith(PART) else 2
 
     own = [column for column in rows[0] if column != "method"]
-    chosen = [["method", *(c for c in own if kind(c) == number)] for number in range(3)]
-    tables = [[{c: row[c] for c in columns} for row in rows] for columns in chosen if columns[1:]]
+    kinds = [[c for c in own if kind(c) == number] for number in range(3)]
+    parts = [some[i : i + WIDTH] for some in kinds for i in range(0, len(some), WIDTH)]
+    tables = [[{c: row[c] for c in ("method", *columns)} for row in rows] for columns in parts]
     return "\n\n".join(map(trials.markdown, tables))
 
 

@@ -676,11 +676,14 @@ StateLoss = Callable[[Replica], tuple[Array, chunked.Seen]]
 
 def with_peers(schedule: flow.Schedule, tuples: ReplayTuples, anchors: int) -> ReplayTuples:
     """The tuples of the first `anchors` branches, with the clean latents of all at every state."""
-    s = tuples.z.shape[3]
+    s, page = tuples.z.shape[3], tuples.page
     sigma = schedule.sigma[:s, None, None, None, None]
     clean = flow.to_clean(tuples.z, tuples.u, sigma)
+    if page.frame.ndim == 3:  # a branch's own
+        first = kv_cache.map_trajectories(lambda x: x[:, :anchors], page.replace(bank=None))
+        page = first.replace(bank=page.bank)
     return tuples.replace(
-        z=tuples.z[:, :anchors], u=tuples.u[:, :anchors], peers=jnp.moveaxis(clean, 1, 3)
+        z=tuples.z[:, :anchors], u=tuples.u[:, :anchors], page=page, peers=jnp.moveaxis(clean, 1, 3)
     )
 
 
