@@ -57,6 +57,7 @@ from kvpo_jax.types import (
     PyTree,
     Replayed,
     ReplayTuples,
+    Scores,
     TextKV,
 )
 
@@ -87,6 +88,8 @@ class Programs:
       record: (latents float[P, T, F, Y, X, C] of all B blocks, BlockRecords of the W that are
         replayed, NoiseKey, first frames int32[W], segments int32[W]) -> videos of the branches
         float[P, G, frames, Y, X, C] and of the anchor, ReplayTuples without their caches.
+      err: the arguments of `judge` -> its scores, as a judge that errs gives them
+        (config.reward.noise).
       judge: (Scores, Scores of the local signal or None, key, prompts int32[P]) -> advantages
         float[P, G], whether the gate is open bool[P].
       replay: (lora, params, Experience, wanted bool[]) -> Gradient, Replayed of this policy. The
@@ -116,6 +119,7 @@ class Programs:
     branch_recache: Callable[..., KVCache]
     read_page: Callable[[KVCache], KVCache]
     record: Callable[..., tuple[Array, Array, ReplayTuples]]
+    err: Callable[..., tuple[Scores, Scores | None]]
     judge: Callable[..., tuple[Array, Array]]
     replay: Callable[[PyTree, PyTree, Experience, np.ndarray], tuple[Gradient, Replayed]]
     accumulate: Callable[[Gradient, Gradient], Gradient]
@@ -147,6 +151,7 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         **_block_programs(config, mesh, caches),
         **_recache_programs(config, mesh, caches),
         **_record_programs(config, mesh, caches),
+        err=jax.jit(_make_err(config)),
         judge=jax.jit(_make_judge(config)),
         replay=jax.jit(exact(_make_replay(config, mesh, energies)), out_shardings=replicated),
         accumulate=jax.jit(accumulate, donate_argnums=0),
@@ -394,6 +399,17 @@ def _record_programs(
         "read_page": jax.jit(read_page, out_shardings=on_mesh(page)),
         "record": jax.jit(record, out_shardings=on_mesh(recorded)),
     }
+
+
+def _make_err(config: ml_collections.ConfigDict) -> Callable:
+    """(scores, local, key, prompts) -> both with noise; see `Programs.err`."""
+
+    def err(scores, local, key, numbers):
+        noise = config.reward.weights, config.reward.noise, key, numbers
+        erring = objective.noisy_scores(scores, *noise)
+        return erring, None if local is None else objective.noisy_scores(local, *noise)
+
+    return err
 
 
 def _make_judge(config: ml_collections.ConfigDict) -> Callable:

@@ -124,9 +124,7 @@ def ask(
         scores, local, appearance = sharding.gather(lambda: (*answers(), looks), run.mesh)
         if config.reward.noise:
             key = keys.draw_key(config.seed, "reward", iteration)
-            noise = config.reward.weights, config.reward.noise, key, batch.numbers
-            scores = objective.noisy_scores(scores, *noise)
-            local = None if local is None else objective.noisy_scores(local, *noise)
+            scores, local = jax.device_get(run.programs.err(scores, local, key, batch.numbers))
         key = keys.draw_key(config.seed, "shuffle", iteration)
         advantages, gate_open = run.programs.judge(scores, local, key, batch.numbers)
         return Judged(

@@ -630,7 +630,7 @@ def test_nothing_compiles_twice(world):
                 world.with_fields(rollout__window_blocks=window_blocks).roll(
                     pivot, world.draw(pivot, seed=pivot)
                 )
-    others = ("judge", "replay", "accumulate", "apply", "follow", "group_means")
+    others = ("err", "judge", "replay", "accumulate", "apply", "follow", "group_means")
     others += ("pixel_std", "appearance", "self_similarity", "all_finite")
     expected = {f.name: int(f.name not in others) for f in dataclasses.fields(programs.Programs)}
     expected["record"] = 2  # one for each number of replayed blocks, of which a run has one

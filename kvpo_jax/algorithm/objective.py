@@ -269,7 +269,11 @@ def noisy_scores(
       numbers: int32[P], the number of each prompt in its iteration.
     """
 
-    drawn = scale * np.asarray(_draws(key, numbers, scores.branches.shape[1] + 1))
+    def draw(number: Array) -> Array:
+        own = jax.random.fold_in(key, number)
+        return scale * jax.random.normal(own, (scores.branches.shape[1] + 1,))
+
+    drawn = jax.vmap(draw)(jnp.asarray(numbers))
     branches, anchor = drawn[:, 1:], drawn[:, 0]
     total = sum(weights.values())
     return Scores(
@@ -280,13 +284,6 @@ def noisy_scores(
             for name, (b, a) in scores.components.items()
         },
     )
-
-
-@partial(jax.jit, static_argnums=2)
-def _draws(key: Array, numbers: Array, count: int) -> Array:
-    """Standard normal numbers, float[P, count]: those of a prompt by its number, int32[P]."""
-    own = jax.vmap(partial(jax.random.fold_in, key))(numbers)
-    return jax.vmap(lambda k: jax.random.normal(k, (count,)))(own)
 
 
 # ---------------------------------------------------------------- the Gibbs policy
