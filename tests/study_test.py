@@ -334,7 +334,7 @@ def test_what_makes_no_sense_is_an_error(call, message):
 def test_an_error_is_a_line_and_leaves_nothing(tmp_path):
     done = studied("--search=tv", f"--runs={tmp_path}")
     assert done.returncode == 1 and not list(tmp_path.iterdir())
-    assert done.stderr.startswith("error: --search=tv: surrogates are tve, latent, l2, awm")
+    assert done.stderr.startswith("error: --search=tv: surrogates are tve, latent, awm, rival")
     assert done.stderr.count("\n") == 1
 
 
