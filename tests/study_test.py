@@ -215,6 +215,15 @@ def test_every_claim_is_about_arms_that_are_run():
     assert {arm.section for arm in study.ARMS} <= evidence.SECTIONS.keys()
 
 
+def test_every_arm_can_be_named_and_has_a_folder():
+    """--arms takes names with commas between."""
+    assert not [name for name in study.BY_NAME if "," in name or "/" in name]
+    assert study.chosen("KVPO (weak vote),0.2 beta".split(",")) == [
+        study.BY_NAME["KVPO (weak vote)"],
+        study.BY_NAME["0.2 beta"],
+    ]
+
+
 def test_the_most_important_arms_run_first_and_seed_by_seed():
     arms = [study.BY_NAME[name] for name in ("1 steps", "KVPO", "no exploration", "shuffled")]
     order = [(arm.name, seed) for arm, seed in study.ordered(arms, [0, 2])]

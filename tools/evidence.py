@@ -127,14 +127,14 @@ CLAIMS = (
     Claim(
         "five perturbed blocks are better than three (old world)",
         "Table 2",
-        "5 blocks, old world",
-        "KVPO, old world",
+        "5 blocks (old world)",
+        "KVPO (old world)",
     ),
     Claim(
         "seven perturbed blocks are no better than five (old world)",
         "Table 2",
-        "7 blocks, old world",
-        "5 blocks, old world",
+        "7 blocks (old world)",
+        "5 blocks (old world)",
         sign=0,
     ),
     *(
@@ -645,7 +645,7 @@ def vividness_text(found: Mapping[str, Any]) -> str:
         f" scaled to that of its best clean object, score {vivid:.3f} instead of {before:.3f}"
         f" ({vivid - before:+.3f})"
     )
-    arm = of_arm(found["runs"], "KVPO, old world", "")
+    arm = of_arm(found["runs"], "KVPO (old world)", "")
     if arm["seeds"] and arm["gain"]["mean"] > 0:
         text += f", {(vivid - before) / arm['gain']['mean']:.0%} of what KVPO gains"
     return f"{text}."

@@ -150,13 +150,13 @@ def _beta(factor: float) -> Mapping[str, Any]:
 
 
 def _weak(name: str, settings: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
-    versus = "KVPO, weak vote"
-    return Arm(f"{name}, weak vote", "weak vote", WEAK, settings, fields, tier, 5, versus)
+    versus = "KVPO (weak vote)"
+    return Arm(f"{name} (weak vote)", "weak vote", WEAK, settings, fields, tier, 5, versus)
 
 
 def _old(name: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
-    versus = "KVPO, old world"
-    return Arm(f"{name}, old world", "old world", TOY, "toy", fields, tier, 3, versus)
+    versus = "KVPO (old world)"
+    return Arm(f"{name} (old world)", "old world", TOY, "toy", fields, tier, 3, versus)
 
 
 def _rival(method: str, tier: int = 3) -> Arm:
@@ -172,7 +172,7 @@ ARMS = (
     Arm("CHR and noise + TVE", "exploration", fields=BOTH, tier=1),
     Arm("beta 0", "beta", fields=_beta(0), tier=1),
     Arm("AWM", "surrogate", settings="awm", spec=f"{RETURN}:strong+awm", tier=1),
-    Arm("KVPO, reward noise 0.1", "reward noise", fields={"reward.noise": 0.1}, tier=1),
+    Arm("KVPO (reward noise 0.1)", "reward noise", fields={"reward.noise": 0.1}, tier=1),
     _rival("astrolabe", 1),
     _weak("KVPO", "tve", {}),
     _weak("noise + l2", "noise_l2", {**NOISE, **L2}),
@@ -185,8 +185,8 @@ ARMS = (
     Arm("CHR and noise + l2", "exploration", settings="chr_l2", fields={**BOTH, **L2}, tier=2),
     Arm("transition noise + l2", "exploration", RETURN, "noise_l2", {**DRAWN, **L2}, 2),
     Arm("transition noise + ratio", "exploration", f"{RETURN}:strong+cps_grpo", "rival", {}, 2),
-    Arm("KVPO, reward noise 0.01", "reward noise", fields={"reward.noise": 0.01}, tier=2),
-    Arm("noise + l2, reward noise 0.1", "reward noise", RETURN, "noise_l2",
+    Arm("KVPO (reward noise 0.01)", "reward noise", fields={"reward.noise": 0.01}, tier=2),
+    Arm("noise + l2 (reward noise 0.1)", "reward noise", RETURN, "noise_l2",
         {**NOISE, **L2, "reward.noise": 0.1}, 2),
     _old("KVPO", {}),
     _old("no routing", {"rollout.perturbed_steps": 0}),
@@ -201,18 +201,18 @@ ARMS = (
         for n in (1, 2, 3)
         if n != SETTINGS["tve"]["rollout.window_blocks"]
     ),
-    Arm("beta / 5", "beta", fields=_beta(1 / 5)),
+    Arm("0.2 beta", "beta", fields=_beta(1 / 5)),
     Arm("2 beta", "beta", fields=_beta(2)),
     *(_rival(name) for name in ("neighbor_grpo", "nft", "flow_grpo", "ar_copo")),
     Arm("3 steps", "CHR", fields={"rollout.perturbed_steps": 3}, tier=4),
-    Arm("3/5 beta", "beta", fields=_beta(3 / 5), tier=4),
+    Arm("0.6 beta", "beta", fields=_beta(3 / 5), tier=4),
     Arm("noise + TVE", "exploration", f"{RETURN}:strong+noise_tve", fields={
         "rollout.noise_scale": 1.0, "rollout.window_blocks": 1, "replay.blocks": 2}, tier=4),
-    Arm("noise + l2, reward noise 0.01", "reward noise", RETURN, "noise_l2",
+    Arm("noise + l2 (reward noise 0.01)", "reward noise", RETURN, "noise_l2",
         {**NOISE, **L2, "reward.noise": 0.01}, 4),
     *(_rival(name, 4) for name in ("dance_grpo", "cm_grpo", "rwr")),
-    *(Arm(f"{n} blocks, old world", "old world", TOY, "toy", {"rollout.window_blocks": n}, 4, 3,
-          "KVPO, old world") for n in (5, 7)),
+    *(Arm(f"{n} blocks (old world)", "old world", TOY, "toy", {"rollout.window_blocks": n}, 4, 3,
+          "KVPO (old world)") for n in (5, 7)),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}
 
