@@ -294,8 +294,9 @@ def test_a_reward_that_rises_while_a_watched_one_falls_is_found(
     assert not named or "motion (-0.0770 on held-out prompts)" in found[0].text
     records = [heldout(20, gain, 0.1, prompts, ("VQ", "motion"), motion=change)]
     assert diagnose(config, rows(30), (), records) == {}
-    livelier = [heldout(20, gain, 0.1, prompts, temporal_flickering=change)]
-    assert diagnose(config, rows(30), (), livelier) == {}
+    for name in doctor.MAY_FALL:
+        records = [heldout(20, gain, 0.1, prompts, **{name: change})]
+        assert diagnose(config, rows(30), (), records) == {}
 
 
 @pytest.mark.parametrize("change, named", [(-0.026, True), (-0.024, False)])
@@ -330,6 +331,9 @@ def test_a_component_without_weight_that_falls_in_training_is_found(rise, fall, 
     assert not named or "MQ (-0.1450 in training)" in found[0].text
     assert doctor.examine(config, trained[:-1], branches) == []
     assert doctor.examine({}, trained, branches) == []  # nobody knows what counts
+    intended = [{**row, "reward_shown": row.pop("reward_MQ")} for row in trained]
+    branches[0]["components"] = {"VQ": {}, "shown": {}}
+    assert doctor.examine(config, intended, branches) == []
 
 
 # ---------------------------------------------------------------- the videos

@@ -22,7 +22,8 @@ TREND_ERRORS = 3.0  # the same of a training reward, which is looked at after ev
 PROMPTS = 8  # held-out prompts that a standard error takes
 EARLY = 0.1  # of the gain of later blocks: what an early block may lose
 FALL = 0.05  # of its level: what a watched score may lose
-EITHER = ("temporal_flickering",)  # watched; livelier videos lower it, and are no worse for it
+# May fall: livelier videos lower the first; the others are shares of frames without what is wanted.
+MAY_FALL = ("temporal_flickering", "shown", "other")
 DRIFT = {"exposure": 0.1, "saturation": 0.1, "clipped": 0.05}  # by how much videos may change
 
 
@@ -413,7 +414,7 @@ def _watched(record: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     before, after = (record["components"][policy] for policy in ("reference", "online"))
     found = {}
     for name in after:
-        if name in before and name not in (*record["optimised"], *EITHER):
+        if name in before and name not in (*record["optimised"], *MAY_FALL):
             gain, error = _gain(before[name], after[name])
             level = float(np.abs(_floats(before[name])).mean())
             found[name] = gain, max(ERRORS * error, FALL * level)
@@ -424,7 +425,8 @@ def _unweighted(history: History) -> list[str]:
     """The components that are scored in training and do not count in the reward."""
     scored = sorted({name for x in history.branches[-1:] for name in x.get("components", ())})
     weight = {name: history.field(f"reward.weights.{name}", 0.0) for name in scored}
-    return [name for name, value in weight.items() if not value] if any(weight.values()) else []
+    free = [name for name, value in weight.items() if not value and name not in MAY_FALL]
+    return free if any(weight.values()) else []
 
 
 def _falling(history: History) -> dict[str, np.ndarray]:
