@@ -436,7 +436,8 @@ def write(found: Mapping[str, Any], output: Path) -> None:
     shown = [{**part._asdict(), "table": in_table(part.table)} for part in parts]
     for part in shown:
         part["picture"] = media.uri("image/png", drawn) if part["picture"] else ""
-    html = page.template("evidence.html.j2").render(title=TITLE, facts=facts(found), parts=shown)
+    told = facts(found).replace("`", "")
+    html = page.template("evidence.html.j2").render(title=TITLE, facts=told, parts=shown)
     page.save(html, output / "evidence.html")
 
 
@@ -546,11 +547,11 @@ def claim_row(claim: Mapping[str, Any]) -> dict[str, str]:
     tested = claim["ci95"] is not None
     arms = ",".join(claim["arms"])
     again = f'--arms="{arms}"' if claim["table"] == "runs" else "--groups=16"
-    of = "" if claim["measure"] == "gain" else f" ({claim['measure']})"
     return {
         "claim": claim["claim"],
         "paper": claim["paper"],
-        "ours": signed(claim["ours"]) + (of if tested else ""),
+        "measure": claim["measure"] if claim["arms"] else "",
+        "ours": signed(claim["ours"]),
         "95 %": between(claim["ci95"]),
         "seeds": str(claim["n_seeds"]),
         "verdict": claim["verdict"],
@@ -653,7 +654,8 @@ def vividness_text(found: Mapping[str, Any]) -> str:
 
 def in_table(rows: Sequence[Mapping[str, str]]) -> page.Table | None:
     """Rows as the page's templates take them."""
-    return page.Table(list(rows[0]), [list(row.values()) for row in rows]) if rows else None
+    cells = [[cell.replace("`", "") for cell in row.values()] for row in rows]
+    return page.Table(list(rows[0]), cells) if rows else None
 
 
 def in_markdown(found: Mapping[str, Any], parts: Sequence[Section]) -> str:
