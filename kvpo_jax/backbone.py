@@ -90,7 +90,7 @@ def prompt_batch(
 
     Args:
       backbone: whose prompts.
-      mesh: prompts lie over its axis "data".
+      mesh: prompts lie over it as `sharding.PROMPTS` says.
       split: "train" or "heldout".
       start: position in the split that the iteration begins at.
       numbers: int32[P], the number of each prompt in its iteration.

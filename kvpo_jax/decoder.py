@@ -183,7 +183,7 @@ class VideoDecoder:
         Yields:
           (number of the prompt, uint8[frames', h, w, 3]), on the main process.
         """
-        shards, blocks = self._mesh.shape["data"], latents.shape[2] // self._frames
+        shards, blocks = sharding.prompt_shards(self._mesh), latents.shape[2] // self._frames
         of_shard = latents.shape[0] // shards
         for first in range(min(of_shard, count)):
             rows = -(-(count - first) // of_shard)  # shards whose prompt is one of the first
@@ -288,8 +288,8 @@ class VideoDecoder:
         return sharding.constrain(video, self._mesh, spec_of(self._mesh, at_once))
 
     def _picked_prompts(self, latents: Array, number: Array) -> Array:
-        """The prompt of this number of every shard: [P, T, ...] -> [data, T, ...]."""
-        shards = self._mesh.shape["data"]
+        """The prompt of this number of every shard: [P, T, ...] -> [shards, T, ...]."""
+        shards = sharding.prompt_shards(self._mesh)
         prompts = latents.reshape(shards, -1, *latents.shape[1:])
         picked = jax.lax.dynamic_index_in_dim(prompts, number, axis=1, keepdims=False)
         return sharding.constrain(picked, self._mesh, spec_of(self._mesh, picked.shape[1]))

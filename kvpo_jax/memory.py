@@ -145,7 +145,7 @@ def trace_iteration(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
         run=run,
         state=state,
         explored=explored,
-        heldout=_trace_prompts(run, state, heldout_at_once(config, mesh.shape["data"])),
+        heldout=_trace_prompts(run, state, heldout_at_once(config, sharding.prompt_shards(mesh))),
         routed_frames=placed(jax.eval_shape(lambda x: x[:, :together], drawn), mesh),
         pages=placed(pages, mesh, programs_lib.cache_specs(config, mesh)[1]),
         rolled=rolled,

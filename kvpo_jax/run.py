@@ -100,7 +100,8 @@ def make_mesh(
 ) -> Mesh:
     """The mesh of a run: the config's sizes, or those that use the most devices."""
     prompts, branches = config_lib.prompts_at_once(config), config_lib.branches_at_once(config)
-    return sharding.make_mesh(config.mesh.data, config.mesh.branch, prompts, branches, devices)
+    data, fsdp, branch, context = (config.mesh[axis] for axis in sharding.AXES)
+    return sharding.make_mesh(data, branch, prompts, branches, devices, fsdp=fsdp, context=context)
 
 
 def eligible_pivots(
@@ -174,7 +175,7 @@ def load(
     mesh = make_mesh(config) if mesh is None else mesh
     backbone = backbone_lib.load(config)
     if sentences is None:
-        config_lib.heldout_at_once(config, mesh.shape["data"])
+        config_lib.heldout_at_once(config, sharding.prompt_shards(mesh))
         backbone_lib.check_rewards(config, backbone)
         if backbone.rewards.needs_groups() and sharding.splits_groups(mesh):
             raise UsageError(

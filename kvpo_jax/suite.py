@@ -43,7 +43,7 @@ from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint as checkpoint_lib
 from kvpo_jax.runtime import command, progress, records, statistics, sums, video, workdir
 from kvpo_jax.runtime.atomic import appending, replacing, write_json
-from kvpo_jax.runtime.sharding import Share
+from kvpo_jax.runtime.sharding import Share, prompt_shards
 from kvpo_jax.state import policy_sum
 from kvpo_jax.types import Array, PyTree
 
@@ -316,7 +316,7 @@ def write_videos(
     Raises:
       DivergedError: a video is not finite.
     """
-    devices = run.mesh.shape["data"]
+    devices = prompt_shards(run.mesh)
     every = [*tasks, *[tasks[-1]] * (devices - len(tasks))]
     schedules = [
         generate.sentence_schedule(task.text.sentences, task.switch_frames) for task in every

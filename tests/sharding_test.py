@@ -35,7 +35,8 @@ USED = (
     "branch_block",
     "branch_recache",
 )
-MESHES = ((2, 4, 0), (4, 2, 4), (1, 8, 0))  # data, branch, branches at a time (0: all)
+# data, fsdp, branch, branches at a time (0: all)
+MESHES = ((2, 1, 4, 0), (2, 2, 2, 4), (1, 1, 8, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +57,9 @@ class Run:
     compilations: dict[str, int]
 
 
-def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) -> Run:
+def run(data: int, fsdp: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) -> Run:
     config = configure("configs/tiny.py", {**FIELDS, "rollout.branch_chunk": chunk})
-    mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
+    mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp)
     equipment = bare_run(config, mesh)
     variables = sharding.place(random_variables(config, 0.25), mesh)
     other, rng = random_variables(config, 0.25, seed=1)["lora"], np.random.default_rng(0)
@@ -87,7 +88,7 @@ def run(data: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) 
 
 @pytest.fixture(scope="module")
 def one_device() -> Run:
-    return run(1, 1, 0)
+    return run(1, 1, 1, 0)
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=str)
@@ -125,8 +126,8 @@ def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
 def test_the_look_of_videos_does_not_depend_on_the_mesh():
     pixels = np.random.default_rng(0).integers(0, 256, (PROMPTS, 8, 3, 4, 4, 3), np.uint8)
     alone = programs.appearance(pixels, 2)
-    for data, branch, _ in MESHES:
-        mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
+    for data, fsdp, branch, _ in MESHES:
+        mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp)
         placed = sharding.place(pixels, mesh, sharding.TRAJECTORIES)
         for name, values in jax.jit(programs.appearance, static_argnums=1)(placed, 2).items():
             np.testing.assert_allclose(values, alone[name], rtol=1e-6)
@@ -168,13 +169,32 @@ def test_nothing_compiles_twice_on_a_mesh(eight_devices):
 )
 def test_make_mesh(data, branch, prompts, branches, expected):
     mesh = sharding.make_mesh(data, branch, prompts, branches)
-    assert mesh.axis_names == ("data", "branch") and mesh.devices.shape == expected
+    assert mesh.axis_names == ("data", "fsdp", "branch", "context")
+    assert mesh.devices.shape == (expected[0], 1, expected[1], 1)
     assert [device.id for device in mesh.devices.flat] == list(range(mesh.size))
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, branch, prompts, branches, expected",
+    [
+        (0, 2, 0, 8, 8, (4, 2, 1)),  # prompts over both
+        (0, 2, 0, 2, 8, (1, 2, 4)),
+        (0, 8, 0, 8, 8, (1, 8, 1)),
+        (2, 2, 0, 4, 3, (2, 2, 1)),
+        (0, 2, 0, 6, 4, (1, 2, 4)),  # of 3 prompts a shard, 3 x 1 leaves more idle than 1 x 4
+    ],
+)
+def test_make_mesh_of_weights_in_shards(data, fsdp, branch, prompts, branches, expected):
+    mesh = sharding.make_mesh(data, branch, prompts, branches, fsdp=fsdp)
+    assert mesh.devices.shape == (*expected, 1)
+    assert sharding.prompt_shards(mesh) == expected[0] * fsdp
 
 
 def test_what_a_mesh_is_for_is_said():
     said = [sharding.describe(sharding.make_mesh(0, 0, p, g), p, g) for p, g in ((4, 8), (5, 7))]
     assert said[0] == "8 devices: 4 prompts over 4, 8 branches over 2"
+    mesh = sharding.make_mesh(2, 2, 4, 8, fsdp=2)
+    assert sharding.describe(mesh, 4, 8) == f"{said[0]}, weights over 2"
     assert said[1].startswith(
         "7 devices: 5 prompts over 1, 7 branches over 7; 1 idle, for no larger sizes"
     )
@@ -193,6 +213,21 @@ def test_what_a_mesh_is_for_is_said():
 def test_a_mesh_that_does_not_fit_is_an_error(data, branch, prompts, branches, message):
     with pytest.raises(ValueError, match=message):
         sharding.make_mesh(data, branch, prompts, branches)
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, context, prompts, message",
+    [
+        (0, 3, 1, 4, "^mesh.fsdp=3 does not divide 4 prompts at a time"),
+        (2, 4, 1, 4, "^mesh.data=2 x mesh.fsdp=4 does not divide 4 prompts at a time"),
+        (2, 8, 1, 16, "^mesh.data=2 x mesh.branch=1 x mesh.fsdp=8 needs 16 of 8 devices"),
+        (0, 16, 1, 16, "mesh.fsdp=16 needs 16 of 8 devices"),
+        (0, 1, 2, 4, "mesh.context=2: the tokens of a block are not split over devices yet"),
+    ],
+)
+def test_shards_of_weights_that_do_not_fit_are_an_error(data, fsdp, context, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(data, 0, prompts, 8, fsdp=fsdp, context=context)
 
 
 # ---------------------------------------------------------------- the order of trajectories

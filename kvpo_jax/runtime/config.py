@@ -123,7 +123,9 @@ MINIMUM = {
     "eval.every": 0,
     "eval.batch": 0,
     "mesh.data": 0,
+    "mesh.fsdp": 1,
     "mesh.branch": 0,
+    "mesh.context": 1,
 }
 SEEDS = 2**32  # as many keys as JAX makes of a seed; others would repeat them
 POSITIVE = (

@@ -1,11 +1,11 @@
 """The device mesh, the specs of the structs of `types`, and what several processes need.
 
-The mesh has the axes ("data", "branch") over all devices. Prompts are split over data, branches
-over branch, and every device has the weights. A rollout carries one copy of the anchor per shard of
-`branch`, so that the anchor and the branches of a device run in the same batch of the same program,
-and identity routing gives the anchor bit for bit.
+The mesh has the axes AXES over all devices. Prompts are split over data and fsdp, branches over
+branch. A rollout carries one copy of the anchor per shard of `branch`, so that the anchor and the
+branches of a device run in the same batch of the same program, and identity routing gives the
+anchor bit for bit.
 
-With several processes (docs/cluster.md) each holds a rectangle of the mesh, and all run the same
+With several processes (docs/cluster.md) each holds a box of the mesh, and all run the same
 program. The host reads what every device has, or its own part of an array (`own_part`), which
 `gather` joins with those of the others.
 """
@@ -30,11 +30,13 @@ from kvpo_jax.types import Array, KVCache, PyTree, ReplayTuples, TextKV
 
 # Any, because specs stand where a struct has arrays.
 Spec: Any = PartitionSpec
+AXES = ("data", "fsdp", "branch", "context")
+ROWS = ("data", "fsdp")  # over which prompts are split
 REPLICATED = Spec()
-PROMPTS = Spec("data")
-TRAJECTORIES = Spec("data", "branch")
+PROMPTS = Spec(ROWS)
+TRAJECTORIES = Spec(ROWS, "branch")
 BRANCHES = Spec("branch")
-TEXT = TextKV(k=Spec(None, "data"), v=Spec(None, "data"))
+TEXT = TextKV(k=Spec(None, ROWS), v=Spec(None, ROWS))
 
 
 def cache_spec(cache: KVCache, frame: Spec) -> KVCache:
@@ -66,28 +68,43 @@ def replay_spec(history: KVCache, own: bool = False) -> ReplayTuples:
 
 
 def make_mesh(
-    data: int, branch: int, prompts: int, branches: int, devices: Sequence[jax.Device] | None = None
+    data: int,
+    branch: int,
+    prompts: int,
+    branches: int,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    fsdp: int = 1,
+    context: int = 1,
 ) -> Mesh:
-    """A mesh of data x branch devices.
+    """A mesh of data x fsdp x branch x context devices.
 
     Args:
       data: devices over prompts; 0 lets the device count choose.
       branch: devices over branches; 0 likewise.
-      prompts: what `data` must divide.
+      prompts: what `data` x `fsdp` must divide.
       branches: what `branch` must divide.
       devices: to choose from; None: all.
+      fsdp: devices over prompts that share the weights.
+      context: devices over the tokens of a block.
 
     A chosen size uses the most devices. If several do, it has the most over prompts, because every
     shard of branches rolls out an anchor of its own.
 
     Raises:
       UsageError: given sizes do not divide, or need more devices than there are. With several
-        processes also: a device would be idle, or a process would not hold a rectangle.
+        processes also: a device would be idle, or a process would not hold a box.
     """
     devices = devices or jax.devices()
-    if data and prompts % data:
+    if context > 1:
         raise UsageError(
-            f"mesh.data={data} does not divide {prompts} prompts at a time (train.micro_batch)"
+            f"mesh.context={context}: the tokens of a block are not split over devices yet; set"
+            " --config.mesh.context=1"
+        )
+    if prompts % ((data or 1) * fsdp):
+        raise UsageError(
+            f"{_named(data=data, fsdp=fsdp)} does not divide {prompts} prompts at a time"
+            " (train.micro_batch)"
         )
     if branch and branches % branch:
         raise UsageError(
@@ -98,35 +115,51 @@ def make_mesh(
     def divisors(size, count):
         return [size] if size else [n for n in range(1, count + 1) if count % n == 0]
 
-    sizes = itertools.product(divisors(data, prompts), divisors(branch, branches))
-    fitting = [size for size in sizes if math.prod(size) <= len(devices)]
+    sizes = itertools.product(divisors(data, prompts // fsdp), divisors(branch, branches))
+    most = len(devices) // (fsdp * context)
+    fitting = [size for size in sizes if math.prod(size) <= most]
     data, branch = max(
         fitting, key=lambda size: (math.prod(size), size[0]), default=(data or 1, branch or 1)
     )
-    if data * branch > len(devices):
-        raise UsageError(
-            f"mesh.data={data} x mesh.branch={branch} needs {data * branch} of {len(devices)}"
-            " devices"
-        )
+    shape = data, fsdp, branch, context
+    named, count = _named(data=data, branch=branch, fsdp=fsdp, context=context), math.prod(shape)
+    if count > len(devices):
+        raise UsageError(f"{named} needs {count} of {len(devices)} devices")
     own = jax.local_device_count()
-    if jax.process_count() > 1 and (data * branch < len(devices) or branch % own and own % branch):
+    inner = [math.prod(shape[axis:]) for axis in range(1, len(shape))]
+    boxes = all(n % own == 0 or own % n == 0 for n in inner)
+    if jax.process_count() > 1 and (count < len(devices) or not boxes):
         raise UsageError(
-            f"mesh.data={data} x mesh.branch={branch} does not fit {jax.process_count()} processes"
-            f" of {own} devices: every device must have a place, and mesh.branch and the devices of"
-            " a process must divide one another; try other mesh sizes, prompts"
-            " (train.prompts_per_iteration or train.micro_batch) or rollout.branches"
+            f"{named} does not fit {jax.process_count()} processes of {own} devices: every device"
+            " must have a place, and the devices of a process must divide mesh.context, its product"
+            " with mesh.branch, and that with mesh.fsdp, or be divided by them; try other mesh"
+            " sizes, prompts (train.prompts_per_iteration or train.micro_batch) or"
+            " rollout.branches"
         )
-    return Mesh(np.asarray(devices[: data * branch]).reshape(data, branch), ("data", "branch"))
+    return Mesh(np.asarray(devices[:count]).reshape(shape), AXES)
+
+
+def _named(**sizes: int) -> str:
+    """The fields of mesh sizes; those that are left to the run or cut nothing go unsaid."""
+    chosen = {"fsdp": 1, "context": 1}
+    said = [f"mesh.{axis}={n}" for axis, n in sizes.items() if n > chosen.get(axis, 0)]
+    return " x ".join(said)
+
+
+def prompt_shards(mesh: Mesh) -> int:
+    """Over how many shards the prompts are split."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def describe(mesh: Mesh, prompts: int, branches: int) -> str:
     """What is split over what, in words, and how many devices are idle."""
-    data, branch = mesh.shape["data"], mesh.shape["branch"]
     idle = len(jax.devices()) - mesh.size
     text = (
-        f"{mesh.size} device{'s' * (mesh.size > 1)}: {prompts} prompts over {data}, {branches}"
-        f" branches over {branch}"
+        f"{mesh.size} device{'s' * (mesh.size > 1)}: {prompts} prompts over {prompt_shards(mesh)},"
+        f" {branches} branches over {mesh.shape['branch']}"
     )
+    split = (("fsdp", "weights"), ("context", "tokens of a block"))
+    text += "".join(f", {what} over {mesh.shape[x]}" for x, what in split if mesh.shape[x] > 1)
     return f"{text}; {idle} idle, for no larger sizes divide prompts and branches" if idle else text
 
 
@@ -148,7 +181,7 @@ def vary(tree: PyTree) -> PyTree:
 
     Its gradients are then summed over the shards once, and not at every use in the innermost loop.
     """
-    return jax.tree.map(lambda x: jax.lax.pcast(x, ("data", "branch"), to="varying"), tree)
+    return jax.tree.map(lambda x: jax.lax.pcast(x, (*ROWS, "branch"), to="varying"), tree)
 
 
 def place(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
@@ -297,9 +330,10 @@ def any_process(flag: bool) -> bool:
 
 
 def _processes(mesh: Mesh) -> np.ndarray:
-    """int[rows, columns]: the process of each rectangle of the mesh."""
-    rows, columns = mesh.local_mesh.devices.shape
-    return np.vectorize(lambda device: device.process_index)(mesh.devices[::rows, ::columns])
+    """int[rows, columns, context]: the process of each box of the mesh; a row has whole prompts."""
+    steps = tuple(slice(None, None, size) for size in mesh.local_mesh.devices.shape)
+    boxes = np.vectorize(lambda device: device.process_index)(mesh.devices[steps])
+    return boxes.reshape(-1, *boxes.shape[2:])
 
 
 def splits_groups(mesh: Mesh) -> bool:
@@ -324,7 +358,7 @@ def device_memory() -> float | None:
 
 def own_prompts(mesh: Mesh, prompts: int) -> np.ndarray:
     """Which of the prompts are on this process's devices, in order."""
-    rows = np.any(_processes(mesh) == jax.process_index(), axis=1)
+    rows = np.any(_processes(mesh) == jax.process_index(), axis=(1, 2))
     return np.arange(prompts).reshape(len(rows), -1)[rows].reshape(-1)
 
 
@@ -387,13 +421,14 @@ def together(compute: Callable[[], PyTree]) -> PyTree:
 def gather(compute: Callable[[], PyTree], mesh: Mesh) -> PyTree:
     """Joins what `compute` makes of each process's part: float[P, G] or float[P], on every process.
 
-    If several processes hold a prompt, what depends on it alone is taken from the first of them.
+    If several processes hold a prompt, or a branch, what depends on it alone is taken from the
+    first of them.
 
     Raises:
       Exception: see `together`.
     """
     own = together(compute)
-    processes = _processes(mesh)
+    processes = _processes(mesh)[:, :, 0]
 
     def join(x: np.ndarray) -> np.ndarray:  # [processes, ...]
         if x.ndim == 2:
