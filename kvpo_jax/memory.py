@@ -204,13 +204,13 @@ def _trace_rollout(run: Run, state: TrainState, explored: Prompts, drawn: Array)
         return rollout(run, variables, batch, noise, drawn, pivot)
 
     variables, embeddings = run.variables(state.lora), explored.batch.embeddings
-    history, _ = programs_lib.cache_specs(run.config, run.mesh)
+    history, page = programs_lib.cache_specs(run.config, run.mesh)
     specs = Rollout(
         branches=sharding.TRAJECTORIES,
         anchor=sharding.PROMPTS,
         routed_frames=sharding.REPLICATED,
         text=sharding.TEXT,
-        replay=sharding.replay_spec(history, own=run.config.replay.context == "own"),
+        replay=sharding.replay_spec(history, page, own=run.config.replay.context == "own"),
     )
     rolled = jax.eval_shape(roll, variables, embeddings, explored.noise, drawn)
     return placed(rolled, run.mesh, specs)

@@ -173,6 +173,8 @@ class _Caches:
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh, self.wan = config, mesh, wan_config(config)
+        self.context = sharding.context_axis(mesh)
+        self.model = Wan(self.wan, self.context)
         self.window = routing.window(config.window)
         self.order = sharding.trajectories(mesh, branches_at_once(config))
         # Beside the sink, a page holds the longest of: a recache, the replayed window, the local
@@ -189,12 +191,13 @@ class _Caches:
         cache = kv_cache.empty(kv, batch, slots, self.window.sink, jnp.dtype(self.wan.dtype))
         if not section.bank:
             return cache
-        bank = memory_bank.empty(cache, section.bank, section.bank_interval, section.bank_reinsert)
+        options = section.bank, section.bank_interval, section.bank_reinsert
+        bank = memory_bank.empty(cache, *options, heads_axis=self.context)
         return cache.replace(bank=bank)
 
     def _spec(self, batch: tuple[int, ...], frame: PartitionSpec) -> KVCache:
         like = jax.eval_shape(lambda: self._empty(batch, self.window.sink + 1))
-        return sharding.cache_spec(like, frame)
+        return sharding.cache_spec(like, frame, self.context)
 
     def blank(self, prompts: int) -> KVCache:
         """A history without frames."""
@@ -221,7 +224,7 @@ def _cache_programs(
     config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
 ) -> dict[str, Callable]:
     """The programs that make text and caches, and that draw."""
-    model, window, video, rollout = Wan(caches.wan), caches.window, config.video, config.rollout
+    model, window, video, rollout = caches.model, caches.window, config.video, config.rollout
     draw_frames, routes = routing.DRAWS[rollout.draw], explore.EXPLORES[rollout.explore].routes
 
     def encode_text(variables, embeddings):
@@ -254,7 +257,7 @@ def _block_programs(
     config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
 ) -> dict[str, Callable]:
     """The programs that make blocks. A program takes the key of the noise, a shard the noise."""
-    model, window, order = Wan(caches.wan), caches.window, caches.order
+    model, window, order = caches.model, caches.window, caches.order
     schedule, steps = flow.schedule(config.sampler), len(config.sampler.steps)
     video, rollout = config.video, config.rollout
     noise_shape = (steps + 1, video.block_frames, video.height, video.width, caches.wan.channels)
@@ -331,7 +334,7 @@ def _recache_programs(
     config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
 ) -> dict[str, Callable]:
     """The programs of a prompt switch."""
-    model = Wan(caches.wan)
+    model = caches.model
     switch = partial(block.switch_prompt, global_sink=config.window.global_sink)
 
     def shared_recache(variables, text, segment, changed, history, latents, start_frame):
@@ -393,7 +396,7 @@ def _record_programs(
         return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
     page = caches.page_spec.replace(bank=None) if own else blank
-    tuples = sharding.replay_spec(blank).replace(history=None, page=None)
+    tuples = sharding.replay_spec(blank, page).replace(history=None, page=None)
     recorded = (sharding.TRAJECTORIES, sharding.PROMPTS, tuples)
     return {
         "read_page": jax.jit(read_page, out_shardings=on_mesh(page)),
@@ -440,7 +443,7 @@ def make_energies(
     the replay reads (`replay.TEXTS`); `wanted` is as in `chunked.sum_over_steps`.
     """
     caches = caches or _Caches(config, mesh)
-    model, schedule = Wan(caches.wan), flow.schedule(config.sampler)
+    model, schedule = caches.model, flow.schedule(config.sampler)
     energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
     first_settled, first_shared = settled_from(config), own_starts(config)
     draws = explore.EXPLORES[config.rollout.explore].draws
@@ -456,22 +459,23 @@ def make_energies(
         return partial(model.apply, variables), read_text(encode, text)
 
     def energies_per_shard(params, lora, embeddings, text, tuples, wanted, others):
-        text = jax.tree.map(sharding.vary_over_branch, text)
-        frozen = sharding.vary(params), embeddings, text
-        lora, wanted = sharding.vary((lora, wanted))
+        text = jax.tree.map(lambda x: sharding.vary_over_branch(x, caches.context), text)
+        frozen = sharding.vary(params, caches.context), embeddings, text
+        lora, wanted = sharding.vary(lora, caches.context), sharding.vary(wanted)
         arguments = (policy, config.replay, schedule, lora, frozen, tuples, wanted)
         if of_state is None:
             return energies(*arguments, first_settled, first_shared, transition)
         if tuples.peers is not None:
             others = others.replace(advantages=sharding.vary_over_branch(others.advantages))
             tuples = tuples.replace(peers=sharding.vary_over_branch(tuples.peers))
-        loras = others.old, others.reference, others.on_policy
-        old, reference, on_policy = sharding.vary(loras)
+        old, reference = sharding.vary((others.old, others.reference), caches.context)
+        on_policy = sharding.vary(others.on_policy)
         others = others.replace(old=old, reference=reference, on_policy=on_policy)
         return replay.state_losses(*arguments, transition, of_state, others, losses.SEEN)
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
-    replayed = sharding.replay_spec(caches.history_spec, own=config.replay.context == "own")
+    own = config.replay.context == "own"
+    replayed = sharding.replay_spec(caches.history_spec, caches.page_spec, own)
     advantages = sharding.PROMPTS if kind.peers else sharding.TRAJECTORIES
 
     def replay_energies(params, lora, embeddings, text, tuples, wanted, others=None):

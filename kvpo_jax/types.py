@@ -70,6 +70,7 @@ class MemoryBank(struct.PyTreeNode):
       interval: every so many blocks leave their first frame (static).
       reinsert: whether the frame enters again before every block until the next one is recorded, as
         in the released code, so that a full bank ends up with copies of it (static).
+      heads_axis: the mesh axis over which H is split; None: a device has all heads (static).
     """
 
     k: Array
@@ -82,6 +83,7 @@ class MemoryBank(struct.PyTreeNode):
     pending: Array
     interval: int = struct.field(pytree_node=False, default=3)
     reinsert: bool = struct.field(pytree_node=False, default=False)
+    heads_axis: str | None = struct.field(pytree_node=False, default=None)
 
 
 class KVCache(struct.PyTreeNode):

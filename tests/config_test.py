@@ -123,6 +123,11 @@ def test_a_wrong_override_is_named(argument, message):
             "--config.model.num_heads=32",
             "config.model.dim=96 is not a multiple of 64, twice config.model.num_heads",
         ),
+        (
+            "--config.mesh.context=8",
+            "config.mesh.context=8 does not divide both config.model.num_heads=4 and the 4 tokens"
+            " of a frame; it can be 1, 2, 4",
+        ),
         ("--config.model.freq_dim=0", "config.model.freq_dim=0 is less than 2"),
         ("--config.model.freq_dim=65", "config.model.freq_dim=65 is not a multiple of 2"),
         ("--config.train.ema_decay=2", "config.train.ema_decay=2.0 is more than 1"),

@@ -281,7 +281,7 @@ def inside(jaxpr, loops: int = 0) -> Iterator[tuple[str, int]]:
 
 def test_gradients_are_summed_over_the_devices_once(tmp_path):
     config = make_config(tmp_path, 2, 2)
-    run = bare_run(config, sharding.make_mesh(2, 2, PROMPTS, BRANCHES))
+    run = bare_run(config, sharding.make_mesh(2, 2, PROMPTS, BRANCHES, context=2))
     energies = programs.make_energies(config, run.mesh)
     variables = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
 

@@ -23,6 +23,10 @@ FIELDS = {
     "video.switch_frames": (12, 18),
     "rollout.branches": BRANCHES,
     "rollout.window_blocks": 1,
+    # MemFlow's bank, full at the pivot, and its sparse memory.
+    "window.bank": 3,
+    "window.bank_interval": 1,
+    "model.sparse_memory": 2,
 }
 # Programs that a rollout and a replay use.
 USED = (
@@ -35,8 +39,8 @@ USED = (
     "branch_block",
     "branch_recache",
 )
-# data, fsdp, branch, branches at a time (0: all)
-MESHES = ((2, 1, 4, 0), (2, 2, 2, 4), (1, 1, 8, 0))
+# data, fsdp, branch, context, branches at a time (0: all)
+MESHES = ((2, 1, 2, 2, 0), (2, 2, 2, 1, 4), (1, 1, 8, 1, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +61,11 @@ class Run:
     compilations: dict[str, int]
 
 
-def run(data: int, fsdp: int, branch: int, chunk: int, tuples: ReplayTuples | None = None) -> Run:
+def run(
+    data: int, fsdp: int, branch: int, context: int, chunk: int, tuples: ReplayTuples | None = None
+) -> Run:
     config = configure("configs/tiny.py", {**FIELDS, "rollout.branch_chunk": chunk})
-    mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp)
+    mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp, context=context)
     equipment = bare_run(config, mesh)
     variables = sharding.place(random_variables(config, 0.25), mesh)
     other, rng = random_variables(config, 0.25, seed=1)["lora"], np.random.default_rng(0)
@@ -78,8 +84,11 @@ def run(data: int, fsdp: int, branch: int, chunk: int, tuples: ReplayTuples | No
     routed_frames = draw(jax.random.key(0), jnp.arange(PROMPTS), PIVOT * FRAMES)
     perturbed = roll(routed_frames)
     identity = roll(routed_frames.at[:].set(jnp.arange(6, 12)))
+    tuples = tuples or perturbed.replay
+    bank = tuples.page.bank.replace(heads_axis=sharding.context_axis(mesh))
+    tuples = tuples.replace(page=tuples.page.replace(bank=bank))
     energies, floor = jax.jit(programs.make_energies(config, equipment.mesh))(
-        variables["params"], other, embeddings, perturbed.text, tuples or perturbed.replay, False
+        variables["params"], other, embeddings, perturbed.text, tuples, False
     )
     compilations = {n: c for n, c in equipment.programs.compilations().items() if n in USED}
     assert floor.shape == energies.shape
@@ -88,7 +97,7 @@ def run(data: int, fsdp: int, branch: int, chunk: int, tuples: ReplayTuples | No
 
 @pytest.fixture(scope="module")
 def one_device() -> Run:
-    return run(1, 1, 1, 0)
+    return run(1, 1, 1, 1, 0)
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=str)
@@ -100,6 +109,8 @@ def eight_devices(request, one_device) -> Run:
 
 
 def test_rollouts_do_not_depend_on_the_mesh(one_device, eight_devices):
+    bank = one_device.rollout.replay.page.bank
+    assert bank.frame.min() >= 0 and not np.array_equal(bank.frame[0], bank.frame[1])
     for (path, ours), theirs in zip(
         jax.tree.leaves_with_path(eight_devices.rollout),
         jax.tree.leaves(one_device.rollout),
@@ -126,8 +137,8 @@ def test_energies_do_not_depend_on_the_mesh(one_device, eight_devices):
 def test_the_look_of_videos_does_not_depend_on_the_mesh():
     pixels = np.random.default_rng(0).integers(0, 256, (PROMPTS, 8, 3, 4, 4, 3), np.uint8)
     alone = programs.appearance(pixels, 2)
-    for data, fsdp, branch, _ in MESHES:
-        mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp)
+    for data, fsdp, branch, context, _ in MESHES:
+        mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp, context=context)
         placed = sharding.place(pixels, mesh, sharding.TRAJECTORIES)
         for name, values in jax.jit(programs.appearance, static_argnums=1)(placed, 2).items():
             np.testing.assert_allclose(values, alone[name], rtol=1e-6)
@@ -222,7 +233,7 @@ def test_a_mesh_that_does_not_fit_is_an_error(data, branch, prompts, branches, m
         (2, 4, 1, 4, "^mesh.data=2 x mesh.fsdp=4 does not divide 4 prompts at a time"),
         (2, 8, 1, 16, "^mesh.data=2 x mesh.branch=1 x mesh.fsdp=8 needs 16 of 8 devices"),
         (0, 16, 1, 16, "mesh.fsdp=16 needs 16 of 8 devices"),
-        (0, 1, 2, 4, "mesh.context=2: the tokens of a block are not split over devices yet"),
+        (2, 1, 8, 4, "^mesh.data=2 x mesh.branch=1 x mesh.context=8 needs 16 of 8 devices"),
     ],
 )
 def test_shards_of_weights_that_do_not_fit_are_an_error(data, fsdp, context, prompts, message):

@@ -4,6 +4,7 @@ compile-once.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,11 @@ def saved_state(workdir: Path, config, step: int) -> TrainState:
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def furthest(a, b) -> float:
+    """The largest distance of two entries."""
+    return max(jax.tree.leaves(jax.tree.map(lambda a, b: np.abs(a - b).max(), a, b)))
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -235,6 +241,33 @@ def test_stopped_and_resumed_is_uninterrupted(uninterrupted, weights, tmp_path):
     )
     assert branches == uninterrupted_branches
     assert branches.count("\n") == 4 * PROMPTS
+
+
+@pytest.mark.slow
+def test_a_run_whose_tokens_are_split_resumes_and_moves(weights, tmp_path):
+    """Bit for bit on its own mesh, and to another one: checkpoints know of none."""
+
+    def continued(folder: str, context: int, iterations: int) -> TrainState:
+        config = make_config(
+            weights,
+            mesh__context=context,
+            rollout__branches=2,
+            rollout__window_blocks=1,
+            train__iterations=iterations,
+            train__prompts_per_iteration=2,
+            eval__prompts=2,
+            eval__batch=2,
+        )
+        train.train_and_evaluate(config, tmp_path / folder)
+        return saved_state(tmp_path / folder, config, iterations)
+
+    whole = continued("whole", 2, 2)
+    first = continued("parts", 2, 1)
+    shutil.copytree(tmp_path / "parts", tmp_path / "moved")
+    assert_equal(continued("parts", 2, 2), whole)
+    moved = continued("moved", 1, 2)
+    assert furthest(first.lora, whole.lora) > 5e-4
+    assert furthest(moved.lora, whole.lora) < 1e-6
 
 
 def test_the_records_are_those_of_the_last_epoch(uninterrupted):
@@ -401,14 +434,22 @@ def test_the_update_raises_the_probability_of_better_branches(experience):
     assert np.mean(np.asarray(after - before) * batch.advantages) > 0
 
 
-@pytest.mark.parametrize(("data", "branch"), [(1, 2), (2, 2), (2, 4), (4, 2)])
-def test_one_device_is_two_four_or_eight(experience, weights, data, branch):
+@pytest.mark.parametrize(
+    ("data", "fsdp", "branch", "context"), [(1, 1, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2), (4, 1, 2, 1)]
+)
+def test_one_device_is_two_four_or_eight(experience, weights, data, fsdp, branch, context):
     """The same rollout, and from it energies, gradient and LoRA, to 1e-6."""
     run, state, batch = experience
     after, _, old = update(run, state, batch)
     gradient_moved, _ = gradient(run, moved(state).lora, batch)
-    run, state, batch_ = make_experience(make_config(weights, mesh__data=data, mesh__branch=branch))
-    assert run.mesh.size == data * branch
+    mesh = {
+        "mesh__data": data,
+        "mesh__fsdp": fsdp,
+        "mesh__branch": branch,
+        "mesh__context": context,
+    }
+    run, state, batch_ = make_experience(make_config(weights, **mesh))
+    assert run.mesh.size == data * fsdp * branch * context
     np.testing.assert_allclose(batch_.tuples.z, batch.tuples.z, atol=1e-5)
 
     # From the same experience, so that what is compared is the update.

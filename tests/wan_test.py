@@ -10,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from kvpo_jax.algorithm.kv_cache import Context
+from kvpo_jax.algorithm.kv_cache import Context, Store
 from kvpo_jax.models import layers
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
+from kvpo_jax.types import BlockKV
 
 CFG = WanConfig(
     dim=24,
@@ -75,9 +78,9 @@ def inputs() -> Inputs:
     )
 
 
-def network(cfg: WanConfig):
+def network(cfg: WanConfig, context_axis: str | None = None):
     """(variables, Inputs, own_keys) -> velocity, BlockKV."""
-    model = Wan(cfg)
+    model = Wan(cfg, context_axis)
 
     def apply(variables, inputs, own_keys=None):
         text = model.apply(variables, inputs.text, method=Wan.encode_text)
@@ -413,6 +416,56 @@ def test_remat_changes_neither_value_nor_gradient(variables, inputs):
             np.testing.assert_allclose(
                 ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max(), err_msg=name
             )
+
+
+def test_tokens_over_devices_change_neither_value_nor_gradient(variables, inputs):
+    """Two devices with half of the tokens of every frame and one head each.
+
+    With frames that are queries only, empty entries, and far ones of which each head picks one.
+    """
+    cfg = dataclasses.replace(CFG, remat="products", sparse_memory=1)
+    far = jnp.array([[True, False, True, False, False], [True, True, False, False, False]])
+    inputs = inputs.replace(context=inputs.context.replace(far=far))
+    one, heads = P(), P(None, None, None, None, "context")
+    own_keys = jnp.array([False, True, True])
+
+    def run(axis, variables, inputs):
+        if axis is not None:
+            variables = jax.tree.map(lambda x: jax.lax.pcast(x, axis, to="varying"), variables)
+        return network(cfg, axis)(variables, inputs, own_keys)
+
+    spread = jax.shard_map(
+        partial(run, "context"),
+        mesh=Mesh(np.asarray(jax.devices()[:2]), ("context",)),
+        in_specs=(
+            one,
+            Inputs(
+                x=one,
+                sigma=one,
+                text=one,
+                start_frame=one,
+                context=inputs.context.replace(
+                    stores=(Store(k=heads, v=heads),), row=one, slot=one, frame=one, far=one
+                ),
+            ),
+        ),
+        out_specs=(one, BlockKV(k=heads, v=heads)),
+    )
+
+    def loss(function, lora):
+        velocity, kv = function({"params": variables["params"], "lora": lora}, inputs)
+        return jnp.mean(jnp.square(velocity)) + jnp.mean(kv.k * kv.v), (velocity, kv)
+
+    (_, theirs), slope = jax.jit(
+        jax.value_and_grad(partial(loss, partial(run, None)), has_aux=True)
+    )(variables["lora"])
+    (_, ours), own_slope = jax.jit(jax.value_and_grad(partial(loss, spread), has_aux=True))(
+        variables["lora"]
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=0, atol=3e-6)
+    for name, gradient in flat(own_slope).items():
+        assert np.any(slope_of := flat(slope)[name]), name
+        assert relative_l2(gradient, slope_of) < 2e-6, name
 
 
 def test_bfloat16_is_near_float32(variables, inputs):

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from kvpo_jax.types import Array, BlockKV, KVCache, MemoryBank, TextKV
 
 
-def empty(cache: KVCache, slots: int, interval: int, reinsert: bool) -> MemoryBank:
+def empty(
+    cache: KVCache, slots: int, interval: int, reinsert: bool, heads_axis: str | None = None
+) -> MemoryBank:
     """A bank of `slots` empty slots for the trajectories of a cache.
 
-    `interval` and `reinsert` are those of MemoryBank.
+    `interval`, `reinsert` and `heads_axis` are those of MemoryBank.
     """
     batch = (cache.k.shape[0], *cache.frame.shape[:-1])  # [L, ...]
     kv = jnp.zeros((*batch, slots, *cache.k.shape[-3:]), cache.k.dtype)
@@ -36,6 +38,7 @@ def empty(cache: KVCache, slots: int, interval: int, reinsert: bool) -> MemoryBa
         pending=count > 0,
         interval=interval,
         reinsert=reinsert,
+        heads_axis=heads_axis,
     )
 
 
@@ -47,9 +50,16 @@ def saliency(bank: MemoryBank, text: TextKV) -> Array:
     """
     query = text.k.astype(jnp.float32).mean(axis=2)  # [L, P, H, D]
     key = bank.k.astype(jnp.float32).mean(axis=-3)  # [L, P, ..., slots, H, D]
+    heads, head_dim = query.shape[-2:]
+    if bank.heads_axis is not None:
+        own = key.shape[-2]
+        first = own * jax.lax.axis_index(bank.heads_axis)
+        query = jax.lax.dynamic_slice_in_dim(query, first, own, axis=2)
     query = query.reshape(*query.shape[:2], *[1] * (key.ndim - 4), *query.shape[2:])
-    heads, head_dim = key.shape[-2:]
-    return jnp.sum(query * key, axis=(-2, -1)) / (heads * head_dim**0.5)
+    total = jnp.sum(query * key, axis=(-2, -1))
+    if bank.heads_axis is not None:
+        total = jax.lax.psum(total, bank.heads_axis)
+    return total / (heads * head_dim**0.5)
 
 
 def admit(bank: MemoryBank, text: TextKV) -> MemoryBank:

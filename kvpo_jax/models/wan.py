@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from kvpo_jax.algorithm.kv_cache import Context, KVShape, Peers
 from kvpo_jax.errors import Registry, UsageError
 from kvpo_jax.models import attention as attention_lib
+from kvpo_jax.models import tokens as tokens_lib
 from kvpo_jax.models.attention import Keys, attention
 from kvpo_jax.models.layers import (
     LoRADense,
@@ -128,9 +129,15 @@ class Block(nn.Module):
     """One transformer block: self-attention over past and block (Eq. 4), text attention, MLP.
 
     `attention.attention` is Eq. 4. Self-attention and MLP are modulated by the noise level.
+
+    Attributes:
+      cfg: sizes.
+      context_axis: see `Wan`. Below, N of `x` and `rope` are this device's tokens of a frame; N and
+        H of keys and values are all tokens and this device's heads.
     """
 
     cfg: WanConfig
+    context_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -175,6 +182,7 @@ class Block(nn.Module):
         k = RMSNorm(cfg.eps, name="self_norm_k")(_linear(cfg, cfg.dim, "self_k")(y))
         v = _split_heads(_linear(cfg, cfg.dim, "self_v")(y), cfg)
         q, k = (apply_rope(_split_heads(t, cfg), *rope) for t in (q, k))
+        q, k, v = tokens_lib.to_heads(q, k, v, frames, self.context_axis)
         k_frames, v_frames = (
             einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v)
         )
@@ -185,6 +193,7 @@ class Block(nn.Module):
             entries = context.layer(index)
         past = self._past(q, context, *entries)
         y = attention(q, own, past, cfg.attention, past_gradient=learns_past)  # Eq. 4
+        y = tokens_lib.to_tokens(y, frames, self.context_axis)
         y = einops.rearrange(y, "b t h d -> b t (h d)")
         y = _linear(cfg, cfg.dim, "self_o")(y)
         x = (x + per_token(per_frame(wide(y)) * gate1)).astype(dtype)
@@ -238,9 +247,17 @@ class Block(nn.Module):
 
 
 class Wan(nn.Module):
-    """The causal Wan transformer at any size."""
+    """The causal Wan transformer at any size.
+
+    Attributes:
+      cfg: sizes.
+      context_axis: the mesh axis over whose devices the tokens of a block are split (`tokens`);
+        None: there is one. Latents, text, noise level and velocity are the same on all of them. H
+        of a context and of new keys and values are a device's own heads.
+    """
 
     cfg: WanConfig
+    context_axis: str | None = None
 
     def setup(self):
         cfg = self.cfg
@@ -256,7 +273,7 @@ class Wan(nn.Module):
             block = nn.remat(Block, prevent_cse=False, policy=policy)
         # index and text differ from layer to layer; e0, rope, context and own_mask do not.
         in_axes = (0, 0, *[nn.broadcast] * 4)
-        self.blocks = over_layers(block, cfg.num_layers, in_axes)(cfg)
+        self.blocks = over_layers(block, cfg.num_layers, in_axes)(cfg, self.context_axis)
         self.head = _plain_linear(cfg, cfg.channels * math.prod(cfg.patch))
         self.head_modulation = self.param(
             "head_modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim), jnp.float32
@@ -304,10 +321,13 @@ class Wan(nn.Module):
         Returns:
           velocity float32[batch, F, Y, X, C] (noise - clean, see flow.py), BlockKV.
         """
-        cfg = self.cfg
+        cfg, axis = self.cfg, self.context_axis
         batch, frames, height, width, _ = x.shape
         pt, ph, pw = cfg.patch
-        tokens = cfg.tokens_per_frame(height, width)
+        tokens, heads = (
+            cfg.tokens_per_frame(height, width),
+            cfg.num_heads // tokens_lib.devices(axis),
+        )
         chex.assert_shape(x, (None, None, None, None, cfg.channels))
         chex.assert_shape(sigma, (batch,))
         chex.assert_shape(start_frame, (batch,))
@@ -315,8 +335,7 @@ class Wan(nn.Module):
         if isinstance(context, Context):
             for store in context.stores:
                 chex.assert_shape(
-                    [store.k, store.v],
-                    (cfg.num_layers, None, None, tokens, cfg.num_heads, cfg.head_dim),
+                    [store.k, store.v], (cfg.num_layers, None, None, tokens, heads, cfg.head_dim)
                 )
             chex.assert_shape([context.frame, *context.slot], context.frame.shape)
             chex.assert_shape(list(context.row), (batch,))
@@ -332,7 +351,7 @@ class Wan(nn.Module):
         h = einops.rearrange(
             x, "b (f pt) (y ph) (x pw) c -> b (f y x) (c pt ph pw)", pt=pt, ph=ph, pw=pw
         )
-        h = self.patch_embedding(h)
+        h = self.patch_embedding(tokens_lib.own(h, frames, axis))
         e = self.time_embedding_0(sinusoid(TIME_SCALE * sigma, cfg.freq_dim))
         e = self.time_embedding_2(nn.silu(e))
         e0 = wide(self.time_projection_1(nn.silu(e))).reshape(batch, 1, 6, cfg.dim)
@@ -342,7 +361,8 @@ class Wan(nn.Module):
         if own_keys is not None:
             own_keys = jnp.broadcast_to(own_keys, (batch, frames))
             own_mask = jnp.repeat(own_keys, tokens, axis=1)[:, None]
-        rope = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
+        tables = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
+        rope = tuple(tokens_lib.own(table, frames, axis) for table in tables)
         h, new_kv = self.blocks(
             h, jnp.arange(cfg.num_layers), text, e0, rope, context.valid_first(), own_mask
         )
@@ -350,7 +370,7 @@ class Wan(nn.Module):
         shift, scale = jnp.moveaxis(wide(e)[:, None, :] + self.head_modulation, 1, 0)
         h = layer_norm(h, cfg.eps) * (1 + scale[:, None]) + shift[:, None]
         velocity = einops.rearrange(
-            wide(self.head(h)),
+            tokens_lib.all_of(wide(self.head(h)), frames, axis),
             "b (f y x) (pt ph pw c) -> b (f pt) (y ph) (x pw) c",
             f=frames // pt,
             y=height // ph,

@@ -602,6 +602,15 @@ def _check_model(config: ConfigDict, fields: Mapping[str, Any]) -> None:
     ):
         if fields[name] % divisor:
             raise UsageError(f"config.{name}={fields[name]} is not a multiple of {divisor}, {what}")
+    sizes = wan_config(config).kv_shape(config.video.height, config.video.width)
+    both = math.gcd(sizes.heads, sizes.tokens)
+    if both % config.mesh.context:
+        possible = ", ".join(str(n) for n in range(1, both + 1) if both % n == 0)
+        raise UsageError(
+            f"config.mesh.context={config.mesh.context} does not divide both"
+            f" config.model.num_heads={sizes.heads} and the {sizes.tokens} tokens of a frame; it"
+            f" can be {possible}"
+        )
     flow.levels(config.sampler)  # no arrays of JAX: processes may still have to join
     routing.window(config.window)
     ring = config.window.cache_frames - config.window.sink

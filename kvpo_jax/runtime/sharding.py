@@ -39,23 +39,35 @@ BRANCHES = Spec("branch")
 TEXT = TextKV(k=Spec(None, ROWS), v=Spec(None, ROWS))
 
 
-def cache_spec(cache: KVCache, frame: Spec) -> KVCache:
-    """Specs of a cache (arrays or shapes) whose `frame` has the spec PROMPTS or TRAJECTORIES."""
-    kv = Spec(None, *frame)
-    return jax.tree.map(lambda _: kv, cache).replace(frame=frame)
+def cache_spec(cache: KVCache, frame: Spec, heads: str | None = None) -> KVCache:
+    """Specs of a cache (arrays or shapes) whose `frame` has the spec PROMPTS or TRAJECTORIES.
+
+    `heads`: the axis over which the heads of its keys and values are split, or None.
+    """
+    alike = Spec(None, *frame)
+
+    def split(kv: Array) -> Spec:  # [L, ..., H, D]
+        return alike if heads is None else Spec(*alike, *[None] * (kv.ndim - len(alike) - 2), heads)
+
+    def with_heads(part: Any, names: Sequence[str]) -> Any:
+        specs = {name: split(getattr(part, name)) for name in names}
+        return jax.tree.map(lambda _: alike, part).replace(**specs)
+
+    bank = cache.bank and with_heads(cache.bank, ("k", "v", "new_k", "new_v"))
+    return with_heads(cache, ("k", "v")).replace(frame=frame, bank=bank)
 
 
-def replay_spec(history: KVCache, own: bool = False) -> ReplayTuples:
-    """Specs of ReplayTuples, from those of a history, with or without a memory bank.
+def replay_spec(history: KVCache, page: KVCache, own: bool = False) -> ReplayTuples:
+    """Specs of ReplayTuples, from those of a history and of pages, with or without a memory bank.
 
     `own`: the page is that of each branch.
     """
-    page = cache_spec(history.replace(bank=None), TRAJECTORIES).replace(bank=history.bank)
+    of_blocks = jax.tree.map(lambda spec: Spec(*spec[:2], None, *spec[2:]), history.bank)
     return ReplayTuples(
         z=TRAJECTORIES,
         u=TRAJECTORIES,
         history=history.replace(bank=None),
-        page=page if own else history,
+        page=(page if own else history).replace(bank=of_blocks),
         frames=REPLICATED,
         start_frame=REPLICATED,
         segment=REPLICATED,
@@ -96,11 +108,6 @@ def make_mesh(
         processes also: a device would be idle, or a process would not hold a box.
     """
     devices = devices or jax.devices()
-    if context > 1:
-        raise UsageError(
-            f"mesh.context={context}: the tokens of a block are not split over devices yet; set"
-            " --config.mesh.context=1"
-        )
     if prompts % ((data or 1) * fsdp):
         raise UsageError(
             f"{_named(data=data, fsdp=fsdp)} does not divide {prompts} prompts at a time"
@@ -163,9 +170,18 @@ def describe(mesh: Mesh, prompts: int, branches: int) -> str:
     return f"{text}; {idle} idle, for no larger sizes divide prompts and branches" if idle else text
 
 
-def vary_over_branch(x: Array) -> Array:
-    """Inside `shard_map`: lets a loop change an array that is equal on all shards of `branch`."""
-    return jax.lax.pcast(x, "branch", to="varying")
+def context_axis(mesh: Mesh) -> str | None:
+    """The axis over which the tokens of a block are split; None where each device has them all."""
+    return "context" if mesh.shape["context"] > 1 else None
+
+
+def vary_over_branch(x: Array, *further: str | None) -> Array:
+    """Inside `shard_map`: lets a loop change an array that is equal on all shards of `branch`.
+
+    `further`: other such axes, or None.
+    """
+    axes = tuple(axis for axis in ("branch", *further) if axis)
+    return jax.lax.pcast(x, axes, to="varying")
 
 
 def put(x: np.ndarray | Array, sharding: jax.sharding.Sharding) -> Array:
@@ -176,12 +192,15 @@ def put(x: np.ndarray | Array, sharding: jax.sharding.Sharding) -> Array:
     return jax.make_array_from_process_local_data(sharding, x, x.shape)
 
 
-def vary(tree: PyTree) -> PyTree:
+def vary(tree: PyTree, *further: str | None) -> PyTree:
     """Inside `shard_map`: gives every shard its own copy of a replicated tree.
 
     Its gradients are then summed over the shards once, and not at every use in the innermost loop.
+    `further`: the axis of the tokens, or None, for what the network reads of its own; what comes
+    out of it is the same for all tokens, and so is what is done with that.
     """
-    return jax.tree.map(lambda x: jax.lax.pcast(x, (*ROWS, "branch"), to="varying"), tree)
+    axes = tuple(axis for axis in (*ROWS, "branch", *further) if axis)
+    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)
 
 
 def place(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
