@@ -1034,7 +1034,6 @@ def test_what_could_run_code_is_not_read_and_no_message_advises_it(official, tmp
         ),
         "torch.nn": lambda: torch.save(model, path),
         "such as print,": lambda: path.write_bytes(b"\x80\x02cbuiltins\nprint\n."),
-        "TorchScript": lambda: torch.jit.script(model).save(path),
         "zip archive": lambda: zipfile.ZipFile(path, "w").writestr("a", "b"),
         "or is damaged": lambda: path.write_bytes(b"\x80\x02\xff\xff\xff"),
     }

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import json
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.functional import cosine_similarity, interpolate, normalize
 
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models import vit
 from kvpo_jax.rewards import aesthetic, clip, composite, dino, features, learned, scorers
 
@@ -345,6 +347,78 @@ def test_openais_layout(clip_folder, clip_weights, tmp_path):
     torch.save(half, tmp_path / "half.pt")
     convert([tmp_path / "half.pt"], tmp_path / "half.safetensors", base=folder)
     assert read(tmp_path / "half.safetensors", "clip", vit.CLIPConfig)[1].dtype == "float16"
+
+
+def scripted(state):
+    """A module with these tensors that TorchScript can save."""
+    root = torch.nn.Module()
+    for name, x in state.items():
+        *path, leaf = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        if leaf == "attn_mask":  # which is neither a parameter nor a buffer
+            setattr(module, leaf, x)
+        elif x.is_floating_point():
+            module.register_parameter(leaf, torch.nn.Parameter(x))
+        else:
+            module.register_buffer(leaf, x)
+    return torch.jit.script(root)
+
+
+def test_openais_program(clip_folder, tmp_path):
+    """The released file is one of TorchScript, in half precision; tensors may be views."""
+    model, folder = clip_folder
+    state = {
+        name: x.half() if x.is_floating_point() else x for name, x in openai_state(model).items()
+    }
+    state["visual.proj"] = state["visual.proj"].T.contiguous().T
+    torch.save(state, tmp_path / "state.pt")
+    mask = {f"transformer.resblocks.{i}.attn_mask": torch.ones(12, 12) for i in (0, 1)}
+    scripted(state | mask).save(tmp_path / "ViT-B-32.pt")
+    for name in ("state", "ViT-B-32"):
+        convert([tmp_path / f"{name}.pt"], tmp_path / f"{name}.safetensors", base=folder)
+    first, second = same_weights(tmp_path / "state.safetensors", tmp_path / "ViT-B-32.safetensors")
+    assert first == second and first["dtype"] == "float16"
+
+
+def tensor_of(shape, strides):
+    """A pickle of a module of one tensor of three halves, as TorchScript writes it."""
+    size, stride = (b"(" + b"".join(b"K%c" % n for n in x) + b"t" for x in (shape, strides))
+    storage = b"(X\x07\0\0\0storagectorch\nHalfStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x03tQ"
+    made = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\0" + size + stride + b"\x89NtR"
+    return b"\x80\x02c__torch__\nM\n)\x81}(X\x06\0\0\0number" + made + b"ub."
+
+
+def test_no_program_is_run_and_none_reads_beyond_its_tensors(tmp_path):
+    path, ran = tmp_path / "model.pt", tmp_path / "ran"
+
+    def fails(message, pickled):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("m/data.pkl", pickled)
+            file.writestr("m/constants.pkl", b"\x80\x02).")
+            file.writestr("m/data/0", np.ones(3, np.float16).tobytes())
+        with pytest.raises(UsageError, match=message) as error:
+            convert([path], tmp_path / "out.safetensors")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+    fails("it has 1 tensors, number", tensor_of((3,), (1,)))
+    fails("it has 1 tensors, number", tensor_of((3, 9), (1, 0)))
+    command = f"touch {ran}".encode()
+    text = b"X" + len(command).to_bytes(4, "little") + command
+    fails("has no tensors; name", b"\x80\x02cos\nsystem\n(" + text + b"tR.")
+    fails("has no tensors; name", b"\x80\x02cbuiltins\neval\n(" + text + b"tR}b.")
+    beyond = r"\(ValueError: a tensor of shape .* reaches beyond its storage\); download or copy it"
+    fails(beyond, tensor_of((4,), (1,)))
+    fails(beyond, tensor_of((2, 2), (1, 2)))
+    fails("cannot be read", b"\x80\x02(")
+    fails("cannot be read", b"\x80\x02}.")
+    assert not ran.exists()
+    torch.save({}, path)  # of torch.save, as of any other program
+    with pytest.raises(UsageError, match="model.pt has no tensors"):
+        convert([path], tmp_path / "out.safetensors")
 
 
 def test_open_clips_config_says_which_gelu(clip_folder, tmp_path):

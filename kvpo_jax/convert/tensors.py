@@ -16,6 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from kvpo_jax.convert import torchscript
 from kvpo_jax.errors import MissingPackageError, UsageError
 from kvpo_jax.runtime import file_kind, weight_file
 from kvpo_jax.runtime.weight_file import chunks, unknown_dtype
@@ -94,7 +95,9 @@ def read(path: Path, policy: str = "online") -> list[Tensor]:
             f"{path} is not a weight file: it begins neither like a safetensors file nor like a"
             " PyTorch checkpoint; download or copy it again"
         )
-    return readers[kind[0]]()
+    if not (tensors := readers[kind[0]]()):
+        raise UsageError(f"{path} has no tensors; name the file with the weights")
+    return tensors
 
 
 def _read_index(path: Path) -> list[Tensor]:
@@ -127,6 +130,8 @@ def read_safetensors(path: Path) -> list[Tensor]:
 
 def _read_torch(path: Path, policy: str) -> list[Tensor]:
     """The tensors of a PyTorch checkpoint, or of its state dict for `policy` if it has several."""
+    if torchscript.is_archive(path):
+        return [Tensor(path, None, name, x) for name, x in torchscript.read(path).items()]
     state, trail = _load_torch(path), []
     while (part := _choose_part(path, state, policy)) is not None:
         state = state[part]
@@ -170,11 +175,6 @@ def _torch_reason(message: str) -> str:
     cause = message.partition("WeightsUnpickler error:")[2]
     if thing := re.search(r"(?:GLOBAL|class|function|of type|but got) ([\w.<]+)", cause):
         return f"has objects beside its tensors, such as {thing[1]}, which could run code{alone}"
-    if "TorchScript" in message:
-        return (
-            "is a TorchScript program, which is not run here; if you trust it, save its tensors:"
-            " torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
-        )
     return "is not a PyTorch checkpoint, or is damaged; download or copy it again"
 
 

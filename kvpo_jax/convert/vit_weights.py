@@ -401,8 +401,8 @@ CLIP = Kind(
     table=clip_table,
     to_ours=to_ours,
     abstract=abstract_params,
-    # The scale of the logits, and numbers that OpenAI's and older files have beside the weights.
-    aside=r"^(logit_scale|input_resolution|context_length|vocab_size|attn_mask)$|position_ids$",
+    # The scale of the logits, and what OpenAI's and older files have beside the weights.
+    aside=r"^(logit_scale|input_resolution|context_length|vocab_size)$|\b(attn_mask|position_ids)$",
     merge=apart,
     tokenizer=True,
 )
