@@ -485,6 +485,8 @@ def _means(rows: Sequence[Mapping[str, Any]], value_of: Any) -> dict[int, float]
 
 
 def _interval(values: Mapping[int, float]) -> dict[str, Any]:
+    if not values:
+        return {"mean": None, "ci95": None, "prompts": 0}
     mean, interval = statistics.bootstrap_interval(np.array([*values.values()]))
     return {"mean": mean, "ci95": interval, "prompts": len(values)}
 
@@ -526,7 +528,7 @@ def results_of(
     }
 
 
-def _at(values: Sequence[float], place: int) -> float | None:
+def _at(values: Sequence[float | None], place: int) -> float | None:
     return values[place] if place < len(values) else None
 
 
@@ -594,13 +596,8 @@ def _tables(results: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]
     columns += ["difference", "95 % interval", "wins"] if compared else []
     tables = [(columns, rows)]
     if results["segments"]:
-        count = max(len(of) for of in results["segments"].values())
-        names = ["by segment", *(str(m) for m in range(count))]
-        cells = [
-            [name, *(f"{x['mean']:.4f}" for x in of), *[""] * (count - len(of))]
-            for name, of in results["segments"].items()
-        ]
-        tables.append((names, cells))
+        means = {name: [x["mean"] for x in of] for name, of in results["segments"].items()}
+        tables.append(video_files.segment_table(means))
     return tables
 
 

@@ -153,7 +153,8 @@ def test_videos_are_scored_in_the_order_of_their_numbers_and_an_error_keeps_what
         return {"length": jnp.array([len(prompts[0])])}
 
     video_files.score(lengths, tmp_path, sequences, (0, 0), output)
-    assert output.read_text().splitlines() == [*rows, "100.mp4,last,4.0"] and not part.exists()
+    assert output.read_text().splitlines() == [*rows, "100.mp4,last,4.0"]
+    assert [path.name for path in output.parent.iterdir()] == ["scores.csv"]
 
 
 def sequences_of(*first):
@@ -211,16 +212,25 @@ def test_an_enlarged_video_is_reduced_to_what_it_was():
         video.reduced(pixels, 8, 8)
 
 
-def test_the_clips_of_a_video_are_those_of_its_durations(tmp_path):
+def test_the_clips_of_a_video_are_those_of_its_durations(tmp_path, capsys):
     write_toy_video(tmp_path / "a.mp4", "a red disk moves left", 0)
     count = len(video.read(tmp_path / "a.mp4"))
-    timed = prompts_lib.PromptSequence(("a", "b"), 1, (3, count - 3))
+    timed = prompts_lib.PromptSequence(("a", "one frame", "b"), 1, (3, 1, count - 4))
 
     def length(pixels, prompts):
         return {"length": jnp.full(len(prompts), pixels.shape[1] * (prompts[0] == "a"))}
 
     rows = video_files.score(length, tmp_path, [timed], (0, 0), tmp_path / "scores.csv")
     assert rows["a.mp4"] == {"length": 3 / 2}  # on average of the segments
+    with (tmp_path / "scores_segments.csv").open() as file:
+        segments = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert segments == [
+        ("a.mp4", "0", "a", "3.0"),
+        ("a.mp4", "1", "one frame", ""),
+        ("a.mp4", "2", "b", "0.0"),
+    ]
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["by", "segment", "0", "1", "2"] in table and ["length", "3.0000", "0.0000"] in table
 
 
 def test_a_file_that_is_no_whole_video_is_named_and_others_are_passed_over(tmp_path):

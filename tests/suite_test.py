@@ -235,6 +235,9 @@ def test_intervals_and_pairs_by_hand():
     assert made["against"]["a"] == {"difference": 0.5, "ci95": [-1.0, 2.0], "win_rate": 0.5}
     assert made["segments"]["a"][1] == {"mean": 4.0, "ci95": None, "prompts": 1}
     assert suite.results_of(rows((0.0, 2.0)))["scores"]["a"]["ci95"] is None
+    short = {"prompt": 0, "sample": 0, "scores": {"a": 1.0}, "segments": {"a": [1.0, None, 2.0]}}
+    _, second, third = suite.results_of([short])["segments"]["a"]
+    assert second == {"mean": None, "ci95": None, "prompts": 0} and third["mean"] == 2.0
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,10 @@ def score(
     output: Path,
     blocks: tuple[int, int] | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Scores every video of `folder`, writes a CSV file and prints a table.
+    """Scores every video of `folder`, writes CSV files and prints tables.
 
-    Each row is written at once: after an error, the rows before it are in `output`.part.
+    Each row is written at once: after an error, the rows before it are in `output`.part. Where a
+    video has several prompts, `segments_file` has what scorers of clips say of each of them.
 
     Args:
       scorer: see `composite.Scorer`.
@@ -52,18 +55,15 @@ def score(
     """
     files = _videos(folder)
     pairs = list(zip(files, pair(files, sequences), strict=True))
+    several = any(len(sequence.sentences) > 1 for sequence in sequences)
     rows: dict[str, dict[str, float]] = {}
-    with (
-        keeping_part(output) as part,
-        part.open("w", newline="", encoding="utf-8") as file,
-        progress.bar("scoring", len(files)) as advance,
-    ):
+    segments: list[Mapping[str, Sequence[float | None]]] = []
+    with ExitStack() as stack, progress.bar("scoring", len(files)) as advance:
+        append = stack.enter_context(_writing(output))
+        append_segment = append  # until a video has some
         for path, sequence in pairs:
-            scores = score_file(scorer, path, sequence, clips, blocks).scores
-            if not rows:
-                names = list(scores)
-                table = csv.DictWriter(file, ["video", "prompt", *names])
-                table.writeheader()
+            scores, alone = score_file(scorer, path, sequence, clips, blocks)
+            names = list(next(iter(rows.values()), scores))
             if list(scores) != names:
                 raise UsageError(
                     f"{path}: the rewards are {', '.join(scores)}, those of the videos before it"
@@ -71,8 +71,15 @@ def score(
                 )
             rows[path.name] = scores
             prompt = " | ".join(sequence.sentences)
-            table.writerow({"video": path.name, "prompt": prompt, **scores})
-            file.flush()
+            append({"video": path.name, "prompt": prompt, **scores})
+            if several and alone:
+                if not segments:
+                    append_segment = stack.enter_context(_writing(segments_file(output)))
+                segments.append(alone)
+                for m, sentence in enumerate(sequence.sentences):
+                    of_segment = {name: values[m] for name, values in alone.items()}
+                    about = {"video": path.name, "segment": m, "prompt": sentence}
+                    append_segment({**about, **of_segment})
             advance(description=path.name)
     rows["mean"] = {name: float(np.mean([row[name] for row in rows.values()])) for name in names}
     shown = [*(textwrap.shorten(s.sentences[0], SHOWN, placeholder="...") for _, s in pairs), ""]
@@ -81,8 +88,54 @@ def score(
         for (name, row), prompt in zip(rows.items(), shown, strict=True)
     ]
     progress.table("", ["", "prompt", *names], cells)
+    if segments:
+        progress.table("", *segment_table(_segment_means(segments)))
+        print(f"wrote {segments_file(output)}", flush=True)
     print(f"wrote {output}", flush=True)
     return rows
+
+
+def segments_file(output: Path) -> Path:
+    """The CSV file of the prompt segments, beside that of the videos."""
+    return output.with_name(f"{output.stem}_segments{output.suffix}")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """A function that writes a row of a CSV file, which is in it when it returns."""
+    with keeping_part(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        tables: list[csv.DictWriter[str]] = []
+
+        def append(row: Mapping[str, Any]) -> None:
+            if not tables:
+                tables.append(csv.DictWriter(file, list(row)))
+                tables[0].writeheader()
+            tables[0].writerow(row)
+            file.flush()
+
+        yield append
+
+
+def _segment_means(
+    videos: Sequence[Mapping[str, Sequence[float | None]]],
+) -> dict[str, list[float | None]]:
+    """Component -> the mean over the videos of each prompt segment, None where no video has it."""
+    means: dict[str, list[float | None]] = {}
+    for name in videos[0]:
+        of_segments = itertools.zip_longest(*(video[name] for video in videos))
+        found = ([x for x in values if x is not None] for values in of_segments)
+        means[name] = [float(np.mean(values)) if values else None for values in found]
+    return means
+
+
+def segment_table(means: Mapping[str, Sequence[float | None]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a table of the prompt segments, from component -> mean of each."""
+    count = max(map(len, means.values()))
+    rows = [
+        [name, *("" if x is None else f"{x:.4f}" for x in of), *[""] * (count - len(of))]
+        for name, of in means.items()
+    ]
+    return ["by segment", *map(str, range(count))], rows
 
 
 def pair(
@@ -179,12 +232,12 @@ class Scored(NamedTuple):
 
     Attributes:
       scores: component -> score.
-      segments: component of the scorers of clips -> the mean over the clips of each prompt segment
-        that has one.
+      segments: component of the scorers of clips -> the mean over the clips of each prompt segment;
+        None of one that is too short to have a clip.
     """
 
     scores: dict[str, float]
-    segments: dict[str, list[float]]
+    segments: dict[str, list[float | None]]
 
 
 def score_file(
@@ -223,12 +276,14 @@ def score_file(
         whole = Pixels(pixels, None, ((0, count),))
         of_clips = composite.clip_rewards(scorer, whole, [sentences], cut)
         scores = composite.mean_rewards(of_clips)
-        pairs = [*zip(cut, of_clips, strict=True)]
-        of_segments = [
-            composite.mean_rewards([made for clip, made in pairs if clip.segment == segment])
-            for segment in sorted({clip.segment for clip in cut})
-        ]
-        alone = {name: [float(made[name][0, 0]) for made in of_segments] for name in scores}
+        made: list[list[Mapping[str, np.ndarray]]] = [[] for _ in sentences]
+        for clip, of_clip in zip(cut, of_clips, strict=True):
+            made[clip.segment].append(of_clip)
+        of_segments = [composite.mean_rewards(of) if of else None for of in made]
+        alone = {
+            name: [None if of is None else float(of[name][0, 0]) for of in of_segments]
+            for name in scores
+        }
         if isinstance(scorer, scorers.Scorers):
             starts = range(blocks[0], count, blocks[1]) if blocks else ()
             every = [composite.Clip(0, 0, count)]
