@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import SMALL, bare_run, batch_of
+from equipment import SMALL, bare_run, batch_of, serving
 from jax.extend.core import jaxprs_in_params
 
 from kvpo_jax import programs, rollout
 from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.models.wan import init_variables
+from kvpo_jax.rewards import remote
 from kvpo_jax.runtime import checkpoint, films, sharding, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
@@ -564,3 +565,49 @@ def test_an_error_of_a_scorer_on_one_process_ends_both_and_loses_nothing(weights
     assert done >= 1
     config = make_config(weights, 1, 1)
     assert saved_state(workdir, config).iteration == done
+
+
+@pytest.mark.slow
+def test_a_server_of_whole_groups_gets_them_from_the_process_that_has_them(weights, tmp_path):
+    """Where two processes have branches of one prompt, nothing is loaded, and a line says so."""
+    asked: list[list[str]] = []
+
+    def answer(number, body):
+        about = {"protocol": 1, "name": "groups", "components": ["VQ"], "version": "1"}
+        if not body:
+            return 200, {}, json.dumps(about | {"groups": True}).encode()
+        pixels, prompts = remote.unpack(body)
+        asked.append(prompts)
+        return 200, {}, json.dumps({"VQ": pixels.mean((1, 2, 3, 4)).tolist()}).encode()
+
+    with serving(answer) as (url, _):
+        fields = {
+            "reward.scorer": url,
+            "train.iterations": 1,
+            "train.video_every": 0,
+            "eval.prompts": 2,
+            "eval.scorer": "",
+            "eval.by_block": False,
+        }
+        fields |= {f"reward.weights.{name}": 0 for name in ("MQ", "TA")}
+        given = [f"--config.{name}={value}" for name, value in fields.items()]
+
+        def started(name, mesh):
+            where = f"--workdir={tmp_path / name}"
+            command = ["-m", "kvpo_jax.main", where, *arguments(weights, *mesh), *given]
+            return start("flags", tmp_path, 2, 1, command)
+
+        finish(processes := started("split", (1, 2)), 1)
+        for process in processes:
+            assert "mesh.branch=2 spreads the branches of a prompt over" in text_of(process)
+            assert "Traceback" not in text_of(process)
+        assert not asked
+        finish(started("whole", (2, 1)))
+    # Three policies with two prompts of two segments each, and the anchor and two branches of two
+    # prompts: what is the same in all is sent once.
+    of_groups = [prompts for prompts in asked if len(prompts) > 1]
+    assert len(asked) >= 3 * 4 + 4 and {len(prompts) for prompts in of_groups} == {BRANCHES + 1}
+    assert all(len({prompt.group for prompt in prompts}) == 1 for prompts in asked)
+    assert len({(prompts[0], prompts[0].before) for prompts in of_groups}) == PROMPTS
+    (record, other) = records_of(tmp_path / "whole")
+    assert record["prompt"] != other["prompt"] and record["VQ branches"] != other["VQ branches"]

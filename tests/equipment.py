@@ -2,7 +2,9 @@
 
 import http.server
 import json
+import re
 import threading
+from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -92,6 +94,22 @@ def random_weights(path: Path, config: ml_collections.ConfigDict) -> Path:
     params = jax.tree.map(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape), params, noise)
     checkpoint.save_weights(path, params, {})
     return path
+
+
+def undocumented(names: Iterable[str], components: Iterable[str] = ()) -> list[str]:
+    """The keys of a run's records that are in no table of docs/runs.md.
+
+    NAME in a key there is one of the components; POLICY, LOOK and STAGE are any text.
+    """
+    page = (Path(__file__).parents[1] / "docs" / "runs.md").read_text()
+    columns = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    keys = [key for column in columns for key in re.findall(r"`(\w+)`", column)]
+    parts = {
+        "NAME": f"({'|'.join(components)})",
+        **dict.fromkeys(("POLICY", "LOOK", "STAGE"), r"\w+"),
+    }
+    forms = [re.sub("[A-Z]+", lambda part: parts[part[0]], key) for key in keys]
+    return [name for name in names if not any(re.fullmatch(form, name) for form in forms)]
 
 
 @contextmanager

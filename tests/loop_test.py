@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from equipment import SMALL, configure
+from equipment import SMALL, configure, undocumented
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import programs as programs_lib
@@ -411,6 +411,13 @@ def test_a_record_per_iteration_and_prompt(run, equipment):
     trained = [batch for group in run.training for batch in group]
     for row, batch in zip(run.branches, trained, strict=True):
         assert row["prompt"] == list(equipment.backbone.prompts(*batch.prompts[0]))
+
+
+def test_every_record_is_explained_in_the_docs(run):
+    evaluations = map(json.loads, (run.workdir / "heldout.jsonl").read_text().splitlines())
+    names = {name for row in (*run.metrics, *run.branches, *evaluations) for name in row}
+    assert not undocumented(names, run.config.reward.weights)
+    assert undocumented(["reward_unheard", "grad", "kl"]) == ["reward_unheard", "grad"]
 
 
 def test_the_recorded_frames_are_those_that_were_drawn(run, equipment):

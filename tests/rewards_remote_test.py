@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import SMALL, configure, random_weights, serving
+from equipment import SMALL, configure, random_weights, serving, undocumented
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import run as run_lib
@@ -621,3 +621,4 @@ def test_a_run_without_its_server_ends_and_goes_on_with_one_elsewhere(here, tmp_
     assert_equal(saved_state(tmp_path, run.config, run.mesh), here.state)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row.get("reward_missing") for row in rows] == [None, 0]
+    assert not undocumented(rows[-1], ["brightness"])
