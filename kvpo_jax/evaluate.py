@@ -469,7 +469,7 @@ def evaluate_videos(given: flags.FlagValues) -> None:
     if not names:
         raise UsageError(
             f"--rewards names nothing; there are {', '.join(scorers.LEARNED)}, motion, stream,"
-            " flow, module:function"
+            " flow, module:function, http://host:port"
         )
     for name, side in (("toy", toy_world.SIZE), ("return", return_world.SIZE)):
         if name in names:
@@ -627,7 +627,7 @@ def define_flags() -> None:
         "rewards",
         "motion",
         f"names, separated by commas: {', '.join(scorers.LEARNED)}, motion, stream, flow,"
-        " module:function",
+        " module:function, http://host:port",
     )
     for name in scorers.LEARNED:
         command.define_path(name, "", f"converted weights of {name}")

@@ -42,6 +42,7 @@ from kvpo_jax.rollout import stream
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint as checkpoint_lib
 from kvpo_jax.runtime import command, progress, records, statistics, sums, video, workdir
+from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import appending, replacing, write_json
 from kvpo_jax.runtime.sharding import Share, prompt_shards
 from kvpo_jax.state import policy_sum
@@ -208,6 +209,7 @@ def manifest_of(
     policy: Policy,
     tasks: Sequence[Task],
     backbone: Backbone,
+    scorer: scorers.Scorers,
 ) -> dict[str, Any]:
     """What an evaluation depends on, beside versions: it is continued with the same only."""
     files = backbone_lib.files_read(config)
@@ -233,8 +235,9 @@ def manifest_of(
         },
         **{name: config[name].to_dict() for name in SECTIONS},
         "scoring": {
-            "reward.scorer": reward.scorer,
-            "eval.scorer": config.eval.scorer,
+            "reward.scorer": config_lib.without_addresses(reward.scorer),
+            "eval.scorer": config_lib.without_addresses(config.eval.scorer),
+            **scorer.versions(),
             **{name: reward[name] for name in ("clip_frames", "clip_spacing")},
             "weights": reward.weights.to_dict(),
         },
@@ -416,6 +419,7 @@ def score_missing(
     folder: Path,
     share: Share,
     backbone: Backbone,
+    scorer: scorers.Scorers,
 ) -> None:
     """Scores the videos of tasks that no process has scored, and appends each to a file."""
     done = scored(folder)
@@ -425,7 +429,6 @@ def score_missing(
     block_frames, reward = config.video.block_frames, config.reward
     first, second = (backbone.to_pixel(n * block_frames) for n in (1, 2))
     size = backbone_lib.pixel_shape(config, backbone)[1:]
-    scorer = scorers_of(config)
     name = f"scores_{share.process}.jsonl" if share.process else "scores.jsonl"
     with (
         progress.bar("scoring videos", len(missing)) as advance,
@@ -454,14 +457,25 @@ def score_missing(
             advance()
 
 
-def scorers_of(config: ml_collections.ConfigDict) -> scorers.Scorers:
-    """What the configuration optimises and watches; UsageError if a scorer is none."""
-    optimised, watched = config.reward.scorer, config.eval.scorer
-    parts = scorers.components_of(optimised), scorers.components_of(watched)
+def scorers_of(config: ml_collections.ConfigDict, fps: float) -> scorers.Scorers:
+    """What the configuration optimises and watches, of videos of so many frames per second.
+
+    Raises:
+      UsageError: a scorer is none, or a weight has no component.
+    """
+    optimised, watched, both = (
+        # A value that stands for a score would stay in the results.
+        scorers.Scorers(names, config.paths, {**config.reward.http, "required": True}, fps)
+        for names in (
+            config.reward.scorer,
+            config.eval.scorer,
+            f"{config.reward.scorer},{config.eval.scorer}",
+        )
+    )
+    both.check()
+    parts = optimised.components(), watched.components()
     composite.check_weights(*parts, config.reward.weights)
-    scorer = scorers.Scorers(f"{optimised},{watched}", config.paths, config.reward.http)
-    scorer.check()
-    return scorer
+    return both
 
 
 # ---------------------------------------------------------------- results
@@ -643,13 +657,13 @@ def evaluate(given: flags.FlagValues, arguments: Sequence[str], share: Share) ->
     folder = Path(given.output)
     if (folder / "config.json").exists():
         raise UsageError(f"--output={folder} is the directory of a run; name another folder")
-    scorers_of(config)
     video.ffmpeg()  # without it nothing can be written
     backbone = backbone_lib.load(config)
+    scorer = scorers_of(config, backbone.fps)
     tasks = tasks_of(given, config, backbone)
     backbone.check_sentences([s for task in tasks for s in task.text.sentences])
     policy = policy_of(given, adapters)
-    manifest = manifest_of(given, config, policy, tasks, backbone)
+    manifest = manifest_of(given, config, policy, tasks, backbone, scorer)
     against = Path(given.against) if given.against else None
     if against is not None:
         check_against(against, folder, manifest, len(tasks))
@@ -658,7 +672,7 @@ def evaluate(given: flags.FlagValues, arguments: Sequence[str], share: Share) ->
     with workdir.locked(folder, f".lock_{share.process}"):
         begin(folder, manifest, tasks, share)
         generate_missing(config, policy, own, given.seed, folder / "videos")
-        score_missing(config, own, folder, share, backbone)
+        score_missing(config, own, folder, share, backbone, scorer)
         if given.segment_clips:
             write_segments(tasks, given.seed, folder, share, backbone)
         with workdir.locked(folder, ".lock", wait=True):

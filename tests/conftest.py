@@ -42,6 +42,20 @@ def browser() -> str:
     return found or pytest.skip("Chromium is not installed here; .ci/run installs it")
 
 
+@pytest.fixture(scope="session")
+def served(tmp_path_factory) -> tuple[str, str]:
+    """The address of a server of `equipment.GROUP_REWARD` by groups, and the file of its token."""
+    from equipment import GROUP_REWARD, reward_server  # which import jax
+
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "own_reward.py").write_text(GROUP_REWARD)
+    (folder / "token").write_text("very-secret\n")
+    given = [f"--scorer={folder / 'own_reward.py'}:judge", f"--token_file={folder / 'token'}"]
+    given += ["--groups", "--components=light,over_group,before,clips"]
+    with reward_server(folder, *given) as url:
+        yield url, str(folder / "token")
+
+
 @pytest.fixture(autouse=True)
 def compiled_programs_are_freed(request):
     """Frees the programs of earlier tests once they take much memory; they are compiled anew.

@@ -3,6 +3,8 @@
 import http.server
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -41,6 +43,25 @@ SMALLEST = {
     "video.height": 4,
     "video.width": 2,
 }
+
+# A scorer of somebody's own, which the fixture `served` serves.
+GROUP_REWARD = '''
+"""A reward of a group, and a fault."""
+import numpy as np
+from kvpo_jax.errors import UsageError
+
+def judge(pixels, prompts):
+    if prompts[0] == "fail":
+        raise RuntimeError("no memory for \\n this clip")
+    light = np.asarray(pixels, np.float32).mean((1, 2, 3, 4))
+    groups = np.array([prompt.group for prompt in prompts])
+    return {
+        "light": light,
+        "over_group": light - np.array([light[groups == g].mean() for g in groups]),
+        "before": [len(prompt.before) for prompt in prompts],
+        "clips": np.full(len(prompts), len(prompts)),
+    }
+'''
 
 
 def configure(spec: str, fields: dict) -> ml_collections.ConfigDict:
@@ -110,6 +131,27 @@ def undocumented(names: Iterable[str], components: Iterable[str] = ()) -> list[s
     }
     forms = [re.sub("[A-Z]+", lambda part: parts[part[0]], key) for key in keys]
     return [name for name in names if not any(re.fullmatch(form, name) for form in forms)]
+
+
+@contextmanager
+def reward_server(folder: Path, *arguments):
+    """The address of tools/reward_server.py in a process of its own, in `folder`."""
+    tool = Path(__file__).parents[1] / "tools" / "reward_server.py"
+    command = [sys.executable, tool, "--port=0", *arguments]
+    options = {"stdout": subprocess.PIPE, "text": True, "cwd": folder}
+    with subprocess.Popen(list(map(str, command)), **options) as process:
+        try:
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("serving"):
+                    break
+            else:
+                raise AssertionError("".join(said))
+            threading.Thread(target=process.stdout.read, daemon=True).start()
+            yield re.search(r"http\S+", line)[0]
+        finally:
+            process.kill()
 
 
 @contextmanager

@@ -122,6 +122,31 @@ def test_command_scores_files_as_training_does(tmp_path):
         np.testing.assert_allclose([float(row[name]) for row in rows], whole[name], atol=0.05)
 
 
+def test_a_server_scores_files(tmp_path, served, monkeypatch):
+    url, token = served
+    pixels = write_toy_video(tmp_path / "0.mp4", "a red disk moves left", 0)
+    (tmp_path / "p.jsonl").write_text('{"prompts": ["a", "b"], "durations": [6, 12]}\n')
+    asked = f"--videos={tmp_path}", f"--prompts={tmp_path / 'p.jsonl'}", f"--rewards=stream,{url}"
+    monkeypatch.delenv("KVPO_REWARD_TOKEN", raising=False)
+    done = run(*asked)
+    assert done.returncode == 1 and not done.stdout
+    assert "HTTP 401" in done.stderr and done.stderr.count("\n") == 1
+    monkeypatch.setenv("KVPO_REWARD_TOKEN", Path(token).read_text().strip())
+    done = run(*asked, "--clip_frames=0")
+    assert (done.returncode, done.stderr) == (0, "")
+    with (tmp_path / "scores_segments.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["prompt"], row["before"], row["clips"]) for row in rows] == [
+        ("a", "0.0", "1.0"),
+        ("b", "1.0", "1.0"),
+    ]
+    light = [float(row["light"]) for row in rows]
+    expected = [np.mean(part) / 255 for part in (pixels[:6], pixels[6:])]
+    np.testing.assert_allclose(light, expected, atol=0.01)  # h264 is not exact
+    assert "temporal_flickering" not in rows[0]  # of the whole video
+    assert "temporal_flickering" in (tmp_path / "scores.csv").read_text()
+
+
 def _every_frame(count, starts):
     return composite.footage_of(((0, count),), [composite.Clip(0, 0, count)], starts)
 

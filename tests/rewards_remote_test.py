@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import SMALL, configure, random_weights, serving, undocumented
+from equipment import GROUP_REWARD, SMALL, configure, random_weights, serving, undocumented
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import run as run_lib
@@ -33,23 +33,6 @@ from kvpo_jax.types import Judged
 
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {"protocol": 1, "name": "a server", "components": ["q", "r"], "version": "1"}
-FUNCTION = '''
-"""A reward of a group, and a fault."""
-import numpy as np
-from kvpo_jax.errors import UsageError
-
-def judge(pixels, prompts):
-    if prompts[0] == "fail":
-        raise RuntimeError("no memory for \\n this clip")
-    light = np.asarray(pixels, np.float32).mean((1, 2, 3, 4))
-    groups = np.array([prompt.group for prompt in prompts])
-    return {
-        "light": light,
-        "over_group": light - np.array([light[groups == g].mean() for g in groups]),
-        "before": [len(prompt.before) for prompt in prompts],
-        "clips": np.full(len(prompts), len(prompts)),
-    }
-'''
 
 
 def settings(**fields):
@@ -66,44 +49,13 @@ def sentences_of(*sizes):
     ]
 
 
-@contextmanager
-def started(*command, ready, **options):
-    """A process, and the line in which it says that it is ready."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options) as process:
-        try:
-            said = []
-            for line in process.stdout:
-                said.append(line)
-                if re.search(ready, line):
-                    break
-            else:
-                raise AssertionError("".join(said))
-            yield process, line
-        finally:
-            process.kill()
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory) -> tuple[str, str]:
-    """The address of `tools/reward_server.py`, which serves FUNCTION by groups, and its token."""
-    folder = tmp_path_factory.mktemp("server")
-    (folder / "own_reward.py").write_text(FUNCTION)
-    (folder / "token").write_text("very-secret\n")
-    command = [sys.executable, ROOT / "tools" / "reward_server.py", "--port=0", "--groups"]
-    command += [f"--scorer={folder / 'own_reward.py'}:judge", f"--token_file={folder / 'token'}"]
-    command += ["--components=light,over_group,before,clips"]
-    with started(*map(str, command), ready="serving", cwd=folder) as (process, line):
-        threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield re.search(r"http\S+", line)[0], str(folder / "token")
-
-
 # ---------------------------------------------------------------- our server
 
 
 def test_a_function_in_another_process_sees_what_one_in_the_run_sees(served, tmp_path, monkeypatch):
     """Pixels to the last bit, sentences, what was said before, and each group alone."""
     url, token = served
-    (tmp_path / "here_reward.py").write_text(FUNCTION)
+    (tmp_path / "here_reward.py").write_text(GROUP_REWARD)
     monkeypatch.syspath_prepend(tmp_path)
     there = scorers.Scorers(url, {}, vars(settings(token_file=token)), fps=8)
     assert there.components() == ["light", "over_group", "before", "clips"]

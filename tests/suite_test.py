@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from equipment import SMALL, configure, save_lora
+from equipment import SMALL, configure, save_lora, serving
 
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
@@ -188,6 +188,48 @@ def test_neither_devices_nor_processes_nor_samples_change_a_video(world, whole, 
     for name in names:
         if name.endswith("-0.mp4"):
             assert (unlike / name).read_bytes() != (fewer / name).read_bytes()
+
+
+def test_a_server_scores_every_segment_and_its_version_is_noted(world, whole, served):
+    url, token = served
+    fields = {
+        "reward.scorer": url,
+        "reward.weights.brightness": 0,
+        "reward.weights.light": 1,
+        "reward.http.token_file": token,
+        "reward.http.required": False,  # a suite ends all the same, to be continued
+        "reward.http.retries": 0,
+    }
+    output = world[0] / "served"
+    for name in ("served", "busy"):
+        shutil.copytree(whole / "videos", world[0] / name / "videos")
+    for wrong, message in (
+        ({"reward.weights.lite": 1}, "weights.lite=1: config.reward.scorer has only light, over_"),
+        ({"reward.scorer": "http://127.0.0.1:1"}, "reward server http://127.0.0.1:1: .*running?"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            evaluated(world, "served", fields=fields | wrong)
+        assert [path.name for path in output.iterdir()] == ["videos"]
+
+    def busy(number, body):
+        about = {"protocol": 1, "name": "busy", "components": ["light"], "version": "1"}
+        return (503, {}, b"busy") if body else (200, {}, json.dumps(about).encode())
+
+    with serving(busy) as (other, _), pytest.raises(UsageError, match="give the same command ag"):
+        evaluated(world, "busy", fields=fields | {"reward.scorer": other})
+    assert not suite.scored(world[0] / "busy")
+    evaluated(world, "served", fields=fields)
+    ours, theirs = suite.scored(output), suite.scored(whole)
+    assert ours.keys() == theirs.keys() and len(ours) == 8
+    for key, row in ours.items():
+        count = len(SEQUENCES[key[0]]["prompts"])
+        light = theirs[key]["segments"]["brightness"]
+        np.testing.assert_allclose(row["segments"]["light"], light, rtol=1e-5)
+        assert row["segments"]["before"] == list(range(count))
+        assert row["segments"]["clips"] == [1] * count  # each is a group of its own
+    scoring = records.object_in(output / "manifest.json")["scoring"]
+    assert scoring["reward.scorer"] == "http://"  # wherever it is
+    assert scoring["server 1"].startswith("own_reward:judge kvpo_jax")
 
 
 def test_every_policy_is_evaluated_and_paired_with_another(world, whole, capsys):

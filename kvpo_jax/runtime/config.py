@@ -769,6 +769,11 @@ def _check_energies(config: ConfigDict, routes: bool) -> None:
         )
 
 
+def without_addresses(names: str) -> str:
+    """A list of scorers in which every reward server is called alike, wherever it is."""
+    return re.sub(r"https?://[^,]*", "http://", names)
+
+
 def another_run(saved: ConfigDict, given: ConfigDict) -> list[str]:
     """The fields by which a run of `given` is another one than a run of `saved`: not RESUMABLE.
 
@@ -777,7 +782,7 @@ def another_run(saved: ConfigDict, given: ConfigDict) -> list[str]:
     before, now = flat(saved), flat(given)
     for fields in (before, now):
         if "reward.scorer" in fields:
-            fields["reward.scorer"] = re.sub(r"https?://[^,]*", "http://", fields["reward.scorer"])
+            fields["reward.scorer"] = without_addresses(fields["reward.scorer"])
     names = sorted(before.keys() | now.keys())
     return [n for n in names if before.get(n) != now.get(n) and not n.startswith(RESUMABLE)]
 
