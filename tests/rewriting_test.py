@@ -1,7 +1,10 @@
-"""Rewriting through a real HTTP server on this machine: order, tries, kills, records."""
+"""Rewriting through a real HTTP server on this machine, and by commands: order, tries, kills,
+records.
+"""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -232,6 +235,90 @@ def test_a_killed_command_goes_on_where_it_stopped(tmp_path):
     assert len(written) == 5  # input, output, origin and two shards
     for path in written:
         assert "very secret" not in path.read_text()
+
+
+# ---------------------------------------------------------------- a command
+
+
+def commanded(sequences, script, shards, rules="", wanted=2, **fields):
+    """`refine` by a shell script that reads the text."""
+    who = rewriting.Endpoint("", "m", {}, rules, ["sh", "-c", script], **({"wait": 0.01} | fields))
+
+    def change(sequence, ask):
+        return rewriting.refined(sequence, ask, wanted)
+
+    return rewriting.rewrite(sequences, change, who, shards, workers=2)
+
+
+def test_a_command_reads_rules_and_text_and_prints_its_reply(tmp_path):
+    thoughtful = "echo '<think>A. B. C.'; echo '</think>'; cat"
+    (made,) = commanded(stories_of(1), thoughtful, tmp_path, "Be loud.", wanted=None)
+    assert made.sentences == ("Be loud", "A fox 0 runs", "It stops")
+    slow = "x=$(cat); case $x in *' 0 '*) sleep 0.3;; esac; echo $x | tr a-z A-Z"
+    loud = commanded(stories_of(5), slow, tmp_path)
+    assert [s.sentences for s in loud] == [(f"A FOX {i} RUNS", "IT STOPS") for i in range(5)]
+    records = [json.loads(x) for p in tmp_path.iterdir() for x in p.read_text().splitlines()]
+    assert {record["command"][0] for record in records} == {"sh"}
+
+
+def test_a_command_that_fails_is_run_again_and_only_for_what_is_missing(tmp_path):
+    calls, shards = tmp_path / "calls", tmp_path / "shards"
+    moody = f"x=$(cat); echo $x >> {calls}; case $x in *' 2 '*) echo no room >&2; exit 3; esac; "
+    with pytest.raises(
+        UsageError, match=r"sh: exit status 3: no room \(tried 2 times\); "
+    ) as error:
+        commanded(stories_of(4), moody + "echo $x", shards, tries=2)
+    made = int(re.search(r"(\d) of 4 sequences are made", str(error.value))[1])
+    assert calls.read_text().count(" 2 ") == 2
+    calls.unlink()
+    assert len(commanded(stories_of(4), f"cat | tee -a {calls}", shards)) == 4
+    again = calls.read_text().count("fox")
+    assert " 2 " in calls.read_text() and 1 <= again <= 4 - made
+
+
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        ("sleep 30; echo A. B.", "sh: no reply after 0.2 s"),
+        ("sleep 30 & echo A. B.", "sh: no reply after 0.2 s"),  # which keeps what it prints to
+        ("true", "sh: the reply is empty"),
+        (r"printf '\377'", "sh: what it prints is no UTF-8 text"),
+        ("echo One.", "the reply 'One.' has 1 segments, not 2"),
+        ("kill -9 $$", "sh: exit status -9: "),
+    ],
+)
+def test_what_a_command_does_wrong_is_said(tmp_path, script, message):
+    begin = time.monotonic()
+    with pytest.raises(UsageError, match=re.escape(message)) as error:
+        commanded(stories_of(1), script, tmp_path, tries=1, timeout=0.2 if "sleep" in script else 9)
+    assert time.monotonic() - begin < 10 and "\n" not in str(error.value)
+
+
+def test_the_command_line_names_an_endpoint_or_a_program(tmp_path):
+    prompts.write(tmp_path / "in.jsonl", stories_of(2))
+    out = tmp_path / "out.jsonl"
+
+    def refine(*arguments):
+        given = command("refine", tmp_path / "in.jsonl", f"--output={out}", "--rules=", *arguments)
+        return subprocess.run(given, capture_output=True, text=True)
+
+    for arguments, message in (
+        ([], "give one of --endpoint"),
+        (
+            ["--command=no-such-program --fast"],
+            "--command=no-such-program --fast: there is no such",
+        ),
+        (["--command=cat 'a"], "--command=cat 'a: No closing quotation"),
+        (["--command=cat", "--top_p=1"], "--top_p is for --endpoint"),
+    ):
+        done = refine(*arguments)
+        assert (done.returncode, done.stdout) == (1, "") and not out.exists()
+        assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    done = refine("--command=tr a-z A-Z")
+    assert done.returncode == 0, done.stderr
+    assert [s.sentences[0] for s in prompts.load(out)] == ["A FOX 0 RUNS", "A FOX 1 RUNS"]
+    origin = json.loads((tmp_path / "out.jsonl.origin.json").read_text())
+    assert (origin["command"], origin["model"]) == (["tr", "a-z", "A-Z"], "tr a-z A-Z")
 
 
 def test_no_password_of_an_address_is_recorded():

@@ -3,7 +3,7 @@
     kvpo-prompts format stories.txt --output=prompts.jsonl --segments=4
     kvpo-prompts refine stories.txt --output=prompts.jsonl --endpoint=http://localhost:8000/v1 \\
         --model=Qwen3 --segments=4
-    kvpo-prompts continue singles.txt --output=prompts.jsonl --endpoint=... --model=... --more=3
+    kvpo-prompts continue singles.txt --output=prompts.jsonl --command="ollama run qwen3" --more=3
     kvpo-prompts lint prompts.jsonl --tokenizer=Wan2.1-T2V-1.3B/google/umt5-xxl --segments=4
     kvpo-prompts convert timed.txt --format=timed --output=prompts.jsonl
     kvpo-prompts vbench all_dimension.txt --extended=all_dimension_extended.txt --output=plan.jsonl
@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -97,10 +99,14 @@ def _rewriting_flags(rules: str) -> None:
         "endpoint",
         None,
         "of an OpenAI-compatible server, as http://localhost:8000/v1; echo: replies are the texts",
-        required=True,
     )
-    flags.DEFINE_string("model", None, "its name there")
-    command.define_path("rules", str(ASSETS / rules), "the system message, a text file to edit")
+    flags.DEFINE_string(
+        "command", None, "instead: a program that reads a text and prints its reply"
+    )
+    flags.DEFINE_string("model", None, "its name at the endpoint")
+    command.define_path(
+        "rules", str(ASSETS / rules), "the system message, a text file to edit; empty: none"
+    )
     flags.DEFINE_float("temperature", 0.7, "of the sampling", lower_bound=0.0)
     flags.DEFINE_float("top_p", 0.8, "of the sampling", lower_bound=0.0, upper_bound=1.0)
     flags.DEFINE_integer("max_tokens", 2048, "of a reply; 0: do not say", lower_bound=0)
@@ -123,8 +129,44 @@ def _continue_flags() -> None:
     flags.DEFINE_integer("more", 3, "prompts to write behind each sequence", lower_bound=1)
 
 
-def _endpoint() -> rewriting.Endpoint:
-    """The endpoint that the flags describe."""
+# What the request of an endpoint has, and a command does not get.
+_OF_ENDPOINT = ("temperature", "top_p", "max_tokens", "extra", "key_variable")
+
+
+def _rewriter() -> rewriting.Endpoint:
+    """The endpoint or the command that the flags describe."""
+    given = flags.FLAGS
+    if bool(given.endpoint) == bool(given.command):
+        raise UsageError("give one of --endpoint, http://localhost:8000/v1 or echo, and --command")
+    rules = prompts.read_text(Path(given.rules)).strip() if given.rules else ""
+    if given.rules and not rules:
+        raise UsageError(f"--rules={given.rules} is empty")
+    return _command(rules) if given.command else _endpoint(rules)
+
+
+def _command(rules: str) -> rewriting.Endpoint:
+    given = flags.FLAGS
+    if strange := [name for name in _OF_ENDPOINT if given[name].present]:
+        raise UsageError(f"--{strange[0]} is for --endpoint; a command has options of its own")
+    try:
+        words = shlex.split(given.command)
+    except ValueError as error:
+        raise UsageError(f"--command={given.command}: {error}") from error
+    if not words or not shutil.which(words[0]):
+        raise UsageError(f"--command={given.command}: there is no such program")
+    return rewriting.Endpoint(
+        "",
+        given.model or given.command,
+        {},
+        rules,
+        words,
+        timeout=given.timeout,
+        tries=given.tries,
+        wait=given.wait,
+    )
+
+
+def _endpoint(rules: str) -> rewriting.Endpoint:
     given = flags.FLAGS
     echo = given.endpoint == rewriting.ECHO
     if not echo and not given.endpoint.startswith(("http://", "https://")):
@@ -137,24 +179,18 @@ def _endpoint() -> rewriting.Endpoint:
         raise UsageError(f"--extra={given.extra} is not JSON: {error}") from error
     if not isinstance(extra, dict) or {"model", "messages", "stream"} & extra.keys():
         raise UsageError(f"--extra={given.extra}: expected an object of sampling fields")
-    rules = prompts.read_text(Path(given.rules)).strip()
-    if not rules:
-        raise UsageError(f"--rules={given.rules} is empty")
     sampling = {"temperature": given.temperature, "top_p": given.top_p}
     if given.max_tokens:
         sampling["max_tokens"] = given.max_tokens
-    sampling |= extra
-    key = os.environ.get(given.key_variable, "")
-    tries = 1 if echo else given.tries
     return rewriting.Endpoint(
         given.endpoint,
         given.model or rewriting.ECHO,
-        sampling,
+        sampling | extra,
         rules,
-        key,
-        given.timeout,
-        tries,
-        given.wait,
+        key=os.environ.get(given.key_variable, ""),
+        timeout=given.timeout,
+        tries=1 if echo else given.tries,
+        wait=given.wait,
     )
 
 
@@ -163,7 +199,7 @@ def _rewrite(
 ) -> None:
     """Rewrites a file, and writes what made the new one beside it."""
     given, path = flags.FLAGS, _one_file(paths)
-    output, endpoint = Path(given.output), _endpoint()
+    output, endpoint = Path(given.output), _rewriter()
     prompts.suffix_of(output)  # an error now, not when every reply has come
     shards = Path(given.shards or f"{output}.shards")
     sequences = prompts.load(path)

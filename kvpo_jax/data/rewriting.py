@@ -1,4 +1,6 @@
-"""Rewrites prompts with a language model behind an OpenAI-compatible endpoint, resumably.
+"""Rewrites prompts with a language model, resumably.
+
+The model is behind an OpenAI-compatible endpoint, or a command of this machine.
 
 Every accepted reply is appended to a shard at once, under a hash of what was asked: model,
 sampling, rules and text. A command that was killed asks only for what is missing when it is given
@@ -12,11 +14,14 @@ import hashlib
 import json
 import os
 import re
+import signal
+import subprocess
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,10 +44,11 @@ class Endpoint:
     """Who rewrites, and how.
 
     Attributes:
-      url: up to and with /v1; or ECHO.
+      url: up to and with /v1; or ECHO; or empty.
       model: its name there.
       sampling: further fields of the request, such as temperature.
       rules: the system message.
+      command: without a url, what is run instead, and gets rules and text as its input.
       key: the API key; empty for none.
       timeout: seconds that a reply may take.
       tries: how often a request is made before the command gives up.
@@ -53,6 +59,7 @@ class Endpoint:
     model: str
     sampling: Mapping[str, Any]
     rules: str
+    command: Sequence[str] = ()
     key: str = dataclasses.field(default="", repr=False)
     timeout: float = 120.0
     tries: int = 5
@@ -64,7 +71,7 @@ class Endpoint:
         parts = urllib.parse.urlsplit(self.url)
         url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
         return {
-            "endpoint": url,
+            **({"command": list(self.command)} if self.command else {"endpoint": url}),
             "model": self.model,
             "sampling": dict(self.sampling),
             "rules_sha256": hashlib.sha256(self.rules.encode()).hexdigest(),
@@ -87,13 +94,15 @@ class Reply(NamedTuple):
 
 
 def request(endpoint: Endpoint, text: str) -> Reply:
-    """One try; see `web.fetch`. A reply that is none is `web.Failed`, too."""
+    """One try; see `web.fetch` and `run`. A reply that is none is `web.Failed`, too."""
     if endpoint.url == ECHO:
         return Reply(text, ECHO)
+    if endpoint.command:
+        return Reply(_spoken(endpoint.command[0], run(endpoint, text)), endpoint.model)
     body = {
         "model": endpoint.model,
         "messages": [
-            {"role": "system", "content": endpoint.rules},
+            *([{"role": "system", "content": endpoint.rules}] if endpoint.rules else []),
             {"role": "user", "content": text},
         ],
         **endpoint.sampling,
@@ -103,8 +112,49 @@ def request(endpoint: Endpoint, text: str) -> Reply:
     return _read_answer(url, web.fetch(url, json.dumps(body).encode(), headers, endpoint.timeout))
 
 
+def run(endpoint: Endpoint, text: str) -> str:
+    """What the command of an endpoint prints; it and what it has started end in time.
+
+    Raises:
+      Failed: it takes too long, or ends with a status other than 0, or prints no text.
+      UsageError: it cannot be started.
+    """
+    name, given = endpoint.command[0], "\n\n".join(filter(None, (endpoint.rules, text)))
+    try:
+        process = subprocess.Popen(
+            endpoint.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UsageError(f"the command {name} cannot be started: {error.strerror}") from error
+    with process:
+        try:
+            printed, errors = process.communicate(given.encode(), endpoint.timeout)
+        except subprocess.TimeoutExpired as error:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, signal.SIGKILL)
+            raise web.Failed(f"{name}: no reply after {endpoint.timeout:g} s") from error
+    if process.returncode:
+        said = " ".join(errors.decode(errors="replace").split())[-web.SHOWN :]
+        raise web.Failed(f"{name}: exit status {process.returncode}: {said}")
+    try:
+        return printed.decode()
+    except UnicodeDecodeError as error:
+        raise web.Failed(f"{name}: what it prints is no UTF-8 text") from error
+
+
+def _spoken(source: str, text: Any) -> str:
+    """A reply without what the model says to itself; Failed if nothing is left of it."""
+    if not isinstance(text, str) or not (text := _THOUGHT.sub("", text).strip()):
+        raise web.Failed(f"{source}: the reply is empty")
+    return text
+
+
 def _read_answer(url: str, content: bytes) -> Reply:
-    """The reply in an answer of an endpoint, without what the model says to itself."""
+    """The reply in an answer of an endpoint."""
     try:
         answer = json.loads(content)
         choice = answer["choices"][0]
@@ -115,9 +165,7 @@ def _read_answer(url: str, content: bytes) -> Reply:
         raise web.Failed(f"{url}: the answer is no chat completion ({error!r})") from error
     if cut:
         raise web.Failed(f"{url}: the reply is cut off; raise --max_tokens")
-    if not isinstance(text, str) or not (text := _THOUGHT.sub("", text).strip()):
-        raise web.Failed(f"{url}: the reply is empty")
-    return Reply(text, served)
+    return Reply(_spoken(url, text), served)
 
 
 # ---------------------------------------------------------------- shards
