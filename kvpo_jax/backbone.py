@@ -24,7 +24,7 @@ from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
-from kvpo_jax.runtime import checkpoint, pictures, progress, sharding, weight_file
+from kvpo_jax.runtime import checkpoint, pictures, sharding, weight_file
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, Windows
@@ -523,10 +523,42 @@ def decode(
     return pixels, state
 
 
+def check_durations(
+    config: ml_collections.ConfigDict, sequences: Sequence[prompts.PromptSequence]
+) -> None:
+    """UsageError unless all durations are of videos as the run makes them; it says how they can be.
+
+    Args:
+      config: of the run. Its videos have one length, and prompts may switch at
+        config.video.switch_frames.
+      sequences: of config.paths.prompts.
+    """
+    video, timed = config.video, [sequence for sequence in sequences if sequence.durations]
+    frames, switches = video.blocks * video.block_frames, tuple(video.switch_frames)
+    for sequence in timed:
+        lasting, own = sum(sequence.durations), prompts.switch_frames(sequence)
+        if lasting == frames and set(own) <= set(switches):
+            continue
+        lengths = {sum(other.durations) for other in timed}
+        wanted = sorted({frame for other in timed for frame in prompts.switch_frames(other)})
+        fitting = not any(frame % video.block_frames for frame in (*lengths, *wanted))
+        advice = (
+            f"add --config.video.blocks={lasting // video.block_frames}"
+            f" '--config.video.switch_frames={tuple(wanted)}'"
+            if fitting and len(lengths) == 1
+            else f"train on a file of one length in blocks of {video.block_frames}, or leave the"
+            " durations out: kvpo-prompts convert FILE --format=sequences --nodurations"
+        )
+        raise UsageError(
+            f"{config.paths.prompts}:{sequence.line}: durations {list(sequence.durations)} are of"
+            f" {lasting} latent frames that switch at {own}, and a run's videos have {frames} and"
+            f" switch at frames of config.video.switch_frames={switches}; {advice}"
+        )
+
+
 def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     """A causal Wan2.1 generator with its VAE and UMT5; files as `check_files` asks for them."""
     cfg = wan_config(config)
-    segments = len(config.video.switch_frames) + 1
     if config.eval.prompts > config.train.held_out:
         raise UsageError(
             f"config.eval.prompts={config.eval.prompts}, but only"
@@ -539,14 +571,11 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
     @cache
     def splits() -> dict[str, list[prompts.PromptSequence]]:
         loaded = prompts.load(Path(config.paths.prompts))
-        if any(sequence.durations for sequence in loaded):
-            progress.say(
-                f"{config.paths.prompts} has durations; the videos of a run all switch at"
-                f" config.video.switch_frames={tuple(config.video.switch_frames)}"
-            )
+        check_durations(config, loaded)
         # As they are used, so that nothing held out is trained on word for word.
         sequences = [
-            prompts.segments_to(prompts.cleaned(sequence), segments) for sequence in loaded
+            prompts.on_segments(prompts.cleaned(sequence), config.video.switch_frames)
+            for sequence in loaded
         ]
         if stored is not None:
             stored.check([sentence for sequence in sequences for sentence in sequence.sentences])

@@ -3,6 +3,7 @@ nothing.
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from kvpo_jax import backbone
 from kvpo_jax.data import embeddings, prompts
+from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import checkpoint
 from kvpo_jax.runtime import config as config_lib
 
@@ -173,20 +175,33 @@ def test_what_is_trained_on_does_not_depend_on_what_is_evaluated(config):
     assert [fewer.prompts("heldout", i) for i in range(2)] == heldout[:2]
 
 
-def test_a_run_reads_prompts_with_durations_and_says_that_its_videos_switch_together(
-    config, tmp_path, capsys
-):
-    made = backbone.load(config)
-    made.prompts("train", 0)
-    assert "durations" not in capsys.readouterr().out
+def test_durations_choose_among_the_frames_at_which_a_run_may_switch(config, tmp_path):
+    """Of 49 blocks of 3 frames."""
+    first, second = SENTENCES[:2]
+    config.video.switch_frames = (39, 75, 111)
     config.paths.prompts = str(tmp_path / "timed.jsonl")
-    timed = [prompts.PromptSequence((x, SENTENCES[0]), 1, (39, 108)) for x in SENTENCES[:8]]
-    prompts.write(Path(config.paths.prompts), timed)
-    sequence = backbone.load(config).prompts("train", 0)
-    assert len(sequence) == 4 and sequence[1:] == [SENTENCES[0]] * 3
-    said = capsys.readouterr().out
-    assert "timed.jsonl has durations; the videos of a run all switch at config.video.s" in said
-    assert "(39, 75, 111)" in said
+
+    def read(*durations):
+        timed = [prompts.PromptSequence((x, first), 1, (39, 108)) for x in SENTENCES[2:8]]
+        timed += [prompts.PromptSequence((second, first), 1, x) for x in durations]
+        prompts.write(Path(config.paths.prompts), timed)
+        made = backbone.load(config)
+        read = [("train", i) for i in range(len(timed) - 4)] + [("heldout", i) for i in range(4)]
+        return [sequence for x in read if (sequence := made.prompts(*x))[0] == second]
+
+    assert read((39, 108)) == [[second, first, first, first]]
+    assert read((75, 72)) == [[second, second, first, first]]
+    assert read(()) == [[second, first, first, first]]
+    for durations, message in (
+        ((36, 111), r"add --config.video.blocks=49 '--config.video.switch_frames=\(36, 39\)'$"),
+        ((39, 105), "train on a file of one length in blocks of 3, or leave the durations out: "),
+        ((40, 107), "train on a file of one length in blocks of 3, or leave the durations out: "),
+    ):
+        given = f"timed.jsonl:7: durations {list(durations)} are of {sum(durations)} latent frames"
+        with pytest.raises(UsageError, match=f"{re.escape(given)} .*{message}"):
+            read(durations)
+    config.video.switch_frames = (36, 39)
+    assert read((36, 111)) == [[second, first, first]]
 
 
 def test_nothing_held_out_is_trained_on(config):

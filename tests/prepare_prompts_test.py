@@ -188,6 +188,9 @@ def test_timed_prompts_have_whole_blocks(tmp_path):
     )
     assert second == PromptSequence(("a hare", "sits"), 2, (21, 18))
     assert sum(foreign.Clock().durations([1.0] * 60, "")) == 240  # no error adds up
+    out = tmp_path / "p.jsonl"
+    run("convert", path, "--format=timed", f"--output={out}", "--nodurations")
+    assert prompts.load(out)[1] == PromptSequence(("a hare", "sits"), 2)
     for content, message in (
         ("a fox[10s] | it stops\n", r"t\.txt:1: '\| it stops' has no duration"),
         ("a fox\n", r"t\.txt:1: 'a fox' has no duration"),

@@ -15,6 +15,7 @@ command, and `kvpo-prompts COMMAND --help` lists its flags.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -283,6 +284,7 @@ def _convert_flags() -> None:
     )
     flags.DEFINE_float("fps", 4.0, "latent frames per second, 4 of Wan", lower_bound=0.01)
     flags.DEFINE_integer("block_frames", 3, "latent frames of a block", lower_bound=1)
+    flags.DEFINE_bool("durations", True, "keep how long each prompt lasts")
 
 
 def _timed(paths: Sequence[str]) -> list[PromptSequence]:
@@ -300,7 +302,10 @@ FORMATS: dict[str, Callable[[Sequence[str]], list[PromptSequence]]] = {
 
 def convert(paths: Sequence[str]) -> None:
     """Writes prompts of another project as sequences."""
-    _written(Path(flags.FLAGS.output), FORMATS[flags.FLAGS.format](paths))
+    sequences = FORMATS[flags.FLAGS.format](paths)
+    if not flags.FLAGS.durations:
+        sequences = [dataclasses.replace(sequence, durations=()) for sequence in sequences]
+    _written(Path(flags.FLAGS.output), sequences)
 
 
 def _vbench_flags() -> None:

@@ -332,10 +332,9 @@ def cleaned(sequence: PromptSequence) -> PromptSequence:
 
 
 def segments_to(sequence: PromptSequence, segments: int) -> PromptSequence:
-    """The sequence with M = `segments` sentences.
+    """The sequence with M = `segments` sentences, without durations.
 
-    Later sentences are cut off; missing ones repeat the last, which is no prompt switch. The
-    videos of a run switch together, so durations are dropped.
+    Later sentences are cut off; missing ones repeat the last, which is no prompt switch.
     """
     sentences = sequence.sentences[:segments]
     sentences += sentences[-1:] * (segments - len(sentences))
@@ -345,3 +344,17 @@ def segments_to(sequence: PromptSequence, segments: int) -> PromptSequence:
 def switch_frames(sequence: PromptSequence) -> tuple[int, ...]:
     """The latent frames at which the sentences after the first begin, by its durations."""
     return tuple(itertools.accumulate(sequence.durations[:-1]))
+
+
+def on_segments(sequence: PromptSequence, switches: Sequence[int]) -> PromptSequence:
+    """The sequence with a sentence for each segment of a video that switches at latent frames.
+
+    With durations it is the sentence that they say is heard when the segment begins; where it is
+    that of the segment before, the prompt does not switch. Without, see `segments_to`.
+    """
+    if not sequence.durations:
+        return segments_to(sequence, len(switches) + 1)
+    own = switch_frames(sequence)
+    heard = [sum(start >= frame for frame in own) for start in (0, *switches)]
+    sentences = tuple(sequence.sentences[m] for m in heard)
+    return dataclasses.replace(sequence, sentences=sentences, durations=())
