@@ -129,6 +129,8 @@ def test_segments_are_bounded(tmp_path):
     assert texts(prompts.load(path, min_segments=2, max_segments=2)) == [["b", "c"], ["d", "e"]]
     with pytest.raises(ValueError, match="none of its 3 prompt sequences has 4 segments or more"):
         prompts.load(path, min_segments=4)
+    with pytest.raises(ValueError, match="b.txt has no prompts$"):
+        prompts.load(write(tmp_path, "b.txt", "\n \n"))
     with pytest.raises(ValueError, match="min_segments=3 to max_segments=2"):
         prompts.load(path, min_segments=3, max_segments=2)
 

@@ -591,6 +591,9 @@ def test_scorers_by_name(clip_weights, dino_files, aesthetic_files):
     total = composite.composite(scores, {"clip_score": 1.0, "subject_consistency": 2.0})
     want = scores["clip_score"] + 2 * scores["subject_consistency"]
     np.testing.assert_allclose(total, want, rtol=1e-6)
+    scorers.Scorers(names, paths).check()
+    with pytest.raises(UsageError, match="clip.safetensors holds 'clip', expected 'dino': make it"):
+        scorers.Scorers("dino", {"dino": clip_weights}).check()
 
 
 def test_a_tokenizer_of_other_weights_is_refused(clip_folder, clip_weights):

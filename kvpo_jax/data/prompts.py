@@ -62,6 +62,8 @@ def load(
         shown = [f"{path}:{line}: {problem}" for line, problem in problems[:_SHOWN]]
         more = [f"and {len(problems) - _SHOWN:,} lines more"] if len(problems) > _SHOWN else []
         raise UsageError("; ".join([*shown, *more]))
+    if not sequences:
+        raise UsageError(f"{path} has no prompts")
     selected = select(sequences, min_segments, max_segments)
     if not selected:
         raise UsageError(

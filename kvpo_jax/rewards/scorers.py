@@ -37,8 +37,8 @@ from kvpo_jax.rewards import (
     videoalign,
 )
 from kvpo_jax.rewards.composite import Footage, Scorer, Shared, VideoScorer
+from kvpo_jax.runtime import checkpoint, web
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import web
 from kvpo_jax.types import Array
 
 Paths = Mapping[str, str]  # a name of LEARNED -> file of converted weights
@@ -144,7 +144,7 @@ class Scorers:
         http: Mapping[str, Any] | None = None,
         fps: float | None = None,
     ):
-        self._names = names
+        self._names, self._paths = names, paths
         self._whole = [name for name in names_of(names) if name in OF_VIDEOS]
         self._of_clips = [name for name in names_of(names) if name not in OF_VIDEOS]
         addresses = [name for name in self._of_clips if web.is_address(name)]
@@ -158,15 +158,18 @@ class Scorers:
         self._loaded = cache(lambda: {name: _loader(name)(paths) for name in here})
 
     def check(self) -> None:
-        """Imports the functions and asks the servers what they are, and loads no weights.
+        """Imports the functions and asks the servers what they are; of weights it reads what they
+        are of, and not the numbers.
 
         Raises:
-          UsageError: a name is not a scorer, a function cannot be imported, or a server does not
-            answer as it should.
+          UsageError: a name is not a scorer, a function cannot be imported, a file is of another
+            kind, or a server does not answer as it should.
         """
         for name in self._of_clips:
             if name not in self.servers:
                 _loader(name)
+            if name in LEARNED and self._paths.get(name):
+                checkpoint.metadata_config(self._paths[name], name)
         for server in self.servers.values():
             _ = server.about
 

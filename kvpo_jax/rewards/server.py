@@ -197,7 +197,10 @@ def listen(host: str, port: int, token: str) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise UsageError(f"{host}:{port} cannot be bound: {error.strerror or error}") from error
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise UsageError(
+            f"{host}:{port} cannot be bound: {reason}; name another --port or --host"
+        ) from error
 
 
 def main(arguments: list[str]) -> None:
