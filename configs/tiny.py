@@ -77,7 +77,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     w.past = 9  # local slots for past frames
     w.near = 3  # of these, the most recent frames, never routed; past - near slots are routed
     w.excluded = 3  # youngest past frames that are not routable
-    w.cache_frames = 36  # ring capacity of the history, sink included
+    # How far back a branch may be routed, sink included. A history holds what is read of it: the
+    # sink, the last frames, and of the others those that are drawn.
+    w.cache_frames = 36
     # Whether a routed context keeps the sink; if not, its slots are routed too (MemFlow's release).
     w.keep_sink = True
     # Draw only what would outlast the window in a ring that its blocks are written to (release).

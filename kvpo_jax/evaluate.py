@@ -435,7 +435,7 @@ def evaluate_run(
     with progress.bar("preparing"):
         config = fitting.fitted(config)
         state = saved_state(workdir, config, run_lib.make_mesh(config), which)
-        run = run_lib.load(config)
+        run = run_lib.load(config_lib.generating(config))
     policies = ("reference", "online", "ema")
     results = {}
     for policy in policies:

@@ -522,7 +522,8 @@ def main(arguments: list[str]) -> None:
     spoken = [sentence for v in videos for sentence in v.sentences]
     with progress.bar("preparing"):
         policy = "ema" if given.ema else "online"
-        run, variables = load_run(config, checkpoint, adapters, policy, spoken, given.iteration)
+        of_videos = config if pivots else config_lib.generating(config)
+        run, variables = load_run(of_videos, checkpoint, adapters, policy, spoken, given.iteration)
     if pivots:
         write_branches(run, variables, videos, of_branches, pivots, given.seed, output)
         return

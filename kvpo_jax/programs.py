@@ -44,6 +44,7 @@ from kvpo_jax.runtime.config import (
     recorded_blocks,
     replayed_steps,
     settled_from,
+    unrouted_frames,
     wan_config,
 )
 from kvpo_jax.state import TrainState, make_optimiser
@@ -72,6 +73,8 @@ class Programs:
     Attributes:
       encode_text: (variables, float[P, M, K, text_dim]) -> text.
       blank: (P) -> a history without frames.
+      keep: (a history without frames, CHR draws) -> one that will keep the drawn frames, where its
+        ring is too short for them.
       draw: (key, prompts int32[P], fork frame) -> CHR draws int32[P, G, routed], or int32[P, G, 0]
         where nothing is routed (config.rollout.explore).
       shared_block: (variables, text, segment, history in place, NoiseKey, start_frame) -> x_clean
@@ -111,6 +114,7 @@ class Programs:
 
     encode_text: Callable[[PyTree, Array | np.ndarray], TextKV]
     blank: Callable[[int], KVCache]
+    keep: Callable[[KVCache, Array], KVCache]
     draw: Callable[[Array, Array | np.ndarray, int], Array]
     shared_block: Callable[..., tuple[Array, KVCache]]
     shared_recache: Callable[..., KVCache]
@@ -182,26 +186,37 @@ class _Caches:
         replayed = recorded_blocks(config) * config.video.block_frames
         written = max(config.window.recache_frames, replayed, self.window.past)
         self.page_slots = self.window.sink + written
-        self.history_spec = self._spec((1,), sharding.PROMPTS)
+        # Of the frames that may be drawn, a history holds all, or only those that are.
+        routes = explore.EXPLORES[config.rollout.explore].routes
+        drawn = config.rollout.branches * self.window.routed if routes else 0
+        needed = unrouted_frames(config) + drawn
+        self.history_slots = min(self.window.cache_frames, needed)
+        self.kept = drawn if needed < self.window.cache_frames else 0
+        self.history_spec = self._spec((1,), sharding.PROMPTS, self.kept)
         self.page_spec = self._spec((1, 1), sharding.TRAJECTORIES)
 
-    def _empty(self, batch: tuple[int, ...], slots: int) -> KVCache:
+    def _empty(self, batch: tuple[int, ...], slots: int, kept: int = 0) -> KVCache:
         section, video = self.config.window, self.config.video
-        kv = self.wan.kv_shape(video.height, video.width)
-        cache = kv_cache.empty(kv, batch, slots, self.window.sink, jnp.dtype(self.wan.dtype))
+        kv, dtype = self.wan.kv_shape(video.height, video.width), jnp.dtype(self.wan.dtype)
+        cache = kv_cache.empty(kv, batch, slots, self.window.sink, dtype, kept=kept)
         if not section.bank:
             return cache
         options = section.bank, section.bank_interval, section.bank_reinsert
         bank = memory_bank.empty(cache, *options, heads_axis=self.context)
         return cache.replace(bank=bank)
 
-    def _spec(self, batch: tuple[int, ...], frame: PartitionSpec) -> KVCache:
-        like = jax.eval_shape(lambda: self._empty(batch, self.window.sink + 1))
+    def _spec(self, batch: tuple[int, ...], frame: PartitionSpec, kept: int = 0) -> KVCache:
+        like = jax.eval_shape(lambda: self._empty(batch, self.window.sink + kept + 1, kept))
         return sharding.cache_spec(like, frame, self.context)
 
     def blank(self, prompts: int) -> KVCache:
         """A history without frames."""
-        history = self._empty((prompts,), self.window.cache_frames)
+        history = self._empty((prompts,), self.history_slots, self.kept)
+        return sharding.constrain_like(history, self.mesh, self.history_spec)
+
+    def keep(self, history: KVCache, drawn: Array) -> KVCache:
+        """A history without frames that will keep those that are drawn."""
+        history = kv_cache.keep(history, drawn)
         return sharding.constrain_like(history, self.mesh, self.history_spec)
 
     def fork(self, history: KVCache) -> KVCache:
@@ -248,6 +263,7 @@ def _cache_programs(
     return {
         "encode_text": jax.jit(exact(encode)),
         "blank": jax.jit(caches.blank, static_argnums=0),
+        "keep": jax.jit(caches.keep, donate_argnums=0),
         "draw": jax.jit(draw),
         "fork": jax.jit(caches.fork),
     }
@@ -364,7 +380,7 @@ def _record_programs(
 ) -> dict[str, Callable]:
     """The programs that keep of a rollout what the rewards and the replay read."""
     video, section, steps = config.video, config.replay, len(config.sampler.steps)
-    own, blank = section.context == "own", caches.history_spec.replace(bank=None)
+    own, blank = section.context == "own", caches.history_spec.replace(bank=None, kept=0)
     block_shape = (video.block_frames, video.height, video.width, caches.wan.channels)
     branches_of = partial(sharding.branches_of, mesh=mesh, branches=branches_at_once(config))
 

@@ -72,7 +72,12 @@ def _switched(
 
 
 def stream(
-    run: Run, variables: PyTree, prompt_at: Callable[[int], Spoken], noise: NoiseKey, blocks: int
+    run: Run,
+    variables: PyTree,
+    prompt_at: Callable[[int], Spoken],
+    noise: NoiseKey,
+    blocks: int,
+    drawn: Array | None = None,
 ) -> Iterator[tuple[Array, KVCache]]:
     """Generates videos under the deployment window, block by block.
 
@@ -83,12 +88,16 @@ def stream(
         last frames are made anew with the new sentence, as LongLive switches prompts.
       noise: key of the noise.
       blocks: how many.
+      drawn: int32[P, G, routed], frames that the history keeps, because branches are going to be
+        routed to them.
 
     Yields:
       The clean latents float[P, F, Y, X, C] of a block, and the history after it. The history is
       valid until the next block is asked for.
     """
     history = run.programs.blank(len(noise.prompts))
+    if history.kept and drawn is not None:
+        history = run.programs.keep(history, drawn)
     latents: list[Array] = []
     keep = max(1, run.config.window.recache_frames // run.config.video.block_frames)
     for block in range(blocks):
@@ -108,14 +117,19 @@ def _wait(latents: Sequence[Array]) -> None:
 
 
 def prefix(
-    run: Run, variables: PyTree, prompt_at: Callable[[int], Spoken], noise: NoiseKey, blocks: int
+    run: Run,
+    variables: PyTree,
+    prompt_at: Callable[[int], Spoken],
+    noise: NoiseKey,
+    blocks: int,
+    drawn: Array | None = None,
 ) -> tuple[list[Array], KVCache]:
     """The first blocks of P videos, and the history as the next block needs it.
 
     Arguments as in `stream`.
     """
     latents, history = [], None
-    made = stream(run, variables, prompt_at, noise, blocks)
+    made = stream(run, variables, prompt_at, noise, blocks, drawn)
     for x, after in progress.steps(made, "shared blocks", blocks):
         latents.append(x)
         history = after
@@ -171,7 +185,7 @@ def rollout(
     blocks = config.video.blocks if blocks is None else blocks
     text = run.programs.encode_text(variables, batch.embeddings)
     prompt_at = script(config, text, batch.changed)
-    latents, history = prefix(run, variables, prompt_at, noise, pivot)
+    latents, history = prefix(run, variables, prompt_at, noise, pivot, routed_frames)
     fork = _Fork(run, variables, prompt_at, noise, pivot, blocks, latents, history)
     at_once = branches_at_once(config)
     rolled = _rollout_chunk(fork, routed_frames[:, :at_once])

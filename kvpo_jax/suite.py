@@ -294,7 +294,13 @@ def generate_missing(
     said = [sentence for task in missing for sentence in task.text.sentences]
     with progress.bar("preparing"):
         run, variables = generate.load_run(
-            config, policy.run, policy.adapters, policy.name, said, policy.iteration, devices
+            config_lib.generating(config),
+            policy.run,
+            policy.adapters,
+            policy.name,
+            said,
+            policy.iteration,
+            devices,
         )
     with progress.bar("generating videos", len(missing)) as advance:
         for of_sample in of_samples:

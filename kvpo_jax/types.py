@@ -92,9 +92,11 @@ class KVCache(struct.PyTreeNode):
     Attributes:
       k: float[L, ..., slots, N, H, D], with the axes of `frame` between L and N.
       v: float[L, ..., slots, N, H, D].
-      frame: int32[..., slots], the absolute frame held by each slot; -1 is empty.
+      frame: int32[..., slots], the absolute frame held by each slot; -1 is empty, and -2 - f waits
+        for frame f (`kv_cache.keep`).
       bank: the far past as MemFlow keeps it, or None.
       sink: number of leading slots that are never evicted (static).
+      kept: number of last slots, each of which holds or awaits one chosen frame (static).
     """
 
     k: Array
@@ -102,6 +104,7 @@ class KVCache(struct.PyTreeNode):
     frame: Array
     bank: MemoryBank | None = None
     sink: int = struct.field(pytree_node=False, default=3)
+    kept: int = struct.field(pytree_node=False, default=0)
 
 
 class BlockRecord(struct.PyTreeNode):

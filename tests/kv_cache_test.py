@@ -123,6 +123,32 @@ def test_the_old_cache_is_unchanged():
     assert_equal(cache, before)
 
 
+def test_frames_that_are_kept_outlive_the_ring():
+    """Two sink slots, a ring of three, and four slots for the frames that each prompt names."""
+    frames = jnp.array([[3, 3, 9, -1], [5, 2, 6, 0]])
+    cache = kv_cache.empty(SHAPE, (2,), SINK + 3 + 4, SINK, jnp.float32, kept=4)
+    cache = kv_cache.keep(cache, frames.reshape(2, 2, 2))
+    for start in range(0, 14, 2):
+        cache = append(cache, frames_kv([start, start + 1], 2), start)
+    # The second 3 and a frame of the sink are not there twice: -2 - f still waits for frame f.
+    expected = [[0, 1, 11, 12, 13, 3, -5, 9, -1], [0, 1, 11, 12, 13, 5, 2, 6, -2]]
+    np.testing.assert_array_equal(cache.frame, expected)
+    asked = jnp.array([[[0, 3, 9, 11, 2]], [[0, 3, 6, 13, 2]]])
+    context = read(asked, cache)
+    np.testing.assert_array_equal(context.frame, [[0, 3, 9, 11, -1], [0, -1, 6, 13, 2]])
+    keys = context.k[0, :, :, 0, 0, 0]
+    np.testing.assert_allclose(keys[0, :4], [0, 300, 900, 1100], rtol=1e-6)
+    np.testing.assert_allclose(keys[1, 2:], [600.1, 1300.1, 200.1], rtol=1e-6)
+    again = append(cache, frames_kv([2, 3, 4], 2, mark=0.5), 2)  # made anew, each in its own slot
+    np.testing.assert_array_equal(again.frame[:, 5:], cache.frame[:, 5:])
+    np.testing.assert_allclose(again.k[0, :, (5, 6), 0, 0, 0], [[300.5, 500.1], [0, 200.6]])
+
+
+def test_a_history_that_keeps_none_is_as_it_was():
+    cache = blank(1)
+    assert_equal(kv_cache.keep(cache, jnp.array([[[4, 5]]])), cache)
+
+
 # ---------------------------------------------------------------- reading
 
 

@@ -217,6 +217,39 @@ def test_pages_hold_a_window_that_is_longer_than_what_is_replayed():
     np.testing.assert_allclose(world.roll(6, routed_frames).anchor, video, atol=1e-5, rtol=0)
 
 
+def test_of_a_long_history_only_what_is_read_is_stored(world):
+    """A history that holds the sink, 12 frames and the 24 that are drawn, and one that holds all:
+    the same video and the same branches, bit for bit, through prompt switches.
+    """
+    short = make_world(make_config(window__cache_frames=40))
+    draws, blocks = world.draw(9), short.generate()
+    np.testing.assert_array_equal(short.draw(9), draws)
+    assert draws.min() < 27 - 12  # the last 12 frames would not do
+    chex.assert_trees_all_equal(blocks[0], world.generate()[0])
+    np.testing.assert_array_equal(
+        blocks[1].frame, [[0, 1, 2, *range(27, 36), 24, 25, 26, *[-1] * 24]] * 2
+    )
+    ours, theirs = short.roll(9, draws), world.roll(9, draws)
+    chex.assert_trees_all_equal(
+        (ours.branches, ours.anchor, ours.replay.z, ours.replay.u),
+        (theirs.branches, theirs.anchor, theirs.replay.z, theirs.replay.u),
+    )
+    read_in_replay = jnp.broadcast_to(ours.replay.frames, (PROMPTS, *ours.replay.frames.shape))
+    pasts = [read(read_in_replay, rolled.replay.history) for rolled in (ours, theirs)]
+    chex.assert_trees_all_equal(*((past.k, past.v, past.frame) for past in pasts))
+
+
+def test_a_video_alone_stores_what_its_window_reads():
+    config = make_config(window__cache_frames=999)
+    for section, frames in (({}, 3 + 12), ({"past": 15}, 3 + 15), ({"recache_frames": 3}, 3 + 9)):
+        config.window.update({"past": 9, "recache_frames": 12} | section)
+        assert config_lib.generating(config).window.cache_frames == frames
+    unrouted = config_lib.override(config, ["--config.rollout.explore=init_noise"])
+    for alone in (config_lib.generating(config), unrouted):
+        run = bare_run(alone, sharding.make_mesh(1, 1, 1, 1))
+        assert run.programs.blank(1).frame.shape == (1, 12)
+
+
 def test_a_rollout_is_a_function_of_its_arguments(world, rolled):
     chex.assert_trees_all_equal(world.roll(5, world.draw(5)), rolled)
 

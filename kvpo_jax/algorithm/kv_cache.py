@@ -1,10 +1,12 @@
 """The KV cache K_<b: an immutable ring of past frames that is read by absolute frame index.
 
 Frame f has one possible slot, `slot_of(f)`: the first `sink` frames have slots of their own for
-ever, the others share a ring. A branch does not copy the history that it forked from: it writes
-into a small cache of its own (its page), and `read` looks a frame up in the page first and in the
-shared history after it. A memory bank (MemFlow) belongs to its cache: `admit` lets the newest frame
-in, `read` puts it in front of the context, `append` records what the next block may admit.
+ever, and so have those that `keep` chooses, which are routed later; the others share a ring. So a
+history takes the same memory however long its video is. A branch does not copy the history that it
+forked from: it writes into a small cache of its own (its page), and `read` looks a frame up in the
+page first and in the shared history after it. A memory bank (MemFlow) belongs to its cache: `admit`
+lets the newest frame in, `read` puts it in front of the context, `append` records what the next
+block may admit.
 """
 
 from __future__ import annotations
@@ -218,21 +220,53 @@ def read(
 # ---------------------------------------------------------------- the cache
 
 
-def empty(kv: KVShape, batch: tuple[int, ...], slots: int, sink: int, dtype) -> KVCache:
+def empty(
+    kv: KVShape, batch: tuple[int, ...], slots: int, sink: int, dtype, *, kept: int = 0
+) -> KVCache:
     """A cache without frames for trajectories of shape `batch`.
 
-    (P,) makes histories, (P, T) makes pages.
+    (P,) makes histories, (P, T) makes pages, which keep no chosen frames. `kept` is that of
+    KVCache.
     """
-    if slots <= sink:
+    if slots <= sink + kept:
         raise UsageError(f"a cache of {slots} frames cannot hold a sink of {sink} and a ring")
     blank = jnp.zeros((kv.layers, *batch, slots, kv.tokens, kv.heads, kv.head_dim), dtype)
-    return KVCache(k=blank, v=blank, frame=jnp.full((*batch, slots), -1, jnp.int32), sink=sink)
+    frame = jnp.full((*batch, slots), -1, jnp.int32)
+    return KVCache(k=blank, v=blank, frame=frame, sink=sink, kept=kept)
+
+
+def keep(cache: KVCache, frames: Array) -> KVCache:
+    """A history without frames that will keep these, once they come, until its end.
+
+    Args:
+      cache: frame int32[P, slots]. It has as many slots to keep frames in as there are `frames` of
+        a prompt, or none: then it has room for all of them in its ring.
+      frames: int32[P, ...], which of each prompt; also some twice, or -1.
+    """
+    if not cache.kept:
+        return cache
+    frames = frames.reshape(len(frames), cache.kept)
+    return cache.replace(frame=cache.frame.at[:, -cache.kept :].set(_awaited(frames)))
+
+
+def _awaited(frame: Array) -> Array:
+    """What stands in the table of a cache where `frame` will come; -1 where that is -1."""
+    return -2 - frame
 
 
 def slot_of(cache: KVCache, frame: Array) -> Array:
-    """The slot that `frame` has if it is resident; int32 of frame's shape."""
-    ring = cache.frame.shape[-1] - cache.sink
-    return jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring)
+    """The slot that `frame` has if it is resident.
+
+    It is an int32 of frame's shape, or of a cache that keeps frames int32[P, A] of int32[A] or
+    int32[P, A].
+    """
+    ring = cache.frame.shape[-1] - cache.sink - cache.kept
+    slot = jnp.where(frame < cache.sink, frame, cache.sink + (frame - cache.sink) % ring)
+    if not cache.kept:
+        return slot
+    there, asked = cache.frame[:, None, -cache.kept :], frame[..., None]
+    own = ((there == asked) | (there == _awaited(asked))) & (asked >= cache.sink)
+    return jnp.where(own.any(axis=-1), cache.sink + ring + jnp.argmax(own, axis=-1), slot)
 
 
 def admit(cache: KVCache, text: TextKV) -> KVCache:
@@ -262,15 +296,17 @@ def rewrite(cache: KVCache, new: BlockKV, start_frame: Array | int) -> KVCache:
     batch = cache.frame.shape[:-1]
     frame = start_frame + jnp.arange(new.k.shape[2], dtype=jnp.int32)
     slots = slot_of(cache, frame)
-    everything = (slice(None),) * (1 + len(batch))
+    of_each: tuple = (slice(None),) * len(batch)
+    if slots.ndim > 1:  # each prompt has slots of its own
+        of_each = (jnp.arange(len(slots))[:, None],)
 
     def unflatten(x: Array) -> Array:
         return x.reshape(x.shape[0], *batch, *x.shape[2:]).astype(cache.k.dtype)
 
     return cache.replace(
-        k=cache.k.at[(*everything, slots)].set(unflatten(new.k)),
-        v=cache.v.at[(*everything, slots)].set(unflatten(new.v)),
-        frame=cache.frame.at[..., slots].set(frame),
+        k=cache.k.at[(slice(None), *of_each, slots)].set(unflatten(new.k)),
+        v=cache.v.at[(slice(None), *of_each, slots)].set(unflatten(new.v)),
+        frame=cache.frame.at[(*of_each, slots)].set(frame),
     )
 
 

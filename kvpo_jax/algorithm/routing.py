@@ -34,7 +34,7 @@ class Window:
       near: how many of these the most recent frames keep; the other past - near are routed.
       excluded: how many of the youngest past frames cannot be drawn: `near` in the paper; `near`
         plus the block in the release, which leaves a gap between the pool and the near frames.
-      cache_frames: frames that the history holds, sink included; older ones cannot be drawn.
+      cache_frames: how far back frames can be drawn: the sink and the last frames are so many.
       keep_sink: whether a routed context keeps the sink. If not, its slots are routed too and its
         frames may be drawn (MemFlow's release).
       shared_ring: whether a frame can be drawn only if a ring that the perturbed blocks are written

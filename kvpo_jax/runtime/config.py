@@ -355,6 +355,22 @@ def wan_config(config: ConfigDict) -> wan.WanConfig:
     return wan.WanConfig(**config.model, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha)
 
 
+def unrouted_frames(config: ConfigDict) -> int:
+    """Frames that a history has room for if none is drawn: the sink, and the last ones.
+
+    The window reads so many of the last ones, or a prompt switch makes them anew.
+    """
+    window = config.window
+    return window.sink + max(window.past, window.recache_frames, config.video.block_frames)
+
+
+def generating(config: ConfigDict) -> ConfigDict:
+    """The configuration of videos of which no frame is drawn, so that none is kept to be drawn."""
+    out = config.copy_and_resolve_references().unlock()
+    out.window.cache_frames = unrouted_frames(config)
+    return out.lock()
+
+
 def segment_of(frame: int, switch_frames: Sequence[int]) -> int:
     """Index of the prompt segment that holds a latent frame."""
     return sum(frame >= switch for switch in switch_frames)

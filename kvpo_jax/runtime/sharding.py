@@ -62,12 +62,13 @@ def replay_spec(history: KVCache, page: KVCache, own: bool = False) -> ReplayTup
 
     `own`: the page is that of each branch.
     """
+    shared = history.replace(kept=0)
     of_blocks = jax.tree.map(lambda spec: Spec(*spec[:2], None, *spec[2:]), history.bank)
     return ReplayTuples(
         z=TRAJECTORIES,
         u=TRAJECTORIES,
         history=history.replace(bank=None),
-        page=(page if own else history).replace(bank=of_blocks),
+        page=(page if own else shared).replace(bank=of_blocks),
         frames=REPLICATED,
         start_frame=REPLICATED,
         segment=REPLICATED,
