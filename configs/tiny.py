@@ -80,6 +80,9 @@ def get_config(preset: str = "paper") -> ConfigDict:
     # How far back a branch may be routed, sink included. A history holds what is read of it: the
     # sink, the last frames, and of the others those that are drawn.
     w.cache_frames = 36
+    # In kv_cache.POSITIONS. "relative" counts them within the window, for videos of any length that
+    # nobody trains on; "absolute" ends at 1024 latent frames.
+    w.positions = "absolute"
     # Whether a routed context keeps the sink; if not, its slots are routed too (MemFlow's release).
     w.keep_sink = True
     # Draw only what would outlast the window in a ring that its blocks are written to (release).

@@ -45,7 +45,6 @@ from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.data import prompts
 from kvpo_jax.errors import UsageError, listed
-from kvpo_jax.models.layers import MAX_FRAMES
 from kvpo_jax.rollout import Spoken, stream
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import command, progress, sharding, video, workdir
@@ -474,8 +473,7 @@ def frames_of(
     what = f"--num_frames={frames}" if asked else f"a prompt sequence of {frames} frames"
     if frames % block_frames or frames < block_frames:
         raise UsageError(f"{what} is not a multiple of {block_frames} latent frames")
-    if frames > MAX_FRAMES:
-        raise UsageError(f"{what}, but there are positions for {MAX_FRAMES} frames")
+    config_lib.check_positions(config, what, frames)
     return frames
 
 

@@ -16,7 +16,7 @@ from absl import flags
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import command, mirror, progress, sharding, workdir
-from kvpo_jax.runtime.config import prompts_at_once
+from kvpo_jax.runtime.config import check_trained, prompts_at_once
 from kvpo_jax.runtime.process import STOPPED, ending_together
 
 # Least threads of XLA's CPU client, which otherwise has as many as the process may use cores. With
@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> None:
         progress.mute()
     directory = workdir.run_directory(given.config, given.workdir, given.resume)
     config = workdir.resolve(given.config, directory, arguments[1:])
+    check_trained(config)
 
     if given.wandb:
         mirror.check()

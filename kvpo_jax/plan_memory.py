@@ -36,6 +36,7 @@ from kvpo_jax.fitting import GB
 from kvpo_jax.memory import Program
 from kvpo_jax.runtime import command, progress, workdir
 from kvpo_jax.runtime.atomic import write_json
+from kvpo_jax.runtime.config import check_trained
 
 # ---------------------------------------------------------------- devices
 
@@ -241,6 +242,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", given.target == "cpu")
     make = report_work if given.work else report
     config = workdir.resolve(given.config, None, arguments[1:])
+    check_trained(config)
     with progress.bar("planning"):
         make(config, given)
 

@@ -40,6 +40,7 @@ from kvpo_jax.runtime.config import (
     branches_at_once,
     compares_energies,
     own_starts,
+    position_span,
     prompts_at_once,
     recorded_blocks,
     replayed_steps,
@@ -197,8 +198,9 @@ class _Caches:
 
     def _empty(self, batch: tuple[int, ...], slots: int, kept: int = 0) -> KVCache:
         section, video = self.config.window, self.config.video
-        kv, dtype = self.wan.kv_shape(video.height, video.width), jnp.dtype(self.wan.dtype)
-        cache = kv_cache.empty(kv, batch, slots, self.window.sink, dtype, kept=kept)
+        kv, span = self.wan.kv_shape(video.height, video.width), position_span(self.config)
+        dtype = jnp.dtype(self.wan.dtype)
+        cache = kv_cache.empty(kv, batch, slots, self.window.sink, dtype, kept=kept, span=span)
         if not section.bank:
             return cache
         options = section.bank, section.bank_interval, section.bank_reinsert

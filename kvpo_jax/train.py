@@ -38,6 +38,7 @@ from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, progress, sharding
 from kvpo_jax.runtime.config import (
     always_on_policy,
+    check_trained,
     compares_energies,
     has_energy_unit,
     is_on_policy,
@@ -427,6 +428,7 @@ def train_and_evaluate(
       NotFiniteError: a reward, energy or gradient is not finite; the last good state has been
         saved.
     """
+    check_trained(config)
     return train(budget.limited(run_lib.load(fitting.fitted(config))), Path(workdir), profile)
 
 

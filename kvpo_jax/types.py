@@ -97,6 +97,8 @@ class KVCache(struct.PyTreeNode):
       bank: the far past as MemFlow keeps it, or None.
       sink: number of leading slots that are never evicted (static).
       kept: number of last slots, each of which holds or awaits one chosen frame (static).
+      span: frames within which positions are counted, `kv_cache.positions`; its keys are stored
+        without RoPE then. 0: with RoPE, at their absolute frame (static).
     """
 
     k: Array
@@ -105,6 +107,7 @@ class KVCache(struct.PyTreeNode):
     bank: MemoryBank | None = None
     sink: int = struct.field(pytree_node=False, default=3)
     kept: int = struct.field(pytree_node=False, default=0)
+    span: int = struct.field(pytree_node=False, default=0)
 
 
 class BlockRecord(struct.PyTreeNode):

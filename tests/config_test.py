@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from safetensors import safe_open
 
 from kvpo_jax import backbone as backbone_lib
+from kvpo_jax import train
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import atomic, sums
 from kvpo_jax.runtime import config as config_lib
@@ -176,6 +177,17 @@ def test_a_value_that_cannot_be_meant_is_named(argument, message):
     with pytest.raises(ValueError) as error:
         config_lib.check(overridden(argument))
     assert message in str(error.value)
+
+
+def test_what_is_trained_has_the_positions_of_the_video():
+    config = overridden("--config.window.positions=relative", "--config.video.blocks=342")
+    config_lib.check(config)  # so long a video can be made, and no longer one be trained on
+    with pytest.raises(UsageError, match="window.positions='relative' is of generation and eval"):
+        config_lib.check_trained(config)
+    with pytest.raises(UsageError, match="train with 'absolute'"):
+        train.train_and_evaluate(config, "nowhere")
+    with pytest.raises(UsageError, match="'near' is not one of absolute, relative"):
+        config_lib.check(overridden("--config.window.positions=near"))
 
 
 def test_a_value_at_its_bound_is_sound():

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import batch_of, configure, save_lora
+from equipment import SMALLEST, bare_run, batch_of, configure, random_variables, save_lora
 
 from kvpo_jax import adapters, diversity, generate, rollout
 from kvpo_jax import run as run_lib
@@ -144,13 +144,49 @@ def test_a_sum_of_adapters_generates_as_its_parts_do(tmp_path, world):
     assert np.abs(made[2] - made[0]).max() > 1e-2
 
 
+def test_relative_positions_have_no_end():
+    """1035 frames, with a bank and two prompt switches, from a history of six. Until the window of
+    nine frames leaves one out, they are those of absolute positions.
+    """
+    switch_frames = (6, 1026)
+    window = {"past": 3, "near": 1, "recache_frames": 3, "bank": 2, "bank_interval": 3}
+    fields = {
+        **SMALLEST,
+        **{f"window.{name}": value for name, value in window.items()},
+        **{"model.num_layers": 1, "model.sparse_memory": 1, "sampler.steps": (1.0,)},
+        **{"rollout.perturbed_steps": 1, "replay.grad_steps": 1},
+    }
+
+    def frames(positions, blocks):
+        """The first blocks, float[blocks, F, Y, X, C], and the history behind them."""
+        config = configure("configs/tiny.py", fields | {"window.positions": positions})
+        config = diversity.switching(config_lib.generating(config), switch_frames)
+        run = bare_run(config, sharding.make_mesh(1, 1, 1, 1))
+        variables = random_variables(config, 0.4)
+        sentences = np.random.default_rng(0).normal(size=(1, 3, 3, 4)).astype(np.float32)
+        text = run.programs.encode_text(variables, sentences)
+        prompt_at = rollout.script(config, text, np.ones((1, 3), bool))
+        noise = keys.NoiseKey(jax.random.key(5), jnp.arange(1))
+        made = list(rollout.stream(run, variables, prompt_at, noise, blocks))
+        return np.concatenate([x for x, _ in made]), made[-1][1]
+
+    relative, history = frames("relative", 345)
+    absolute, _ = frames("absolute", 4)
+    np.testing.assert_allclose(relative[:3], absolute[:3], atol=1e-5, rtol=0)
+    assert np.abs(relative[3] - absolute[3]).max() > 1e-3
+    assert relative.shape[:2] == (345, 3) and np.isfinite(relative).all()
+    np.testing.assert_array_equal(history.frame, [[0, 1, 2, 1032, 1033, 1034]])
+
+
 def found_videos(path, **asked):
     """What the command makes of a prompt file and flags."""
+    config = config_lib.load("configs/tiny.py")
+    config.window.positions = asked.pop("positions", "absolute")
     unasked = {"prompt": [], "interactive": False, "branches": None}
     given = SimpleNamespace(
         **({"num_frames": 0, "switch_frames": []} | unasked | asked), prompts=str(path)
     )
-    return [v[1:] for v in generate.find_videos(given, config_lib.load("configs/tiny.py"))]
+    return [v[1:] for v in generate.find_videos(given, config)]
 
 
 def test_a_video_is_as_long_as_its_prompts_say(tmp_path):
@@ -174,6 +210,7 @@ def test_a_video_is_as_long_as_its_prompts_say(tmp_path):
         prompts.write(path, [PromptSequence(("a", "b", "c"), 1, durations)])
         with pytest.raises(UsageError, match=message):
             found_videos(path, **asked)
+    assert found_videos(path, positions="relative") == [((900, 1800), 603)]
     prompts.write(path, sequences)
     with pytest.raises(UsageError, match="durations of their prompts differ; name it with --num_f"):
         found_videos(path, branches=2)

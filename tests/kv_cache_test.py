@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvpo_jax.algorithm import kv_cache
+from kvpo_jax.algorithm import kv_cache, memory_bank
 from kvpo_jax.types import BlockKV
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 2, 1, 2
@@ -147,6 +147,28 @@ def test_frames_that_are_kept_outlive_the_ring():
 def test_a_history_that_keeps_none_is_as_it_was():
     cache = blank(1)
     assert_equal(kv_cache.keep(cache, jnp.array([[[4, 5]]])), cache)
+
+
+# ---------------------------------------------------------------- positions
+
+
+def test_positions_in_a_window_by_hand():
+    """A sink of 3, nine local frames and a block of 3, as long as the video is that short."""
+    frames = jnp.array([[0, 1, 2, 3, 11, 12], [0, 2, 18, 26, 9, -1]])
+    np.testing.assert_array_equal(
+        kv_cache.positions(frames, jnp.array([15, 30]), 3, 15),
+        # Of the block 27 ... 29, at 12 ... 14, the local frames 18 ... 26 stand at 3 ... 11, right
+        # behind the sink; frame 9, of a bank, stands where the oldest of them does.
+        [[0, 1, 2, 3, 11, 12], [0, 2, 3, 11, 3, 0]],
+    )
+
+
+def test_each_layer_of_a_bank_says_which_frames_it_holds():
+    bank = memory_bank.empty(blank(1), 2, 3, False)
+    cache = filled(8, 1).replace(bank=bank.replace(frame=jnp.array([[[6, 3]], [[3, 6]]])))
+    context = read(jnp.array([[[0, 7, -1]]]), cache).valid_first()
+    np.testing.assert_array_equal(context.frames(0), [[6, 3, 0, 7, -1]])
+    np.testing.assert_array_equal(context.frames(1), [[3, 6, 0, 7, -1]])
 
 
 # ---------------------------------------------------------------- reading

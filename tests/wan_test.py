@@ -207,6 +207,46 @@ def test_rows_of_a_batch_do_not_meet(variables, inputs):
     assert relative_l2(velocity[1], plain[1]) > 1e-2
 
 
+def test_positions_of_a_window_are_those_of_the_video_while_it_cuts_nothing_off(variables, inputs):
+    """Keys that are stored without RoPE, and turned where they are read."""
+
+    def turned(k, frame):
+        """float[L, batch, A, N, H, D] with the RoPE of frames int32[batch, A]."""
+        for a in range(frame.shape[1]):
+            cos, sin = layers.rope_table(frame[:, a], 1, HEIGHT // 2, WIDTH // 2, CFG.head_dim)
+            k = k.at[:, :, a].set(jnp.stack([layers.apply_rope(x, cos, sin) for x in k[:, :, a]]))
+        return k
+
+    context = inputs.context
+    frame = jnp.maximum(context.frame, 0)
+    absolute = inputs.replace(
+        context=Context.of(turned(context.k, frame), context.v, context.frame)
+    )
+    relative = inputs.replace(context=context.replace(sink=2, span=START + FRAMES))
+    (velocity, kv), (expected, expected_kv) = (forward(variables, i) for i in (relative, absolute))
+    np.testing.assert_allclose(velocity, expected, atol=1e-5, rtol=0)
+    start = jnp.full((BATCH, FRAMES), START) + jnp.arange(FRAMES)
+    np.testing.assert_allclose(turned(kv.k, start), expected_kv.k, atol=1e-5, rtol=0)
+    assert relative_l2(kv.k, expected_kv.k) > 0.1
+
+
+def test_a_block_of_a_window_depends_on_differences_of_frames_alone(variables, inputs):
+    """Frames far beyond the table of positions, and all positions moved by 20."""
+    frame = jnp.array([[2994, -1, 2995, 2998, 2999], [2996, 2997, 2999, -1, -1]])
+
+    def velocity(frame, start, span):
+        context = inputs.context.replace(frame=frame, sink=0, span=span)
+        given = inputs.replace(context=context, start_frame=jnp.full(BATCH, start))
+        return forward(variables, given)[0]
+
+    ours = velocity(frame, 3000, 12)
+    later = velocity(jnp.where(frame < 0, -1, frame + 7000), 10000, 12)
+    np.testing.assert_array_equal(later, ours)
+    np.testing.assert_allclose(velocity(frame, 3000, 32), ours, atol=1e-5, rtol=0)
+    moved = velocity(frame.at[:, 0].add(-1), 3000, 12)
+    assert all(relative_l2(moved[row], ours[row]) > 1e-4 for row in range(BATCH))
+
+
 def test_attention_is_bidirectional_within_the_block(variables, inputs):
     plain, _ = forward(variables, inputs)
     for frame in range(FRAMES):

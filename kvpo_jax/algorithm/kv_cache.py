@@ -20,8 +20,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from kvpo_jax.algorithm import memory_bank
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import Registry, UsageError
 from kvpo_jax.types import Array, BlockKV, KVCache, TextKV
+
+# Whether positions are counted within the window (`positions`), or from the first frame on.
+POSITIONS: Registry[bool] = Registry("window.positions", {"absolute": False, "relative": True})
 
 
 class KVShape(NamedTuple):
@@ -42,10 +45,12 @@ class Store(struct.PyTreeNode):
     Attributes:
       k: float[L, R, slots, N, H, D], after the key norm and RoPE.
       v: float[L, R, slots, N, H, D].
+      frame: int32[L, R, slots], where layers hold different frames (a bank); None elsewhere.
     """
 
     k: Array
     v: Array
+    frame: Array | None = None
 
 
 class Context(struct.PyTreeNode):
@@ -62,6 +67,8 @@ class Context(struct.PyTreeNode):
       frame: int32[batch, A], absolute frame of each entry; -1 is empty and masked.
       far: bool[batch, A], entries of the far past (sink and bank), of which sparse memory
         activation picks some; None if the network does without it.
+      sink: as of the caches (static).
+      span: as of the caches (static).
     """
 
     stores: tuple[Store, ...]
@@ -69,6 +76,8 @@ class Context(struct.PyTreeNode):
     slot: tuple[Array, ...]
     frame: Array
     far: Array | None = None
+    sink: int = struct.field(pytree_node=False, default=0)
+    span: int = struct.field(pytree_node=False, default=0)
 
     @classmethod
     def of(cls, k: Array, v: Array, frame: Array, far: Array | None = None) -> Context:
@@ -97,6 +106,15 @@ class Context(struct.PyTreeNode):
             return first
 
         return gather("k"), gather("v")
+
+    def frames(self, index: Array | int) -> Array:
+        """int32[batch, A]: the absolute frames of one layer's entries; empty ones are anything."""
+        frame = self.frame
+        for store, row, slot in zip(self.stores, self.row, self.slot, strict=True):
+            if store.frame is not None:
+                own = store.frame[index, row[:, None], jnp.maximum(slot, 0)]
+                frame = jnp.where(slot >= 0, own, frame)
+        return frame
 
     def take(self, rows: Array) -> Context:
         """The context of some batch rows, int32[...]."""
@@ -147,6 +165,25 @@ class Peers(struct.PyTreeNode):
         return Peers(jnp.take_along_axis(self.frame, order, axis=1))
 
 
+def positions(frame: Array, end: Array, sink: int, span: int) -> Array:
+    """Where frames stand in the window of a block, int32[batch, A] from 0 to span - 1.
+
+    The sink stays in front, right before the local window; the block is the end of the window. As
+    long as the window has cut nothing off, a frame stands where it stands in the video. What is
+    older than the window and not of the sink, as a bank has it, stands where the oldest local frame
+    does. Source: Infinity-RoPE (arXiv 2511.20649), and LongLive as it adopted it.
+
+    Args:
+      frame: int32[batch, A], absolute frames.
+      end: int32[batch], the frame after the block.
+      sink: how many frames the sink has.
+      span: frames of the window: the sink, the local ones and the block.
+    """
+    left_out = jnp.maximum(end - span, 0)[:, None]
+    local = jnp.maximum(frame - left_out, sink)
+    return jnp.where(frame < sink, jnp.maximum(frame, 0), local)
+
+
 def _flat(x: Array) -> Array:
     """Keys [L, ..., slots, N, H, D] with the trajectories flattened, [L, R, slots, N, H, D]."""
     return x.reshape(x.shape[0], -1, *x.shape[-4:])
@@ -173,7 +210,8 @@ def look_up(frames: Array, history: KVCache, page: KVCache | None = None) -> Con
     found = jnp.stack(slots).max(axis=0) >= 0
     frame = jnp.where(found, frames.reshape(p * t, a), -1)
     far = (frame >= 0) & (frame < history.sink)
-    return Context(tuple(stores), tuple(rows), tuple(slots), frame, far)
+    pointers = tuple(stores), tuple(rows), tuple(slots), frame, far
+    return Context(*pointers, history.sink, history.span)
 
 
 def read(
@@ -208,8 +246,9 @@ def read(
         return jnp.concatenate([jnp.broadcast_to(fill, (batch, slots)), x], axis=1)
 
     own = jnp.concatenate([jnp.arange(slots), jnp.full(context.frame.shape[1], -1)])
-    return Context(
-        stores=(*context.stores, Store(k=_flat(bank.k), v=_flat(bank.v))),
+    of_layers = bank.frame.reshape(len(bank.frame), -1, slots)
+    return context.replace(
+        stores=(*context.stores, Store(k=_flat(bank.k), v=_flat(bank.v), frame=of_layers)),
         row=(*context.row, bank_row),
         slot=(*(in_front(-1, s) for s in context.slot), jnp.broadcast_to(own, (batch, own.size))),
         frame=in_front(frame, context.frame),
@@ -221,18 +260,25 @@ def read(
 
 
 def empty(
-    kv: KVShape, batch: tuple[int, ...], slots: int, sink: int, dtype, *, kept: int = 0
+    kv: KVShape,
+    batch: tuple[int, ...],
+    slots: int,
+    sink: int,
+    dtype,
+    *,
+    kept: int = 0,
+    span: int = 0,
 ) -> KVCache:
     """A cache without frames for trajectories of shape `batch`.
 
-    (P,) makes histories, (P, T) makes pages, which keep no chosen frames. `kept` is that of
-    KVCache.
+    (P,) makes histories, (P, T) makes pages, which keep no chosen frames. `kept` of the slots and
+    `span` are those of KVCache.
     """
     if slots <= sink + kept:
         raise UsageError(f"a cache of {slots} frames cannot hold a sink of {sink} and a ring")
     blank = jnp.zeros((kv.layers, *batch, slots, kv.tokens, kv.heads, kv.head_dim), dtype)
     frame = jnp.full((*batch, slots), -1, jnp.int32)
-    return KVCache(k=blank, v=blank, frame=frame, sink=sink, kept=kept)
+    return KVCache(k=blank, v=blank, frame=frame, sink=sink, kept=kept, span=span)
 
 
 def keep(cache: KVCache, frames: Array) -> KVCache:

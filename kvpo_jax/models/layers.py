@@ -25,7 +25,8 @@ from kvpo_jax.types import Array
 T = TypeVar("T")
 
 ROPE_THETA = 10000.0
-# Length of Wan's rotary table. It is clamped: later frames would share the last position.
+# Length of Wan's rotary table. It is clamped: later frames would share the last position. Positions
+# within the window (`kv_cache.positions`) never come near it.
 MAX_FRAMES = 1024
 # The dtypes of activations and base weights.
 DTYPES: Registry[Any] = Registry("model.dtype", {"float32": jnp.float32, "bfloat16": jnp.bfloat16})
@@ -261,6 +262,28 @@ def rope_table(
         return jnp.concatenate(both, axis=-1).reshape(batch[0], -1, pairs)
 
     return table(np.cos), table(np.sin)
+
+
+def rope_of_past(positions: Array, block: tuple[Array, Array], tokens: int) -> tuple[Array, Array]:
+    """cos and sin for all tokens of single frames, two arrays float32[batch, A * N, D / 2].
+
+    Args:
+      positions: int32[batch, A].
+      block: the tables of the block, from `rope_table`, which have the places in a frame.
+      tokens: N.
+    """
+    pairs = block[0].shape[-1]
+    batch, frames = positions.shape
+    time = jnp.arange(pairs) < pairs - 2 * (pairs // 3)
+    turned = rope_table(positions.reshape(-1), 1, 1, 1, 2 * pairs)
+
+    def table(of_time: Array, of_block: Array) -> Array:
+        of_time = of_time.reshape(batch, frames, 1, pairs)
+        both = jnp.where(time, of_time, of_block[:, None, :tokens])
+        return both.reshape(batch, frames * tokens, pairs)
+
+    cos, sin = (table(*parts) for parts in zip(turned, block, strict=True))
+    return cos, sin
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

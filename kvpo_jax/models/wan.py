@@ -4,7 +4,8 @@
 
 The model owns no cache and knows no mode: `routing` decides which past frames are in `context`, and
 `rollout` keeps the new keys and values. Attention is bidirectional within a block, and keys are
-stored rotated at their absolute frame. Names and arithmetic follow Wan2.1.
+stored rotated at their absolute frame, unless the past says that positions are counted within its
+window (`Context.span`). Names and arithmetic follow Wan2.1.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import chex
 import einops
@@ -21,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kvpo_jax.algorithm.kv_cache import Context, KVShape, Peers
+from kvpo_jax.algorithm.kv_cache import Context, KVShape, Peers, positions
 from kvpo_jax.errors import Registry, UsageError
 from kvpo_jax.models import attention as attention_lib
 from kvpo_jax.models import tokens as tokens_lib
@@ -32,6 +33,7 @@ from kvpo_jax.models.layers import (
     apply_rope,
     layer_norm,
     over_layers,
+    rope_of_past,
     rope_table,
     sinusoid,
     wide,
@@ -132,8 +134,8 @@ class Block(nn.Module):
 
     Attributes:
       cfg: sizes.
-      context_axis: see `Wan`. Below, N of `x` and `rope` are this device's tokens of a frame; N and
-        H of keys and values are all tokens and this device's heads.
+      context_axis: see `Wan`. Below, N of `x` is this device's tokens of a frame; N and H of
+        `rope`, keys and values are all tokens and this device's heads.
     """
 
     cfg: WanConfig
@@ -149,6 +151,7 @@ class Block(nn.Module):
         rope: tuple[Array, Array],
         context: Context | Peers,
         own_mask: Array | None,
+        end: Array,
     ) -> tuple[Array, BlockKV]:
         """Layer `index` of the transformer.
 
@@ -160,6 +163,7 @@ class Block(nn.Module):
           rope: the tables of `rope_table`.
           context: the past; its empty entries come last (`Context.valid_first`).
           own_mask: bool[batch, 1, F*N], which of the block's own tokens are attended to, or None.
+          end: int32[batch], the frame after the block.
         """
         cfg = self.cfg
         dtype, frames = x.dtype, e0.shape[1]
@@ -181,16 +185,22 @@ class Block(nn.Module):
         q = RMSNorm(cfg.eps, name="self_norm_q")(_linear(cfg, cfg.dim, "self_q")(y))
         k = RMSNorm(cfg.eps, name="self_norm_k")(_linear(cfg, cfg.dim, "self_k")(y))
         v = _split_heads(_linear(cfg, cfg.dim, "self_v")(y), cfg)
-        q, k = (apply_rope(_split_heads(t, cfg), *rope) for t in (q, k))
-        q, k, v = tokens_lib.to_heads(q, k, v, frames, self.context_axis)
+        q, k, v = tokens_lib.to_heads(
+            _split_heads(q, cfg), _split_heads(k, cfg), v, frames, self.context_axis
+        )
+        q, k = apply_rope(q, *rope), k if is_relative(context) else apply_rope(k, *rope)
         k_frames, v_frames = (
             einops.rearrange(t, "b (f n) h d -> b f n h d", f=frames) for t in (k, v)
         )
-        own, learns_past = Keys(k, v, mask=own_mask), isinstance(context, Peers)
         if isinstance(context, Peers):
             entries = context.gather(k_frames), context.gather(v_frames)
         else:
             entries = context.layer(index)
+        if is_relative(context):
+            k = apply_rope(k, *rope)
+            places = positions(context.frames(index), end, context.sink, context.span)
+            entries = _turned(entries[0], places, rope), entries[1]
+        own, learns_past = Keys(k, v, mask=own_mask), isinstance(context, Peers)
         past = self._past(q, context, *entries)
         y = attention(q, own, past, cfg.attention, past_gradient=learns_past)  # Eq. 4
         y = tokens_lib.to_tokens(y, frames, self.context_axis)
@@ -246,6 +256,18 @@ class Block(nn.Module):
         return jnp.repeat(keep, past.shape[2], axis=-1)
 
 
+def is_relative(context: Context | Peers) -> TypeGuard[Context]:
+    """Whether positions are of the window, and keys are stored without RoPE."""
+    return isinstance(context, Context) and context.span > 0
+
+
+def _turned(k: Array, places: Array, rope: tuple[Array, Array]) -> Array:
+    """Stored keys float[batch, A, N, H, D] with the RoPE of their places int32[batch, A]."""
+    flat = einops.rearrange(k, "b a n h d -> b (a n) h d")
+    turned = apply_rope(flat, *rope_of_past(places, rope, k.shape[2]))
+    return turned.reshape(k.shape)
+
+
 class Wan(nn.Module):
     """The causal Wan transformer at any size.
 
@@ -271,8 +293,8 @@ class Wan(nn.Module):
         block = Block
         if (policy := REMAT[cfg.remat]) is not None:
             block = nn.remat(Block, prevent_cse=False, policy=policy)
-        # index and text differ from layer to layer; e0, rope, context and own_mask do not.
-        in_axes = (0, 0, *[nn.broadcast] * 4)
+        # index and text differ from layer to layer; e0, rope, context, own_mask and end do not.
+        in_axes = (0, 0, *[nn.broadcast] * 5)
         self.blocks = over_layers(block, cfg.num_layers, in_axes)(cfg, self.context_axis)
         self.head = _plain_linear(cfg, cfg.channels * math.prod(cfg.patch))
         self.head_modulation = self.param(
@@ -361,10 +383,12 @@ class Wan(nn.Module):
         if own_keys is not None:
             own_keys = jnp.broadcast_to(own_keys, (batch, frames))
             own_mask = jnp.repeat(own_keys, tokens, axis=1)[:, None]
-        tables = rope_table(start_frame, frames, height // ph, width // pw, cfg.head_dim)
-        rope = tuple(tokens_lib.own(table, frames, axis) for table in tables)
+        end, place = start_frame + frames, start_frame
+        if is_relative(context):
+            place = jnp.minimum(start_frame, context.span - frames)  # at the end of the window
+        rope = rope_table(place, frames, height // ph, width // pw, cfg.head_dim)
         h, new_kv = self.blocks(
-            h, jnp.arange(cfg.num_layers), text, e0, rope, context.valid_first(), own_mask
+            h, jnp.arange(cfg.num_layers), text, e0, rope, context.valid_first(), own_mask, end
         )
 
         shift, scale = jnp.moveaxis(wide(e)[:, None, :] + self.head_modulation, 1, 0)

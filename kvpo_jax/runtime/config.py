@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from kvpo_jax.algorithm import explore, flow, losses, objective, replay, routing
+from kvpo_jax.algorithm import explore, flow, kv_cache, losses, objective, replay, routing
 from kvpo_jax.errors import UsageError, nearest, shortened
 from kvpo_jax.methods import METHODS, apply
 from kvpo_jax.models import attention, layers, wan, wan_vae
@@ -48,6 +48,7 @@ REGISTRIES = (
     explore.EXPLORES,
     explore.MIXES,
     routing.DRAWS,
+    kv_cache.POSITIONS,
     replay.STATES,
     replay.STEP_WEIGHTS,
     replay.CONTEXTS,
@@ -364,11 +365,40 @@ def unrouted_frames(config: ConfigDict) -> int:
     return window.sink + max(window.past, window.recache_frames, config.video.block_frames)
 
 
+def position_span(config: ConfigDict) -> int:
+    """Frames within which positions are counted; 0: within the whole video.
+
+    They are those of a context and its block, or those that are made anew at a prompt switch.
+    """
+    window = config.window
+    if not kv_cache.POSITIONS[window.positions]:
+        return 0
+    return max(window.sink + window.past + config.video.block_frames, window.recache_frames)
+
+
 def generating(config: ConfigDict) -> ConfigDict:
     """The configuration of videos of which no frame is drawn, so that none is kept to be drawn."""
     out = config.copy_and_resolve_references().unlock()
     out.window.cache_frames = unrouted_frames(config)
     return out.lock()
+
+
+def check_trained(config: ConfigDict) -> None:
+    """UsageError for what only generation and evaluation can have."""
+    if kv_cache.POSITIONS[config.window.positions]:
+        raise UsageError(
+            f"config.window.positions={config.window.positions!r} is of generation and evaluation"
+            " alone; train with 'absolute'"
+        )
+
+
+def check_positions(config: ConfigDict, what: str, frames: int) -> None:
+    """UsageError, beginning with `what`, if so many frames are more than there are positions."""
+    if frames > layers.MAX_FRAMES and not kv_cache.POSITIONS[config.window.positions]:
+        raise UsageError(
+            f"{what}, but there are positions for {layers.MAX_FRAMES} frames; videos that nobody"
+            " trains on may be longer with --config.window.positions=relative"
+        )
 
 
 def segment_of(frame: int, switch_frames: Sequence[int]) -> int:
@@ -651,11 +681,12 @@ def _check_video(config: ConfigDict, fields: Mapping[str, Any]) -> None:
         video.blocks * video.block_frames,
         f"config.video.switch_frames={video.switch_frames}",
     )
-    if frames > layers.MAX_FRAMES:
-        raise UsageError(
-            f"config.video.blocks={video.blocks} of config.video.block_frames={video.block_frames} "
-            f"are {frames} frames; there are positions for {layers.MAX_FRAMES}"
-        )
+    check_positions(
+        config,
+        f"config.video.blocks={video.blocks} of config.video.block_frames={video.block_frames} "
+        f"are {frames} frames",
+        frames,
+    )
     if video.switch_frames and not recache_frames:
         raise UsageError(f"config.window.recache_frames=0, but prompts switch at {given}")
     check_switches(given, video.switch_frames, video.block_frames, frames)
