@@ -38,10 +38,10 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.weights = ""  # base weights; empty is the toy generator that ships with the package
 
     c.decoder = ConfigDict()
-    # In wan_vae.DTYPES: weights and activations of the VAE, of LongLive and MemFlow.
+    # In wan_vae.DTYPES: weights and activations of Wan2.1's VAE.
     c.decoder.dtype = "bfloat16"
 
-    # What LongLive and MemFlow read (README, "Real checkpoints"); the toy needs none of it.
+    # What generators of Wan2.1's design read (README, "Real checkpoints"); the toy needs nothing.
     c.paths = p = ConfigDict()
     p.lora = ""  # adapter that the policies start from; empty: a fresh one
     p.vae = ""

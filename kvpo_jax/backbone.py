@@ -1,6 +1,6 @@
 """A generator's world in one struct: weights, prompts, text encoder, decoder and rewards.
 
-Everything else of an iteration is the same for the toy, LongLive and MemFlow.
+Everything else of an iteration is the same for the toy and for generators of Wan2.1's design.
 """
 
 from __future__ import annotations
@@ -437,7 +437,7 @@ def sized_toy(config: ml_collections.ConfigDict) -> Backbone:
     return toy_backbone(config)
 
 
-# ---------------------------------------------------------------- LongLive and MemFlow
+# ---------------------------------------------------------------- generators of Wan2.1's design
 
 
 def stored_embeddings(config: ml_collections.ConfigDict) -> Embeddings:
@@ -629,14 +629,11 @@ class Kind:
     files: tuple[str, ...] = ()
 
 
+WANS = ("longlive", "memflow", "self_forcing", "causal_forcing", "krea14b")
 WAN_FILES = ("weights", "paths.vae", "paths.prompts")
 BACKBONES: Registry[Kind] = Registry(
     "backbone",
-    {
-        **dict.fromkeys(TOYS, Kind(sized_toy)),
-        "longlive": Kind(wan_backbone, WAN_FILES),
-        "memflow": Kind(wan_backbone, WAN_FILES),
-    },
+    {**dict.fromkeys(TOYS, Kind(sized_toy)), **dict.fromkeys(WANS, Kind(wan_backbone, WAN_FILES))},
 )
 
 

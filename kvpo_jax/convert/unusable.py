@@ -13,7 +13,7 @@ _MERGE = (
     "merge it into its base with the tool that made it, and convert the merged weights instead of"
     " the base"
 )
-_T2V = "bring a text-to-video Wan2.1 of 1.3B, or a model that was made of it"
+_T2V = "bring a text-to-video Wan2.1, of 1.3B or 14B, or a model that was made of it"
 _UNQUANTISED = "bring the weights in bfloat16, float16 or float32"
 # What a checkpoint is, and what to do -> how the cleaned names of its tensors show it.
 _MARKS = {
