@@ -24,7 +24,7 @@ def get_config(preset: str = "short") -> ConfigDict:
     c = derive("configs/self_forcing.py", preset)
     c.backbone = "krea14b"
 
-    # Wan2.1-T2V-14B.
+    # Wan2.1-T2V-14B. The converted file says so too; a plan needs no file.
     c.model.update(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
     c.model.remat = "block"  # a layer has 3.3 times the activations of 1.3B
     c.lora.update(rank=64, alpha=64.0)  # 307 M parameters; the paper's 256 has 350 M of 1.3B

@@ -35,7 +35,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     m.dtype = "float32"  # in layers.DTYPES: activations and base weights; LoRA is always float32
     m.attention = "auto"  # in attention.IMPLEMENTATIONS
     m.remat = "none"  # in wan.REMAT: what is saved of a block for the backward pass
-    c.weights = ""  # base weights; empty is the toy generator that ships with the package
+    # Base weights, whose file says the sizes above; empty is the toy generator that ships.
+    c.weights = ""
 
     c.decoder = ConfigDict()
     # In wan_vae.DTYPES: weights and activations of Wan2.1's VAE.

@@ -24,7 +24,7 @@ from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
-from kvpo_jax.runtime import checkpoint, pictures, sharding, weight_file
+from kvpo_jax.runtime import checkpoint, pictures, sharding
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, Windows
@@ -292,10 +292,9 @@ def load_params(path: Path | str, cfg: WanConfig, sharding: Placement = None) ->
     Raises:
       UsageError: it is of another kind, or of a model of another size.
     """
-    if "kind" in weight_file.open_file(path).metadata:  # the toy's says nothing
-        made = checkpoint.metadata_config(path, "wan")
-        made.pop("text_len", None)  # no weight depends on it
-        _check_sizes(path, made, {name: getattr(cfg, name) for name in made})
+    made = checkpoint.generator_sizes(path)
+    made.pop("text_len", None)  # no weight depends on it
+    _check_sizes(path, made, {name: getattr(cfg, name) for name in made})
     return checkpoint.load_weights(path, _placed(abstract_variables(cfg)["params"], sharding))
 
 
@@ -318,9 +317,8 @@ def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> P
 
 def _check_sizes(path: Path | str, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """UsageError that names every size of a file's model that is not the config's."""
-    found = {name: tuple(x) if isinstance(x, list) else x for name, x in made.items()}
-    if other := [name for name in found if found[name] != wanted[name]]:
-        has = ", ".join(f"{name} {found[name]}" for name in other)
+    if other := [name for name in made if made[name] != wanted[name]]:
+        has = ", ".join(f"{name} {made[name]}" for name in other)
         config = ", ".join(f"model.{name}={wanted[name]}" for name in other)
         raise UsageError(
             f"{path} is for a model of another size: it has {has}, the config {config}; bring"
@@ -341,6 +339,9 @@ class World(Protocol):
 
     SIZE: int  # pixels per side
     SIDE: int  # pixels along a side of a latent pixel
+    CHANNELS: int  # of a latent
+    TEXT_DIM: int
+    TEXT_LEN: int
 
     def heldout_prompts(self, count: int, segments: int) -> list[list[str]]: ...
     def sample_prompts(
@@ -409,13 +410,23 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
 
 def check_size(config: ml_collections.ConfigDict) -> None:
-    """UsageError unless the latent frames are of the size of their small world."""
-    world = TOYS[config.backbone].world
-    for name in ("height", "width"):
-        if config.video[name] != world.SIZE // world.SIDE:
+    """UsageError unless latent frames and texts are of the size of their small world, if any."""
+    if config.backbone not in TOYS:
+        return
+    world, fields = TOYS[config.backbone].world, config_lib.flat(config)
+    side, frame, text = world.SIZE // world.SIDE, "a latent frame", "a text"
+    for name, what, has in (
+        ("video.height", frame, side),
+        ("video.width", frame, side),
+        ("model.channels", frame, world.CHANNELS),
+        ("model.text_dim", text, world.TEXT_DIM),
+        ("model.text_len", text, world.TEXT_LEN),
+    ):
+        if fields[name] != has:
+            of_file = f" of {config.weights}" if config.weights else ""
             raise UsageError(
-                f"config.video.{name}={config.video[name]}: a latent frame of the"
-                f" {config.backbone} has {world.SIZE // world.SIDE}"
+                f"config.{name}={fields[name]}{of_file if name.startswith('model') else ''}:"
+                f" {what} of the {config.backbone} has {has}"
             )
 
 

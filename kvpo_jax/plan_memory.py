@@ -30,7 +30,7 @@ import ml_collections
 from absl import flags
 from jax.experimental import topologies
 
-from kvpo_jax import fitting, memory, work
+from kvpo_jax import backbone, fitting, memory, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import GB
 from kvpo_jax.memory import Program
@@ -243,6 +243,7 @@ def main(arguments: list[str]) -> None:
     make = report_work if given.work else report
     config = workdir.resolve(given.config, None, arguments[1:])
     check_trained(config)
+    backbone.check_size(config)
     with progress.bar("planning"):
         make(config, given)
 

@@ -471,6 +471,7 @@ def test_the_published_sizes_are_recognised(size):
         "text_len": 512,
         "channels": 16,
         "patch": (1, 2, 2),
+        "eps": 1e-6,
     }
     assert count(mapped) == {"1.3B": 1_418_996_800, "14B": 14_288_491_584}[size]
 

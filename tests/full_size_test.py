@@ -48,15 +48,22 @@ def count(size: str, collection: str) -> int:
 def official_shapes(size: str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in the published checkpoint, by the published architecture."""
     dim, ffn, layers = (SIZES[size][name] for name in ("dim", "ffn_dim", "num_layers"))
+    return shapes_of(dim, ffn, layers, FREQ_DIM, TEXT_DIM)
+
+
+def shapes_of(
+    dim: int, ffn: int, layers: int, freq_dim: int, text_dim: int
+) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of Wan2.1's architecture in these sizes."""
     out = {}
 
     def linear(name, features, *fan_in):
         out[f"{name}.weight"], out[f"{name}.bias"] = (features, *fan_in), (features,)
 
     linear("patch_embedding", dim, CHANNELS, *PATCH)
-    linear("text_embedding.0", dim, TEXT_DIM)
+    linear("text_embedding.0", dim, text_dim)
     linear("text_embedding.2", dim, dim)
-    linear("time_embedding.0", dim, FREQ_DIM)
+    linear("time_embedding.0", dim, freq_dim)
     linear("time_embedding.2", dim, dim)
     linear("time_projection.1", 6 * dim, dim)
     linear("head.head", CHANNELS * math.prod(PATCH), dim)

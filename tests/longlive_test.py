@@ -1,5 +1,5 @@
-"""LongLive and MemFlow from PyTorch files to videos and back, through the commands that a user
-runs, at a tiny size.
+"""LongLive, MemFlow and other generators from PyTorch files to videos and back, through the
+commands that a user runs, at a tiny size.
 
 The checkpoints are random but in the upstreams' formats: a wrapped LongLive `.pt`, its LoRA `.pt`,
 a diffusers VAE, a transformers text encoder with a tokenizer.
@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 import torch
 import transformers
+from backbones_test import FORMATS, random_state
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kvpo_jax.convert.wan_weights import official_name
@@ -275,6 +276,71 @@ def test_a_suite_of_upstreams_files(files, tmp_path):
     assert [len(iio.imread(clips / f"0000_seg{m}-0.mp4")) for m in (0, 1)] == [21, 12]
     results = json.loads((tmp_path / "lora" / "results.json").read_text())
     assert results["policy"]["name"] == "lora" and results["against"]["motion"]["win_rate"] >= 0
+
+
+# What of a configuration is not in the file of a generator, made tiny.
+SMALL = [
+    "--config.video.height=4",
+    "--config.video.width=6",
+    "--config.model.dtype=float32",
+    "--config.eval.scorer=stream",
+    "--config.reward.scorer=motion",
+    "--config.reward.weights.motion=1",
+]
+
+
+def generator(files, folder, spec):
+    """(--config, --config.weights and the flags of the other files) of a published generator.
+
+    Only the converted file says its sizes.
+    """
+    write, options = FORMATS[spec]
+    flags = [f"--{name}={x}" for name, x in options.items()]
+    output = folder / "generator.safetensors"
+    run("tools/convert_weights.py", write(random_state(), folder), f"--output={output}", *flags)
+    _, _, *others = paths(files, "umt5")  # neither LongLive's weights nor its adapter
+    return f"--config={spec}", f"--config.weights={output}", others
+
+
+@pytest.mark.slow
+def test_krea_streams_and_is_planned(files, tmp_path):
+    config, weights, (vae, _, *text) = generator(files, tmp_path, "configs/krea14b.py")
+    checkpoint = weights.replace("config.weights", "checkpoint")
+    output = ["--prompt=a red fox runs", "--num_frames=6", f"--output={tmp_path}"]
+    out = run("-m", "kvpo_jax.generate", config, checkpoint, vae, *text, *SMALL, *output)
+    assert "has dim=48, ffn_dim=64, num_heads=2, num_layers=2, " in out
+    assert iio.imread(tmp_path / "000_a_red_fox_runs.mp4").shape == (21, 128, 192, 3)
+    figures = f"--json={tmp_path / 'plan.json'}"
+    run("-m", "kvpo_jax.plan_memory", config, weights, vae, *SMALL, "--devices=1", figures)
+    resident = json.loads((tmp_path / "plan.json").read_text())["resident_gb"]
+    assert 0 < resident["base weights"] < 1e-3  # 14B would be 28.6
+
+
+@pytest.mark.slow
+def test_frames_one_by_one_train(files, tmp_path):
+    fields = {"video.blocks": 16, "rollout.branches": 2, "rollout.window_blocks": 1}
+    fields |= {"reward.min_behind": 0, "lora.rank": 4, "lora.alpha": 4, "replay.chunk": 3}
+    fields |= {"train.held_out": 2, "train.prompts_per_iteration": 1, "train.iterations": 1}
+    fields |= {"eval.prompts": 2, "eval.every": 0, "train.video_every": 0}
+    flags = [f"--config.{name}={x}" for name, x in fields.items()]
+    config, weights, others = generator(files, tmp_path, "configs/causal_forcing.py:frame")
+    workdir = f"--workdir={tmp_path / 'run'}"
+    run("-m", "kvpo_jax.main", config, workdir, weights, *others, *SMALL, *flags)
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["reward_std_in_group"] > 0
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["model"]["dim"] == 48 and saved["video"]["block_frames"] == 1
+
+
+@pytest.mark.slow
+def test_self_forcing_is_rated_in_the_published_window(files, tmp_path):
+    config, weights, (vae, _, *text) = generator(files, tmp_path, "configs/self_forcing.py")
+    line = {"prompts": ["a red fox runs"], "durations": [6]}
+    (tmp_path / "p.jsonl").write_text(json.dumps(line) + "\n")
+    command = ["-m", "kvpo_jax.evaluate", "--suite=short", f"{config}:published", weights, vae]
+    command += [*text, *SMALL, f"--prompts={tmp_path / 'p.jsonl'}", "--config.mesh.data=1"]
+    out = run(*command, f"--output={tmp_path / 'rated'}", "--config.reward.clip_frames=8")
+    assert "1 videos of 1 prompts" in out and "continuity" in out
 
 
 def test_a_missing_file_says_which_command_makes_it(tmp_path):

@@ -274,10 +274,21 @@ def test_help_shows_usage_and_flags(command):
     assert "--memory_gb: memory of one device" in done.stdout
 
 
-def test_a_mistake_is_one_line():
-    arguments = ["--config=configs/tiny.py", "--config.rollout.branchs=4"]
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        (
+            "--config.rollout.branchs=4",
+            "there is no field config.rollout.branchs; did you mean 'rollout.branches'?",
+        ),
+        (
+            "--config.model.channels=16",
+            "config.model.channels=16: a latent frame of the toy has 12",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(argument, message):
+    arguments = ["--config=configs/tiny.py", argument]
     done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == (
-        "error: there is no field config.rollout.branchs; did you mean 'rollout.branches'?\n"
-    )
+    assert done.stderr == f"error: {message}\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from kvpo_jax.convert.table import Shapes, Table, check_ranks, unchanged
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.types import PyTree
+
+N = TypeVar("N", int, float)
 
 # A Linear's weight is transposed; a norm's is not.
 _LINEAR = {"weight": "kernel", "bias": "bias"}
@@ -72,6 +75,7 @@ SIZES = (
     "text_len",
     "channels",
     "patch",
+    "eps",
 )
 
 # Official module -> module of diffusers' WanTransformer3DModel, outside of the blocks and inside of
@@ -210,7 +214,7 @@ def to_official(path: str, tensor: np.ndarray, patch: Sequence[int] = (1, 2, 2))
 
 
 def config_from_shapes(
-    shapes: Shapes, num_heads: int | None = None, text_len: int = 512
+    shapes: Shapes, num_heads: int | None = None, text_len: int = 512, eps: float = 1e-6
 ) -> WanConfig:
     """The config of the transformer whose tensors, by official name, have these shapes.
 
@@ -219,6 +223,7 @@ def config_from_shapes(
       num_heads: attention heads, which no shape shows; None is a head dim of 128, as in every
         published Wan.
       text_len: tokens that prompts are padded to, which no shape shows; 512 in every published Wan.
+      eps: of the norms, which no shape shows; 1e-6 in every published Wan.
 
     Raises:
       UsageError: a tensor is missing, or the sizes are not those of a text-to-video Wan.
@@ -236,8 +241,8 @@ def config_from_shapes(
         )
     if channels == 48:
         raise UsageError(
-            "48 channels: a Wan2.2 of 5B, whose VAE is of another design; bring a Wan2.1 of 1.3B,"
-            " or a model that was made of it"
+            "48 channels: a Wan2.2 of 5B, whose VAE is of another design; bring a Wan2.1,"
+            " of 1.3B or 14B, or a model that was made of it"
         )
     if dim % (num_heads or 128):
         heads = f"{num_heads} heads" if num_heads else "heads of 128 channels"
@@ -255,15 +260,30 @@ def config_from_shapes(
         text_len=text_len,
         channels=channels,
         patch=(frames, height, width),
+        eps=eps,
     )
 
 
 def config_from_checkpoint(checkpoint: Checkpoint) -> WanConfig:
     """The transformer's config. The user or a config.json says what no shape shows."""
     stated, options = read_configs(checkpoint.files), checkpoint.options
-    heads = options.num_heads or stated.get("num_heads") or stated.get("num_attention_heads")
-    text_len = options.text_len or stated.get("text_len") or 512
-    return config_from_shapes(checkpoint.shapes, heads, text_len)
+    heads = options.num_heads or _stated(stated, int, "num_heads", "num_attention_heads")
+    text_len = options.text_len or _stated(stated, int, "text_len") or 512
+    eps = _stated(stated, float, "eps") or 1e-6
+    return config_from_shapes(checkpoint.shapes, heads, text_len, eps)
+
+
+def _stated(stated: Mapping[str, Any], kind: type[N], *names: str) -> N | None:
+    """The first of these numbers that a config.json states; UsageError if it is none."""
+    for name in names:
+        if (value := stated.get(name)) is not None:
+            if type(value) is not kind or value <= 0:
+                raise UsageError(
+                    f"the config.json beside it says {name}={value!r}: expected a positive"
+                    f" {kind.__name__}"
+                )
+            return value
+    return None
 
 
 def abstract_params(cfg: WanConfig) -> PyTree:

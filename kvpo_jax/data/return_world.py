@@ -39,6 +39,7 @@ from kvpo_jax.types import Array
 LATENT = 4  # latent pixels per side
 SIDE = 12  # pixels along a side of a latent pixel
 SIZE = LATENT * SIDE
+CHANNELS = 3  # of a latent
 BACKGROUND = 0.5
 LATENT_SCALE = 0.14  # pixels per unit of latent
 SOFTNESS = 0.5  # of the mixture of latent pixels in a pixel, their width being 1
@@ -376,7 +377,7 @@ def _unbrush() -> np.ndarray:
 
 def decode(latents: Array) -> Array:
     """float[..., 4, 4, 3] latents -> float[..., 48, 48, 3] pixels in [0, 1]."""
-    chex.assert_shape(latents, (..., LATENT, LATENT, 3))
+    chex.assert_shape(latents, (..., LATENT, LATENT, CHANNELS))
     painted = jnp.einsum("iy,jx,...yxc->...ijc", _brush(), _brush(), latents)
     return jnp.clip(painted * LATENT_SCALE + BACKGROUND, 0.0, 1.0)
 

@@ -31,6 +31,7 @@ from kvpo_jax.types import Array, Windows
 
 SIZE = 8  # pixels per side
 SIDE = 2  # pixels along a side of a latent pixel
+CHANNELS = 3 * SIDE**2  # of a latent
 SPEED = 1.0  # pixels per frame
 BACKGROUND = 0.5
 LATENT_SCALE = 0.16  # pixels per unit of latent
@@ -298,7 +299,7 @@ def depths(windows: Windows, latents: int) -> np.ndarray:
 
 def decode(latents: Array) -> Array:
     """float[..., 4, 4, 12] latents -> float[..., 8, 8, 3] pixels in [0, 1]."""
-    chex.assert_shape(latents, (..., SIZE // SIDE, SIZE // SIDE, 12))
+    chex.assert_shape(latents, (..., SIZE // SIDE, SIZE // SIDE, CHANNELS))
     folded = latents * LATENT_SCALE + BACKGROUND
     pixels = einops.rearrange(folded, "... y x (py px c) -> ... (y py) (x px) c", py=SIDE, px=SIDE)
     return jnp.clip(pixels, 0.0, 1.0)

@@ -435,6 +435,20 @@ def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
         ) from error
 
 
+def generator_sizes(path: Path | str) -> dict[str, Any]:
+    """The sizes that kvpo-convert wrote into a generator's file, by their names in config.model.
+
+    They are empty for a file without a note, as those that ship with the package.
+
+    Raises:
+      OSError, UsageError: as `metadata_config`.
+    """
+    if "kind" not in weight_file.open_file(path).metadata:
+        return {}
+    sizes = metadata_config(path, "wan")
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
+
+
 # ---------------------------------------------------------------- names
 
 

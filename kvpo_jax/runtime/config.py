@@ -66,6 +66,10 @@ REGISTRIES = (
 # two prompts.
 MINIMUM = {
     "model.dim": 1,
+    "model.ffn_dim": 1,
+    "model.text_dim": 1,
+    "model.text_len": 1,
+    "model.channels": 1,
     "model.num_heads": 1,
     "model.num_layers": 1,
     "model.freq_dim": 2,
@@ -130,6 +134,7 @@ MINIMUM = {
 }
 SEEDS = 2**32  # as many keys as JAX makes of a seed; others would repeat them
 POSITIVE = (
+    "model.eps",
     "sampler.shift",
     "objective.tau",
     "objective.mix",
@@ -496,6 +501,12 @@ def local_path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def named_fields(arguments: Sequence[str]) -> list[str]:
+    """The fields that the flags `--config.FIELD=VALUE` among `arguments` name."""
+    matches = (re.match(r"--?(?:no)?config\.([^=]*)", argument) for argument in arguments)
+    return [match[1] for match in matches if match]
+
+
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     """A copy of `config` with the flags `--config.FIELD=VALUE` of the command line `arguments` (no
     program name).
@@ -514,13 +525,12 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
                 f"{argument}: the configuration is the run's own; --config.FIELD=VALUE changes a"
                 " field"
             )
-        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if not match or match[1] in names:
-            continue
-        if match[1] in sections:
-            fields = ", ".join(name for name in names if name.startswith(f"{match[1]}."))
-            raise UsageError(f"config.{match[1]} is a section; its fields are {fields}")
-        raise UsageError(f"there is no field config.{match[1]}{nearest(match[1], names)}")
+    for named in named_fields(arguments):
+        if named in sections:
+            fields = ", ".join(name for name in names if name.startswith(f"{named}."))
+            raise UsageError(f"config.{named} is a section; its fields are {fields}")
+        if named not in names:
+            raise UsageError(f"there is no field config.{named}{nearest(named, names)}")
     values = flags.FlagValues()
     command_line = ["", *arguments]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command_line)

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 import kvpo_jax
 from kvpo_jax.errors import UsageError, shortened
 from kvpo_jax.runtime import checkpoint as checkpoint_lib
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import progress, sharding
 from kvpo_jax.runtime.atomic import naming, write_json
 from kvpo_jax.runtime.checkpoint import NEWEST, Which
 from kvpo_jax.runtime.config import (
@@ -36,6 +36,7 @@ from kvpo_jax.runtime.config import (
     from_record,
     load,
     load_saved,
+    named_fields,
     override,
     prompts_at_once,
     shipped,
@@ -151,6 +152,8 @@ def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) ->
     A continued run that is given no `spec` keeps its own configuration, with `arguments` over it.
     Before there is a checkpoint, any configuration may replace the one that is saved; afterwards
     the newest checkpoint says what the run is, for config.json may have been edited or lost.
+
+    Sizes of the generator are those of its weight file, see `_sized`.
     """
     saved = made_with = None
     if workdir is not None:
@@ -165,11 +168,60 @@ def resolve(spec: str | None, workdir: Path | None, arguments: Sequence[str]) ->
                     " there is no config.json; put that of the run back"
                 )
     base = saved if saved is not None and spec is None else load(spec or str(shipped(TINY)))
-    config = override(base, arguments)
+    config = _sized(override(base, arguments), named_fields(arguments))
     check(config)
     if made_with is not None:
         check_resumable(made_with, config)
     return config
+
+
+def _sized(config: ConfigDict, named: Sequence[str]) -> ConfigDict:
+    """The config with the sizes that the converted file in config.weights says of its generator.
+
+    A line says which sizes of a configuration file they replace.
+
+    Args:
+      config: with the flags over it. A file that is not there is left to `backbone.check_files`.
+      named: fields that flags have set. They stay, and must be the file's. But for
+        model.text_len, on which no weight depends.
+
+    Raises:
+      UsageError: a flag asks for another size, or the file says what no generator has.
+    """
+    path, model = config.weights, config.model
+    if not path or not Path(path).is_file():
+        return config
+    sizes = checkpoint_lib.generator_sizes(path)
+    for name, size in sizes.items():
+        if name not in model or _kinds(size) != _kinds(model[name]):
+            raise UsageError(
+                f"{path} says {name}={size!r} of its generator, which is no size of one here; make"
+                " it with kvpo-convert"
+            )
+    other = {name: size for name, size in sizes.items() if size != model[name]}
+    asked = [name for name in other if f"model.{name}" in named]
+    if wrong := [name for name in asked if name != "text_len"]:
+        raise UsageError(
+            f"{path} has {_listed(other, wrong)}, the command line"
+            f" {_listed(model, wrong, 'config.model.')}; leave out what the file says, or bring"
+            " weights of these sizes"
+        )
+    if taken := [name for name in other if name not in asked]:
+        has = _listed(other, taken)
+        progress.say(f"{path} has {has}, taken in place of the config's {_listed(model, taken)}")
+    sized = config.copy_and_resolve_references().unlock()
+    sized.model.update({name: other[name] for name in taken})
+    return sized.lock()
+
+
+def _kinds(value: Any) -> Any:
+    """The type of a value, or the types in a tuple."""
+    return [type(x) for x in value] if isinstance(value, tuple) else type(value)
+
+
+def _listed(values: Mapping[str, Any], names: Sequence[str], prefix: str = "") -> str:
+    """Some of the values with their names, "dim=1536, num_layers=30"."""
+    return ", ".join(f"{prefix}{name}={values[name]}" for name in names)
 
 
 MANIFEST = "manifest.json"  # of a folder that a command fills: what it is made of
