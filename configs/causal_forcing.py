@@ -32,5 +32,5 @@ def get_config(preset: str = "chunk") -> ConfigDict:
         c.rollout.window_blocks = 6  # as many frames as two chunks
         c.replay.chunk = 12  # rows of 1560 tokens: as many as four chunks have
         if published:
-            c.window.past = 17  # and the sink of 3: all past frames of such a video
+            c.window.update(past=17, recache_frames=17)  # all past frames of such a video
     return c

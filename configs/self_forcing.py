@@ -31,11 +31,13 @@ def get_config(preset: str = "short") -> ConfigDict:
     c.video.blocks = 7
     c.video.switch_frames = ()
     c.window.cache_frames = 21
+    c.window.recache_frames = 9  # the local window; the page of a branch holds as much
 
     # With the paper's 3 + 9 past frames the first five blocks attend to all that is there, as
     # published; behind the fork of the sixth there are 84 ways to route.
     c.rollout.window_blocks = 2
     c.reward.clip_frames = 0  # a quarter of the frames lies behind the fork: score all of them
     if preset == "published":
-        c.window.past = 15  # and the sink of 3: all past frames of such a video
+        # With the sink of 3, all past frames of such a video.
+        c.window.update(past=15, recache_frames=15)
     return c
