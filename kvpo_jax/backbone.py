@@ -27,7 +27,7 @@ from kvpo_jax.rewards import composite, preprocess, scorers
 from kvpo_jax.runtime import checkpoint, pictures, sharding
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import recorded_blocks, segment_of, wan_config
-from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, Windows
+from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree, Scores, SplitRows, Windows
 
 if TYPE_CHECKING:
     from kvpo_jax.data.embeddings import Embeddings
@@ -56,13 +56,16 @@ class Backbone:
         each latent frame of a video if these pixel frames are read; 0 is not at all.
       decode: (decoder weights, latents float[n, F, Y, X, C], depth int32[F], state) -> (pixels [n,
         frames', h, w, 3], state): the next frames of n videos, jit-able; float in [0, 1] or uint8.
-        The state of the first ones is None, the leaves of the others have n first.
+        The state of the first ones is None, the leaves of the others have n first. If there are
+        `rows`, it takes besides `rows=SplitRows` inside `shard_map`, and latents, pixels and state
+        [n, _, rows, ...] are those of a device.
       rewards: (pixels float[n, frames', h, w, 3], sentences) -> component -> float[n]; what is
         optimised.
       watch: as `rewards`, of components that are evaluated on held-out prompts and never optimised.
       to_pixel: first pixel frame of a latent frame.
       side: pixels along a side of a latent pixel.
       fps: pixel frames per second.
+      rows: Y, if `decode` can split frames over devices; 0: it cannot.
     """
 
     load_params: Callable[[Placement], PyTree]
@@ -78,6 +81,7 @@ class Backbone:
     to_pixel: Callable[[int], int]
     side: int
     fps: int
+    rows: int = 0
 
 
 # ---------------------------------------------------------------- what a run asks of it
@@ -497,7 +501,12 @@ def vae_config(config: ml_collections.ConfigDict) -> wan_vae.VAEConfig:
 
 
 def decode(
-    vae: wan_vae.VAEConfig, decoder: PyTree, latents: Array, depth: Array, state: Any
+    vae: wan_vae.VAEConfig,
+    decoder: PyTree,
+    latents: Array,
+    depth: Array,
+    state: Any,
+    rows: SplitRows | None = None,
 ) -> tuple[Array, Any]:
     """Latents float[n, F, Y, X, C] to pixels uint8[n, frames, h, w, 3].
 
@@ -510,10 +519,11 @@ def decode(
       latents: the next block of n videos.
       depth: int32[F], how many stages each latent frame passes.
       state: what the blocks before have left; None for the first.
+      rows: see `wan_vae.decode`.
     """
 
     def of_video(x: Array, before: Any) -> tuple[Array, Any]:
-        pixels, after = wan_vae.decode(vae, decoder, x[None], before, depth)
+        pixels, after = wan_vae.decode(vae, decoder, x[None], before, depth, rows)
         return preprocess.to_uint8((pixels[0] + 1) / 2), after
 
     def next_frames(state: Any, video: tuple[Array, Array]) -> tuple[Any, Array]:
@@ -624,6 +634,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
         to_pixel=composite.latent_to_pixel,
         side=vae.spatial_factor,
         fps=16,
+        rows=config.video.height,
     )
 
 

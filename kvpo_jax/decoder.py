@@ -20,16 +20,33 @@ from kvpo_jax.backbone import Backbone
 from kvpo_jax.models import layers
 from kvpo_jax.rewards.preprocess import to_uint8
 from kvpo_jax.runtime import progress, sharding
-from kvpo_jax.types import Array, Pixels, PyTree, Windows
+from kvpo_jax.types import Array, Pixels, PyTree, SplitRows, Windows
 
 
-def spec_of(mesh: Mesh, trajectories: int) -> Spec:
-    """How the videos of so many trajectories per prompt are split over the mesh while decoding."""
-    return sharding.PROMPTS if trajectories % mesh.shape["branch"] else sharding.TRAJECTORIES
+def split_rows(backbone: Backbone, mesh: Mesh) -> SplitRows | None:
+    """How frames lie over `context` while they are decoded; None: every device has whole ones."""
+    devices = mesh.shape["context"]
+    return SplitRows("context", devices, backbone.rows) if devices > 1 and backbone.rows else None
+
+
+def spec_of(mesh: Mesh, trajectories: int, rows: SplitRows | None = None, before: int = 3) -> Spec:
+    """How the videos of so many trajectories per prompt are split over the mesh while decoding.
+
+    Args:
+      mesh: of the latents.
+      trajectories: T.
+      rows: see `split_rows`.
+      before: of an array [P, T, ..., rows, ...], how many axes are before that of the rows.
+    """
+    spec = sharding.PROMPTS if trajectories % mesh.shape["branch"] else sharding.TRAJECTORIES
+    return Spec(*spec, *[None] * (before - len(spec)), rows.axis) if rows else spec
 
 
 def make_step(
-    decode: Callable[[PyTree, Array, Array, Any], tuple[Array, Any]], mesh: Mesh, block_frames: int
+    decode: Callable[..., tuple[Array, Any]],
+    mesh: Mesh,
+    block_frames: int,
+    rows: SplitRows | None = None,
 ) -> Callable:
     """Compiles the decoding of a block.
 
@@ -37,11 +54,15 @@ def make_step(
       decode: of a `Backbone`.
       mesh: of the latents.
       block_frames: F.
+      rows: see `split_rows`.
 
     Returns:
       (weights, latents float[P, T, frames, Y, X, C], first_frame, depth int32[F], state) -> (pixels
-      of the block, state). The state has the leading axes P and T and is updated in place.
+      of the block, state). The state has the leading axes P and T and is updated in place. Pixels
+      and state are split as `rows` says.
     """
+    if rows:
+        decode = partial(decode, rows=rows)
 
     def decode_shard(
         weights: PyTree, latents: Array, depth: Array, state: Any
@@ -57,7 +78,10 @@ def make_step(
         weights: PyTree, latents: Array, first_frame: Array, depth: Array, state: Any
     ) -> tuple[Array, Any]:
         block = jax.lax.dynamic_slice_in_dim(latents, first_frame, block_frames, axis=2)
-        spec = spec_of(mesh, latents.shape[1])
+        if rows:
+            beyond = (0, rows.padded - rows.count)
+            block = jnp.pad(block, [*[(0, 0)] * 3, beyond, *[(0, 0)] * 2])
+        spec = spec_of(mesh, latents.shape[1], rows)
         sharded = jax.shard_map(
             decode_shard,
             mesh=mesh,
@@ -86,7 +110,9 @@ class VideoDecoder:
 
     Each device decodes its own videos. If T is not a multiple of the shards of `branch`, it decodes
     all videos of its prompts. It decodes the videos of a group one after another, because a
-    decoder's memory of a video is larger than the video. The programs serve every pivot.
+    decoder's memory of a video is larger than the video. The devices of `context` have rows of the
+    same videos, if the backbone can split them; what is returned is whole on each of them. The
+    programs serve every pivot.
 
     Args:
       backbone: whose decoder.
@@ -98,12 +124,14 @@ class VideoDecoder:
         self._mesh, self._frames, self._backbone = mesh, block_frames, backbone
         self._weights = backbone.load_decoder(NamedSharding(mesh, sharding.REPLICATED))
         self._all_stages = np.full(block_frames, np.iinfo(np.int32).max, np.int32)
-        self._step = make_step(backbone.decode, mesh, block_frames)
+        self._rows = split_rows(backbone, mesh)
+        self._step = make_step(backbone.decode, mesh, block_frames, self._rows)
         self._fork = jax.jit(self._repeated, static_argnums=1)
         self._pick = jax.jit(self._picked, static_argnums=2)
         self._new = jax.jit(self._zeros, static_argnums=(0, 1))
         self._put = jax.jit(self._written, donate_argnums=0)
-        self._flat = jax.jit(self._flattened, donate_argnums=0)
+        # What is gathered cannot be where its parts were.
+        self._flat = jax.jit(self._flattened, donate_argnums=() if self._rows else 0)
         self._of_shards = jax.jit(self._picked_prompts)
         self._show = jax.jit(self._shown, static_argnums=1)
 
@@ -120,7 +148,7 @@ class VideoDecoder:
         `state` is that of the block before, None for the first.
         """
         pixels, state = self._step(self._weights, latents[:, None], 0, self._all_stages, state)
-        return pixels[:, 0], state
+        return self._frame(pixels[:, 0]), state
 
     def group(self, branches: Array, anchor: Array, pivot: int, windows: Windows) -> Pixels:
         """Pixels of branches and of their anchor.
@@ -279,7 +307,7 @@ class VideoDecoder:
 
     def _repeated(self, tree: PyTree, trajectories: int) -> PyTree:
         tree = jax.tree.map(lambda x: jnp.repeat(x, trajectories, axis=1), tree)
-        return sharding.constrain(tree, self._mesh, spec_of(self._mesh, trajectories))
+        return sharding.constrain(tree, self._mesh, spec_of(self._mesh, trajectories, self._rows))
 
     def _picked(self, branches: Array, turn: Array, at_once: int) -> Array:
         """The videos whose turn it is, one of every shard: [P, G, ...] -> [P, at_once, ...]."""
@@ -296,11 +324,11 @@ class VideoDecoder:
 
     def _shown(self, pixels: Array, count: int) -> Array:
         """The first `count` of [P, T, ...] as uint8, on every device."""
-        return sharding.constrain(to_uint8(pixels[:count]), self._mesh)
+        return sharding.constrain(self._frame(to_uint8(pixels[:count])), self._mesh)
 
     def _zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         zeros = jnp.zeros(shape, dtype)
-        return sharding.constrain(zeros, self._mesh, spec_of(self._mesh, shape[1]))
+        return sharding.constrain(zeros, self._mesh, spec_of(self._mesh, shape[1], self._rows, 4))
 
     def _written(self, out: Array, pixels: Array, places: Array, turn: Array) -> Array:
         """Writes frames of [P, T, frames, ...] at their places into [P, at_once, turns, n, ...].
@@ -312,7 +340,7 @@ class VideoDecoder:
             pixels = jnp.broadcast_to(pixels, (*out.shape[:2], *pixels.shape[2:]))
             return out.at[:, :, turn, places].set(pixels, mode="drop")
 
-        into, of = (spec_of(self._mesh, x.shape[1]) for x in (out, pixels))
+        into, of = (spec_of(self._mesh, x.shape[1], self._rows, x.ndim - 3) for x in (out, pixels))
         one = sharding.REPLICATED
         sharded = jax.shard_map(
             write, mesh=self._mesh, in_specs=(into, of, one, one), out_specs=into
@@ -320,9 +348,15 @@ class VideoDecoder:
         return sharded(out, pixels, places, turn)
 
     def _flattened(self, out: Array) -> Array:
-        """[P, at_once, turns, ...] -> [P, at_once * turns, ...]."""
-        pixels = out.reshape(out.shape[0], -1, *out.shape[3:])
+        """[P, at_once, turns, ...] -> [P, at_once * turns, ...], of whole frames."""
+        pixels = self._frame(out.reshape(out.shape[0], -1, *out.shape[3:]))
         return sharding.constrain(pixels, self._mesh, spec_of(self._mesh, pixels.shape[1]))
+
+    def _frame(self, pixels: Array) -> Array:
+        """[..., h, w, 3] without what is beyond the last row of a frame."""
+        if self._rows is None:
+            return pixels
+        return pixels[..., : pixels.shape[-3] // self._rows.padded * self._rows.count, :, :]
 
 
 def length(windows: Windows) -> int:

@@ -25,7 +25,7 @@ from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import programs as programs_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.backbone import Backbone
-from kvpo_jax.decoder import VideoDecoder, length, make_step, spec_of
+from kvpo_jax.decoder import VideoDecoder, length, make_step, spec_of, split_rows
 from kvpo_jax.models import qwen2_vl, reward_model, umt5, vit, wan_vae
 from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig, VideoAlignConfig
@@ -171,6 +171,7 @@ def fileless_backbone(config: ml_collections.ConfigDict) -> Backbone:
         decode=partial(backbone_lib.decode, vae),
         to_pixel=composite.latent_to_pixel,
         side=vae.spatial_factor,
+        rows=config.video.height,
     )
 
 
@@ -267,29 +268,32 @@ def trace_decoding(iteration: Iteration) -> Decoding:
     video, mesh, decode = run.config.video, run.mesh, run.backbone.decode
     weights = placed(run.backbone.load_decoder(None), mesh)
     prompts, branches, frames, *sides = rolled.branches.shape
+    rows = split_rows(run.backbone, mesh)
     heldout, shards = len(iteration.heldout.batch.numbers), mesh.shape["branch"]
     at_once = 1 if branches % shards else shards  # as in VideoDecoder.group
-    block = shape((1, video.block_frames, *sides), jnp.float32)
+    height = rows.padded if rows else sides[0]
+    block = shape((1, video.block_frames, height, *sides[1:]), jnp.float32)
     depth = shape((video.block_frames,), jnp.int32)
     first, state = jax.eval_shape(decode, weights, block, depth, None)
     config, to_pixel = run.config, run.backbone.to_pixel
+    _, *picture = backbone_lib.pixel_shape(config, run.backbone)
     # Whole videos, which are written to files, go to the host block by block, and take less.
     of_group = backbone_lib.windows_read(config, to_pixel, run.draw_pivot(0))
     of_heldout = backbone_lib.windows_read(config, to_pixel)
 
     def pixels(prompts: int, trajectories: int, windows: Windows, spec: Spec) -> Array:
-        sizes = (prompts, trajectories, length(windows), *first.shape[2:])
+        sizes = (prompts, trajectories, length(windows), *picture, 3)
         return placed(shape(sizes, first.dtype), mesh, spec)
 
     def memory(prompts: int, trajectories: int) -> PyTree:
         def per_video(x: Array) -> Array:
             return shape((prompts, trajectories, *x.shape[1:]), x.dtype)
 
-        return placed(jax.tree.map(per_video, state), mesh, spec_of(mesh, trajectories))
+        return placed(jax.tree.map(per_video, state), mesh, spec_of(mesh, trajectories, rows))
 
     latents = shape((prompts, at_once, frames, *sides), jnp.float32)
     latents, in_turn = placed(latents, mesh, spec_of(mesh, at_once)), memory(prompts, at_once)
-    step = make_step(decode, mesh, video.block_frames)
+    step = make_step(decode, mesh, video.block_frames, rows)
     return Decoding(
         weights=weights,
         pixels=(

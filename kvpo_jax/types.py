@@ -17,6 +17,7 @@ block, `F * pivot` the fork frame. Latent video is channels-last, `float[..., fr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -312,3 +313,32 @@ class Gradient(struct.PyTreeNode):
     squared: Array
     counted: Array
     metrics: dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRows:
+    """How the rows of a frame lie over the devices of a mesh axis while it is decoded.
+
+    The devices have them in order, as many each. Where they do not divide them, the last ones have
+    rows beyond the frame, which nothing reads. Latents, pixels and what a decoder remembers are
+    split at the same places.
+
+    Attributes:
+      axis: of the mesh.
+      devices: of that axis.
+      count: the rows of a frame of latents.
+    """
+
+    axis: str
+    devices: int
+    count: int
+
+    @property
+    def of_device(self) -> int:
+        """The rows of latents of each device."""
+        return -(-self.count // self.devices)
+
+    @property
+    def padded(self) -> int:
+        """The rows of all devices."""
+        return self.of_device * self.devices

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from kvpo_jax import backbone
 from kvpo_jax.decoder import VideoDecoder
@@ -19,8 +20,19 @@ from kvpo_jax.runtime import sharding
 P, G, BLOCKS, FRAMES = 2, 4, 5, 3
 
 
+def mesh_of(data, branch, context):
+    """A mesh without `fsdp`."""
+    devices = np.asarray(jax.devices()[: data * branch * context])
+    return Mesh(devices.reshape(data, 1, branch, context), sharding.AXES)
+
+
 class Causal:
-    """A decoder with a memory: a pixel is the sum of the latents so far; the first frame is one."""
+    """A decoder with a memory: a pixel is the sum of the latents so far; the first frame is one.
+
+    Of its frames, which have two rows, a device may have some.
+    """
+
+    rows = 2
 
     def __init__(self, dtype):
         self.dtype = dtype
@@ -34,22 +46,25 @@ class Causal:
         last = max(end for _, end in windows) // 2
         return (np.arange(latents) <= last).astype(np.int32)
 
-    def decode(self, weights, latents, depth, state):
-        total = jnp.cumsum(weights["scale"] * latents, axis=1) + (
-            0 if state is None else state[:, None]
-        )
+    def decode(self, weights, latents, depth, state, rows=None):
+        assert latents.shape[2] == (rows.of_device if rows else 2)
+        total = jnp.cumsum(weights["scale"] * latents, axis=1) + (0 if state is None else state)
         pixels = jnp.repeat(total[..., :3], 2, axis=1)[:, 1 if state is None else 0 :]
-        return pixels.astype(self.dtype), total[:, -1]
+        return pixels.astype(self.dtype), total[:, -1:]
 
 
 def compilations(decoder):
     return {name: f._cache_size() for name, f in vars(decoder).items() if hasattr(f, "_cache_size")}
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 4), (2, 4)])
+# data, branch, context; of three devices of context one has no row.
+MESHES = [(1, 1, 1), (2, 1, 1), (1, 4, 1), (2, 4, 1), (1, 2, 2), (2, 1, 3)]
+
+
+@pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.uint8])
 def test_a_group_is_its_videos(shape, dtype):
-    mesh = sharding.make_mesh(*shape, P, G)
+    mesh = mesh_of(*shape)
     decoder = VideoDecoder(Causal(dtype), mesh, FRAMES)
     rng = np.random.default_rng(0)
     branches = rng.integers(0, 3, (P, G, BLOCKS * FRAMES, 2, 2, 4)).astype(np.float32)
@@ -74,6 +89,8 @@ def test_a_group_is_its_videos(shape, dtype):
             2,
             3,
         )
+        of_device = pixels.videos.addressable_shards[0].data.shape
+        assert of_device == (P // shape[0], G // shape[1], *pixels.videos.shape[2:])
         np.testing.assert_array_equal(pixels.videos, expected)
         np.testing.assert_array_equal(
             pixels.anchor[:, 0], np.repeat(np.cumsum(2 * anchor, 1)[..., :3], 2, axis=1)[:, 1:]
@@ -83,6 +100,12 @@ def test_a_group_is_its_videos(shape, dtype):
     assert len(programs[0]) == 8 and programs[2] == programs[3] == programs[4]
     placed = sharding.place(branches, mesh, sharding.TRAJECTORIES)
     np.testing.assert_array_equal(decoder.videos(placed, whole).videos, expected)
+    streamed, state = [], None
+    for first in range(0, BLOCKS * FRAMES, FRAMES):
+        pixels, state = decoder.block(branches[:, 0, first : first + FRAMES], state)
+        streamed.append(pixels)
+        assert state.addressable_shards[0].data.shape[3] == -(-2 // shape[2])  # rows of a device
+    np.testing.assert_array_equal(np.concatenate(streamed, axis=1), expected[:, 0])
 
 
 def values_of(latents, scale):
@@ -91,14 +114,16 @@ def values_of(latents, scale):
     return np.round(scale * pixels).astype(np.uint8)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 4, 1), (2, 1, 2), (1, 2, 3)]
+)
 @pytest.mark.parametrize("dtype, scale", [(jnp.float32, 255), (jnp.uint8, 1)])
 def test_films_are_whole_videos_in_bytes(shape, dtype, scale):
     """Of the group of the first prompt, the anchor first; and of the first prompts, whose shards
     decode one at a time.
     """
     prompts, frames = 4, BLOCKS * FRAMES
-    mesh = sharding.make_mesh(*shape, prompts, G)
+    mesh = mesh_of(*shape)
     decoder = VideoDecoder(Causal(dtype), mesh, FRAMES)
     rng = np.random.default_rng(0)
     steps = rng.integers(0, 2, (prompts, 1 + G, frames, 2, 2, 4)).astype(np.float32)
@@ -129,6 +154,8 @@ VAE = wan_vae.VAEConfig(
 class RandomVAE:
     """A Wan VAE with one residual block in a stage, whose parameters are random."""
 
+    rows = 3
+
     def __init__(self, dtype):
         self.cfg = dataclasses.replace(VAE, dtype=dtype)
         self.depths = partial(wan_vae.depths, self.cfg)
@@ -144,17 +171,17 @@ class RandomVAE:
 
 @pytest.mark.parametrize(
     "shape, frames, dtype",
-    [((1, 1), 3, "float32"), ((1, 2), 2, "bfloat16"), ((2, 1), 1, "float32")],
+    [((1, 1, 2), 3, "float32"), ((1, 2, 1), 2, "bfloat16"), ((2, 1, 1), 1, "float32")],
 )
 def test_what_is_read_is_what_decoding_everything_gives(shape, frames, dtype):
     """To the last bit: clips apart, frames of a picture, windows that overlap, at all pivots; and
     nothing is compiled for another pivot.
     """
     latents, prompts, count = 48, 2, 2
-    mesh = sharding.make_mesh(*shape, prompts, count)
+    mesh = mesh_of(*shape)
     decoder = VideoDecoder(RandomVAE(dtype), mesh, frames)
     rng = np.random.default_rng(0)
-    videos = rng.normal(size=(prompts, count + 1, latents, 1, 2, 2)).astype(np.float32)
+    videos = rng.normal(size=(prompts, count + 1, latents, 3, 1, 2)).astype(np.float32)
     total = composite.latent_to_pixel(latents)
     windows = ((142, 151), (160, 161), (163, 178), (172, 181))  # from latent 36 on
     read = np.concatenate([np.arange(*window) for window in windows])
@@ -182,7 +209,7 @@ def test_no_block_is_decoded_that_leads_nowhere():
     """Frames 133 to 140 are in latents 34 and 35. The last stage needs 6 frames before them, from
     127 in latent 32 on, and so on down to latent 12; block 0 makes the state.
     """
-    decoder = VideoDecoder(RandomVAE("float32"), sharding.make_mesh(1, 1, 1, 1), 3)
+    decoder = VideoDecoder(RandomVAE("float32"), mesh_of(1, 1, 1), 3)
     stepped, step = [], decoder._step
 
     def counting(weights, latents, start, depth, state):
@@ -190,7 +217,7 @@ def test_no_block_is_decoded_that_leads_nowhere():
         return step(weights, latents, start, depth, state)
 
     decoder._step = counting
-    latents = jax.random.normal(jax.random.key(0), (1, 1, 48, 1, 2, 2))
+    latents = jax.random.normal(jax.random.key(0), (1, 1, 48, 3, 1, 2))
     decoder.videos(latents, ((133, 141),))
     assert [start for start, _ in stepped] == [0, *range(12, 36, 3)]
     depth = [0] * 3 + [1] * 16 + [2] * 3 + [3] + [4] * 4

@@ -12,9 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax.convert import wan_vae_weights
 from kvpo_jax.models import wan_vae
+from kvpo_jax.types import SplitRows
 
 TOLERANCE = {"atol": 2e-5, "rtol": 0}
 
@@ -162,6 +165,61 @@ def test_branches_share_the_decoded_prefix(ours):
         cfg, params, jnp.concatenate([jnp.repeat(prefix, 3, axis=0), rest], axis=1)
     )
     np.testing.assert_allclose(pixels, whole[:, 9:], **TOLERANCE)
+
+
+SMALL = wan_vae.VAEConfig(
+    base_dim=4,
+    z_dim=2,
+    dim_mult=(1, 2, 2),
+    num_res_blocks=0,
+    temporal_downsample=(False, True),
+    latent_mean=(0.5,) * 2,
+    latent_std=(2.0,) * 2,
+)
+
+
+@pytest.mark.parametrize("devices, rows", [(2, 8), (4, 5)])
+def test_rows_over_devices_are_those_of_whole_frames(devices, rows):
+    """Pixels and memory, after a fork and where stages are skipped; also where a device has fewer
+    rows than the others, and one has none. A convolution adds in another order for fewer rows. A
+    device has its share of the memory, and needs about its share besides.
+    """
+    split = SplitRows("context", devices, rows)
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), "context")
+    rng = np.random.default_rng(0)
+
+    def random(like):  # of a size that keeps activations near 1, so that 1e-6 is their rounding
+        fan_in = np.prod(like.shape[:-1]) if like.ndim > 1 else 1
+        return jnp.asarray(rng.normal(size=like.shape) / np.sqrt(fan_in), like.dtype)
+
+    params = jax.tree.map(random, wan_vae.abstract_decoder_params(SMALL))
+    prefix, rest = (rng.normal(size=(n, n, rows, 2, 2)).astype(np.float32) for n in (1, 3))
+
+    def decode_rows(*arguments):
+        return wan_vae.decode(SMALL, *arguments, rows=split)
+
+    def films(decode, prefix, rest):
+        before, cache = jax.jit(decode)(params, prefix, None, None)
+        forked = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), cache)
+        arguments = (params, rest, forked, jnp.array([3, 1, 3]))
+        following = jax.jit(decode).lower(*arguments).compile()
+        needed = following.memory_analysis().temp_size_in_bytes
+        return (before, following(*arguments)), needed
+
+    of_rows, everywhere = Spec(None, None, "context"), Spec()
+    specs = (everywhere, of_rows, of_rows, everywhere)
+    sharded = jax.shard_map(decode_rows, mesh=mesh, in_specs=specs, out_specs=(of_rows, of_rows))
+    beyond = [(0, 0)] * 2 + [(0, split.padded - rows)] + [(0, 0)] * 2
+    parts, needed = films(sharded, *(np.pad(x, beyond) for x in (prefix, rest)))
+    whole, needed_for_whole = films(partial(wan_vae.decode, SMALL), prefix, rest)
+    assert needed < 0.6 * needed_for_whole
+    for ours, theirs in zip(*map(jax.tree.leaves, (parts, whole)), strict=True):
+        rows_of_device = ours.addressable_shards[0].data.shape[2]
+        assert rows_of_device * rows == split.of_device * theirs.shape[2]
+        error = np.abs(np.asarray(ours)[:, :, : theirs.shape[2]] - theirs).max()
+        assert error < 1e-6 * max(1, np.abs(theirs).max())
+    pixels = whole[1][0]
+    assert np.ptp(pixels, axis=0).max() > 0.1 and np.mean(np.abs(pixels) == 1) < 0.1
 
 
 def test_the_past_does_not_see_the_future(ours):

@@ -13,6 +13,10 @@ to, and `decode` does no more.
 
 Pixels are in [-1, 1], latents are normalised per channel. The arithmetic is that of Wan2.1.
 
+The rows of a frame can lie over devices: inside `shard_map`, `decode` is told of `SplitRows`. Each
+device then decodes its rows, and remembers their past. A convolution asks the neighbours for the
+row beyond either end, the attention asks all for their keys and values. Nothing is computed twice.
+
 A run only decodes and loads `abstract_decoder_params`. A converted file holds the encoder too.
 """
 
@@ -33,7 +37,7 @@ import numpy as np
 from kvpo_jax.errors import Registry, UsageError
 from kvpo_jax.models import layers
 from kvpo_jax.models.layers import wide
-from kvpo_jax.types import Array, PyTree
+from kvpo_jax.types import Array, PyTree, SplitRows
 
 # Mean and standard deviation of each channel of Wan2.1's latents.
 LATENT_MEAN = (
@@ -119,6 +123,21 @@ class VAEConfig:
         return 2 ** len(self.temporal_downsample)
 
 
+def _with_neighbours(x: Array, rows: SplitRows) -> Array:
+    """float[..., h, w, c] -> float[..., h + 2, w, c]: rows of a frame with the row beyond each end.
+
+    Beyond the frame they are 0, as a convolution pads it.
+    """
+    h, last = x.shape[-3], rows.devices - 1
+    if rows.padded > rows.count:  # The last devices have rows that the frame has not.
+        number = jax.lax.axis_index(rows.axis) * h + jnp.arange(h)
+        inside = number < rows.count * (h // rows.of_device)
+        x = jnp.where(inside[:, None, None], x, 0)
+    before = jax.lax.ppermute(x[..., -1:, :, :], rows.axis, [(i, i + 1) for i in range(last)])
+    after = jax.lax.ppermute(x[..., :1, :, :], rows.axis, [(i + 1, i) for i in range(last)])
+    return jnp.concatenate([before, x, after], axis=-3)
+
+
 def _conv(cfg: VAEConfig, features: int, kernel: tuple[int, ...], **options: Any) -> nn.Conv:
     dtype = jnp.dtype(cfg.dtype)
     return nn.Conv(features, kernel, dtype=dtype, param_dtype=dtype, **options)
@@ -130,6 +149,7 @@ class CausalConv(nn.Module):
     cfg: VAEConfig
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
+    rows: SplitRows | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -148,6 +168,8 @@ class CausalConv(nn.Module):
             if not t:
                 return jnp.zeros((n, 0, *rest[:-1], self.features), x.dtype)
         padding = [(0, 0), *((k // 2, k // 2) for k in space)]
+        if self.rows and space[0] > 1:
+            x, padding[1] = _with_neighbours(x, self.rows), (0, 0)
         numbers = ("NTHWC", "THWIO", "NTHWC")
         y = jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), padding, dimension_numbers=numbers)
         return y + bias
@@ -169,10 +191,11 @@ class Residual(nn.Module):
 
     cfg: VAEConfig
     features: int
+    rows: SplitRows | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        conv = partial(CausalConv, self.cfg, self.features)
+        conv = partial(CausalConv, self.cfg, self.features, rows=self.rows)
         y = conv(name="residual_2")(nn.silu(Norm(name="residual_0")(x)))
         y = conv(name="residual_6")(nn.silu(Norm(name="residual_3")(y)))
         return y + (x if x.shape[-1] == self.features else conv((1, 1, 1), name="shortcut")(x))
@@ -182,6 +205,7 @@ class Attention(nn.Module):
     """One head over the pixels of each frame."""
 
     cfg: VAEConfig
+    rows: SplitRows | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -189,6 +213,9 @@ class Attention(nn.Module):
         y = Norm(name="norm")(x).reshape(n * t, h, w, c)
         qkv = _conv(self.cfg, 3 * c, (1, 1), name="to_qkv")(y).reshape(n * t, h * w, 3 * c)
         q, k, v = (y[:, :, None] for y in jnp.split(qkv, 3, axis=-1))
+        if self.rows:
+            k, v = jax.lax.all_gather((k, v), self.rows.axis, axis=1, tiled=True)
+            k, v = k[:, : self.rows.count * w], v[:, : self.rows.count * w]
         y = jax.nn.dot_product_attention(q, k, v)[:, :, 0].reshape(n * t, h, w, c)
         return x + _conv(self.cfg, c, (1, 1), name="proj")(y).reshape(x.shape)
 
@@ -220,6 +247,7 @@ class Upsample(nn.Module):
     cfg: VAEConfig
     features: int
     temporal: bool
+    rows: SplitRows | None = None
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
@@ -235,7 +263,10 @@ class Upsample(nn.Module):
             x = einops.rearrange(x, "n t h w (two c) -> n (t two) h w c", two=2)
             x = jnp.concatenate([alone, x], axis=1)
         x = einops.rearrange(x, "n t h w c -> (n t) h w c").repeat(2, axis=1).repeat(2, axis=2)
-        x = _conv(self.cfg, self.features, (3, 3), padding=1, name="resample_1")(x)
+        padding = [(1, 1), (1, 1)]
+        if self.rows:
+            x, padding[0] = _with_neighbours(x, self.rows), (0, 0)
+        x = _conv(self.cfg, self.features, (3, 3), padding=padding, name="resample_1")(x)
         return einops.rearrange(x, "(n t) ... -> n t ...", n=n)
 
 
@@ -264,6 +295,7 @@ class Decoder(nn.Module):
     """Latents to pixels."""
 
     cfg: VAEConfig
+    rows: SplitRows | None = None
 
     @nn.compact
     def __call__(self, x: Array, first: bool, stages: Sequence[int]) -> Array:
@@ -271,19 +303,20 @@ class Decoder(nn.Module):
 
         All of them make pixels float[n, frames, h, w, 3] of float[n, t, Y, X, C].
         """
-        cfg = self.cfg
+        cfg, rows = self.cfg, self.rows
         for stage in stages:
             width, index = cfg.dim_mult[::-1][stage] * cfg.base_dim, stage * (_convs(cfg) // 2 + 1)
             if stage == 0:
-                x = _middle(cfg, CausalConv(cfg, width, name="conv1")(x))
+                x = _middle(cfg, CausalConv(cfg, width, rows=rows, name="conv1")(x), rows)
             for _ in range(_convs(cfg) // 2):
-                x = Residual(cfg, width, name=f"upsamples_{index}")(x)
+                x = Residual(cfg, width, rows, name=f"upsamples_{index}")(x)
                 index += 1
             if stage < cfg.stages - 1:
                 temporal = cfg.temporal_downsample[::-1][stage]
-                x = Upsample(cfg, width // 2, temporal, name=f"upsamples_{index}")(x, first)
+                x = Upsample(cfg, width // 2, temporal, rows, name=f"upsamples_{index}")(x, first)
             else:
-                x = CausalConv(cfg, 3, name="head_2")(nn.silu(Norm(name="head_0")(x)))
+                head = CausalConv(cfg, 3, rows=rows, name="head_2")
+                x = head(nn.silu(Norm(name="head_0")(x)))
         return x
 
 
@@ -292,21 +325,27 @@ def _convs(cfg: VAEConfig) -> int:
     return 2 * (cfg.num_res_blocks + 1)
 
 
-def _middle(cfg: VAEConfig, x: Array) -> Array:
+def _middle(cfg: VAEConfig, x: Array, rows: SplitRows | None = None) -> Array:
     """The blocks at the lowest resolution, which encoder and decoder both have."""
-    x = Residual(cfg, x.shape[-1], name="middle_0")(x)
-    x = Attention(cfg, name="middle_1")(x)
-    return Residual(cfg, x.shape[-1], name="middle_2")(x)
+    x = Residual(cfg, x.shape[-1], rows, name="middle_0")(x)
+    x = Attention(cfg, rows, name="middle_1")(x)
+    return Residual(cfg, x.shape[-1], rows, name="middle_2")(x)
 
 
 class WanVAE(nn.Module):
-    """Encoder and decoder, with the 1x1 convolutions around the latent."""
+    """Encoder and decoder, with the 1x1 convolutions around the latent.
+
+    Attributes:
+      cfg: sizes.
+      rows: those that are decoded, if they lie over devices.
+    """
 
     cfg: VAEConfig
+    rows: SplitRows | None = None
 
     def setup(self):
         cfg = self.cfg
-        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
+        self.encoder, self.decoder = Encoder(cfg), Decoder(cfg, self.rows)
         self.conv1 = CausalConv(cfg, 2 * cfg.z_dim, (1, 1, 1))
         self.conv2 = CausalConv(cfg, cfg.z_dim, (1, 1, 1))
 
@@ -426,6 +465,7 @@ def decode(
     latents: Array,
     cache: PyTree | None = None,
     depth: Array | None = None,
+    rows: SplitRows | None = None,
 ) -> tuple[Array, PyTree]:
     """Decodes the next latent frames of n videos.
 
@@ -440,6 +480,8 @@ def decode(
       cache: what the previous call returned, every leaf with n first; None at the beginning.
       depth: int32[t], how many stages each latent frame passes, see `depths`; the first of a video
         passes all. None runs all.
+      rows: inside `shard_map`, how a frame lies over devices. Latents, pixels and cache are then
+        those of the rows of a device; see `SplitRows`. None: of all rows.
 
     Returns:
       pixels float32[n, 4 t, 8 Y, 8 X, 3] in [-1, 1] (4 t - 3 frames at the beginning), and cache.
@@ -453,7 +495,7 @@ def decode(
 
     def run(stage: int, x: Array, cache: PyTree | None) -> tuple[Array, PyTree]:
         variables = {"params": params} if cache is None else {"params": params, "cache": cache}
-        apply = partial(WanVAE(cfg).apply, method="decode", mutable=["cache"])
+        apply = partial(WanVAE(cfg, rows).apply, method="decode", mutable=["cache"])
         x, state = apply(variables, x, cache is None, (stage,))
         return x, state["cache"]
 
