@@ -2,21 +2,17 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import benchmark
 import jax
 import jax.numpy as jnp
 import pytest
+from equipment import ROOT, run_command
 
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context, init_variables
 from kvpo_jax.types import TextKV
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "benchmark.py"
 SMALL = WanConfig(
     dim=4,
     ffn_dim=6,
@@ -30,9 +26,8 @@ SMALL = WanConfig(
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ)
+def run(*arguments):
+    return run_command(ROOT / "tools" / "benchmark.py", *arguments)
 
 
 def preset_config(name: str):

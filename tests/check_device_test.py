@@ -1,20 +1,14 @@
 """The check of a device, at the tiny sizes that it has without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import check_device
 import pytest
+from equipment import ROOT, run_command
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "check_device.py"
 
-
-def run(*arguments, **environment):
-    command = [sys.executable, str(TOOL), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+def run(*arguments):
+    return run_command(ROOT / "tools" / "check_device.py", *arguments)
 
 
 def check_timed(part):
@@ -23,10 +17,11 @@ def check_timed(part):
     assert part["peak_bytes"] > part["planned_bytes"] > 0
 
 
-def test_a_part_that_fails_leaves_the_others(tmp_path):
+def test_a_part_that_fails_leaves_the_others(tmp_path, monkeypatch):
     """Without golden arrays their tests fail."""
+    monkeypatch.setenv("KVPO_GOLDEN_DIR", str(tmp_path))
     parts = "--parts=golden,devices,attention,block of nine"
-    done = run(parts, f"--json={tmp_path / 'out.json'}", KVPO_GOLDEN_DIR=str(tmp_path))
+    done = run(parts, f"--json={tmp_path / 'out.json'}")
     assert done.stderr.splitlines()[-1] == "error: 1 of 4 parts failed: golden"
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import trials
-from equipment import SMALL, configure
+from equipment import ROOT, SMALL, configure, run_command
 from PIL import Image
 
 from kvpo_jax import budget
@@ -24,7 +24,7 @@ from kvpo_jax.runtime import checkpoint, workdir
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.statistics import heldout_summary, mean_interval
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare.py"
+TOOL = str(ROOT / "tools" / "compare.py")
 BUDGET = 1000
 BETA = "--config.objective.beta=0.2"
 # Method and seed -> gain on each of three held-out prompts.
@@ -76,15 +76,14 @@ def runs(tmp_path) -> Path:
 
 
 def command(folder: Path, methods: str, *arguments: str) -> list[str]:
-    return [sys.executable, str(TOOL), f"--methods={methods}", f"--output={folder}", *arguments]
+    return [TOOL, f"--methods={methods}", f"--output={folder}", *arguments]
 
 
 def compare(
     folder: Path, methods: str, *arguments: str, seeds: int = 2, budget: int = BUDGET
 ) -> subprocess.CompletedProcess:
     numbers = (f"--seeds={seeds}", f"--budget={budget}")
-    asked = command(folder, methods, *numbers, *arguments)
-    return subprocess.run(asked, capture_output=True, text=True)
+    return run_command(*command(folder, methods, *numbers, *arguments))
 
 
 def table(folder: Path) -> list[dict[str, str]]:
@@ -186,7 +185,7 @@ def test_a_comparison_that_cannot_begin_is_one_line_and_writes_nothing(tmp_path)
         (command(tmp_path, "paper,,"), "--methods=paper,,: expected presets"),
         (command(tmp_path, "paper", "--seeds=0"), "--seeds"),
     ):
-        done = subprocess.run(asked, capture_output=True, text=True)
+        done = run_command(*asked)
         assert done.returncode == 1 and done.stderr.startswith("error: ")
         assert message in done.stderr and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -224,7 +223,9 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     output = tmp_path / "out"
     asked = command(output, "paper", "--seeds=1", f"--budget={passes}", *arguments)
     metrics = output / "paper-0" / "metrics.jsonl"
-    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        [sys.executable, *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
         while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n")):
             time.sleep(0.02)
         run.send_signal(signal.SIGTERM)
@@ -232,10 +233,10 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     assert run.returncode == 1
     assert said == (f"error: {metrics.parent} is not finished; the same command goes on with it\n")
     assert metrics.read_text().count("\n") < 4
-    done = subprocess.run(asked, capture_output=True, text=True)
+    done = run_command(*asked)
     assert done.returncode == 0, done.stderr
     (row,) = table(output)
     assert (row["iterations"], row["passes"]) == ("4", f"{passes:,}")
     assert row["scored videos"] == "12" and row["seeds"] == "1"
-    again = subprocess.run(asked, capture_output=True, text=True)
+    again = run_command(*asked)
     assert again.returncode == 0 and "=== paper" not in again.stdout

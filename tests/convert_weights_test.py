@@ -34,6 +34,7 @@ from diffusers.loaders.single_file_utils import (
     convert_wan_transformer_to_diffusers,
     convert_wan_vae_to_diffusers,
 )
+from equipment import ROOT, run_command
 from full_size_test import SIZES, official_shapes
 from ml_collections import ConfigDict
 
@@ -49,8 +50,6 @@ from kvpo_jax.models import umt5, wan_vae
 from kvpo_jax.models.wan import Wan, WanConfig, empty_context
 from kvpo_jax.runtime import checkpoint, weight_file
 from kvpo_jax.types import PyTree
-
-ROOT = Path(__file__).resolve().parents[1]
 
 CFG = WanConfig(
     dim=96,
@@ -390,22 +389,16 @@ def test_a_sharded_wan_folder_by_the_command(official, expected, tmp_path):
     ]
 
 
-def run(*arguments, cwd: Path, tool: str = "convert_weights") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / f"{tool}.py", *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+def run(*arguments: str, cwd: Path) -> str:
+    done = run_command(ROOT / "tools" / "convert_weights.py", *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_dry_run_prints_the_mapping_and_writes_nothing(official, tmp_path):
     torch.save({"generator": with_prefix(official, "model.")}, tmp_path / "model.pt")
-    lines = run(
-        "model.pt", "--dry-run", "--num_heads=4", "--dtype=bfloat16", cwd=tmp_path
-    ).stdout.splitlines()
+    said = run("model.pt", "--dry-run", "--num_heads=4", "--dtype=bfloat16", cwd=tmp_path)
+    lines = said.splitlines()
     words = [line.split() for line in lines]
     for row in (
         (
@@ -1142,9 +1135,9 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
             "error: there is no flag --ouput; did you mean 'output'?",
         ),
     ):
-        with pytest.raises(subprocess.CalledProcessError) as error:
-            run(*arguments, cwd=tmp_path)
-        assert message in error.value.stderr and error.value.stderr.count("\n") == 1
+        done = run_command("-m", "kvpo_jax.convert.convert_weights", *arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 

@@ -1,10 +1,14 @@
-"""Equipment that several test files need: runs without files, small configurations."""
+"""Equipment that several test files need: runs without files, small configurations, commands."""
 
 import http.server
 import json
+import multiprocessing
+import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
@@ -24,6 +28,7 @@ from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.types import Array, Pixels, PromptBatch, PyTree
 
+ROOT = Path(__file__).resolve().parents[1]
 # A generator that compiles in a moment; its latents are the toy's.
 SMALL = {
     "model.dim": 16,
@@ -109,11 +114,16 @@ def save_lora(path: Path, lora: PyTree, config: ml_collections.ConfigDict) -> Pa
 
 def random_weights(path: Path, config: ml_collections.ConfigDict) -> Path:
     """Writes a generator of random weights, none of which is 0, of the sizes of the config."""
-    params = init_variables(wan_config(config), jax.random.key(0))["params"]
-    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
-    noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
-    params = jax.tree.map(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape), params, noise)
-    checkpoint.save_weights(path, params, {})
+
+    @jax.jit
+    def make():
+        params = init_variables(wan_config(config), jax.random.key(0))["params"]
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        pairs = zip(leaves, keys, strict=True)
+        return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in pairs])
+
+    checkpoint.save_weights(path, make(), {})
     return path
 
 
@@ -194,3 +204,52 @@ def serving(answer):
     finally:
         server.shutdown()
         server.server_close()
+
+
+# ---------------------------------------------------------------- commands
+
+# Most of what a short command takes is the import of its libraries. So it is a fork of a process
+# that has imported them, and computed nothing.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [f"kvpo_jax.{name}" for name in ("evaluate", "generate", "plan_memory", "train")]
+)
+
+
+def run_command(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """What `python WORDS` prints and returns, without the time that its imports take.
+
+    It has no standard input. What Python and JAX read from the environment as they start is of the
+    first command. One test of every command starts it for itself.
+
+    Args:
+      words: "-m" and a module, or the path of a file; then the command's arguments.
+      cwd: where it runs, if not here.
+    """
+    where, environment = str(cwd or Path.cwd()), dict(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ([*map(str, words)], where, environment, folder)
+        process = FORKS.Process(target=_be_command, args=arguments)
+        process.start()
+        process.join()
+        out, error = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(words, process.exitcode, out, error)
+
+
+def _be_command(words: list[str], cwd: str, environment: dict[str, str], folder: str) -> None:
+    """Runs in the fork."""
+    for name in ("stdout", "stderr"):
+        with open(f"{folder}/{name}", "wb") as file:
+            os.dup2(file.fileno(), getattr(sys, name).fileno())
+    os.environ.update(environment)
+    os.chdir(cwd)
+    if words[0] == "-m":
+        _, module, *_ = words
+        sys.path.insert(0, cwd)
+        sys.argv = words[1:]
+        sys.modules.pop(module, None)  # it is imported anew, as __main__
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")

@@ -1,15 +1,13 @@
 """Scores of video files by the command, and rewards by name."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import configure, save_lora
+from equipment import configure, run_command, save_lora
 
 from kvpo_jax import backbone, evaluate, programs
 from kvpo_jax import run as run_lib
@@ -29,11 +27,7 @@ def brightness(pixels, prompts):
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kvpo_jax.evaluate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    return run_command("-m", "kvpo_jax.evaluate", *arguments)
 
 
 def test_rewards_by_name_are_those_functions():

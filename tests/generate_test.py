@@ -17,7 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import SMALLEST, bare_run, batch_of, configure, random_variables, save_lora
+from equipment import (
+    SMALLEST,
+    bare_run,
+    batch_of,
+    configure,
+    random_variables,
+    run_command,
+    save_lora,
+)
 
 from kvpo_jax import adapters, diversity, generate, rollout
 from kvpo_jax import run as run_lib
@@ -223,7 +231,12 @@ def test_names_are_in_the_order_of_the_prompts():
     assert generate.name_of(999, 1000, "A b!") == "999_a_b.mp4"
 
 
-def run_command(*arguments, stdin="", **environment):
+def run(*arguments):
+    return run_command("-m", "kvpo_jax.generate", *arguments)
+
+
+def start(*arguments, stdin="", **environment):
+    """As `run`, by a Python of its own."""
     return subprocess.run(
         [sys.executable, "-m", "kvpo_jax.generate", *arguments],
         capture_output=True,
@@ -237,9 +250,7 @@ def run_command(*arguments, stdin="", **environment):
 def test_command_writes_videos_that_play(tmp_path, world):
     sequences = [PromptSequence(SENTENCES, 1, (9, 6)), PromptSequence(SENTENCES[1:], 2, (6,))]
     prompts.write(tmp_path / "prompts.jsonl", sequences)
-    done = run_command(
-        f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path}", "--seed=5"
-    )
+    done = run(f"--prompts={tmp_path / 'prompts.jsonl'}", f"--output={tmp_path}", "--seed=5")
     assert done.returncode == 0, done.stderr
     written = iio.imread(tmp_path / "000_a_red_disk_moves_left.mp4")
     assert written.shape == (15, 128, 128, 3)
@@ -255,7 +266,7 @@ def test_command_writes_videos_that_play(tmp_path, world):
 def test_command_reads_prompts_from_the_terminal(tmp_path):
     arguments = ("--interactive", "--num_frames=6", f"--output={tmp_path}")
     (tmp_path / "000_interactive.mp4").write_text("an older one")
-    done = run_command(*arguments, stdin="".join(f"{line}\n" for line in (*SENTENCES, "last")))
+    done = start(*arguments, stdin="".join(f"{line}\n" for line in (*SENTENCES, "last")))
     assert (done.returncode, done.stderr) == (0, "")
     assert f"to be replaced in {tmp_path}: '000_interactive.mp4'\n" in done.stdout
     assert "one per block" in done.stdout
@@ -276,7 +287,7 @@ def test_a_video_that_cannot_be_written_whole_is_an_error_and_does_not_take_its_
             program.write_text(f'#!/bin/sh\n[ "$1" = -version ] && exit\n{body}\n')
             program.chmod(0o755)
         arguments = (f"--prompt={SENTENCES[0]}", "--num_frames=3", f"--output={tmp_path}")
-        done = run_command(*arguments, IMAGEIO_FFMPEG_EXE=str(program))
+        done = start(*arguments, IMAGEIO_FFMPEG_EXE=str(program))
         assert done.returncode == 1 and message in done.stderr and "wrote" not in done.stdout
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert not list(tmp_path.glob("*.mp4"))
@@ -356,9 +367,7 @@ def test_branches_with_noise_of_their_own_part_from_the_same_anchor(fork):
 def test_command_writes_branches_and_how_far_apart_they_are(tmp_path, fork):
     _, _, rolled = fork
     arguments = [f"--prompt={sentence}" for sentence in SENTENCES]
-    done = run_command(
-        *arguments, "--branches=3", "--num_frames=24", "--seed=5", f"--output={tmp_path}"
-    )
+    done = run(*arguments, "--branches=3", "--num_frames=24", "--seed=5", f"--output={tmp_path}")
     assert done.returncode == 0, done.stderr
     (row,) = map(json.loads, (tmp_path / "branches.jsonl").read_text().splitlines())
     assert (row["prompt"], row["pivot"]) == (list(SENTENCES), PIVOT)  # the first that can be it
@@ -503,7 +512,7 @@ def test_blocks_that_cannot_be_the_pivot_are_told_why(arguments, message):
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
-    done = run_command(*arguments, f"--output={tmp_path}")
+    done = run(*arguments, f"--output={tmp_path}")
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last
@@ -536,7 +545,7 @@ def test_what_is_no_folder_and_no_run_is_named(tmp_path):
             "config.json has other fields than configs/tiny.py, missing: ",
         ),
     ):
-        done = run_command("--prompt=a red disk moves left", "--num_frames=3", argument)
+        done = run("--prompt=a red disk moves left", "--num_frames=3", argument)
         assert done.returncode == 1
         assert (
             done.stderr.startswith("error: ")

@@ -6,11 +6,7 @@ a diffusers VAE, a transformers text encoder with a tokenizer.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import diffusers
 import imageio.v3 as iio
@@ -20,13 +16,13 @@ import safetensors.numpy
 import torch
 import transformers
 from backbones_test import FORMATS, random_state
+from equipment import ROOT, run_command
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kvpo_jax.convert.wan_weights import official_name
 from kvpo_jax.models.wan import WanConfig
 from kvpo_jax.runtime import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
 DIM, FFN, HEADS, LAYERS, TEXT_DIM, TEXT_LEN, RANK = 48, 64, 2, 2, 16, 8, 4
 WORDS = ("a", "red", "fox", "runs", "stops", "looks", "back", "snow")
 SEQUENCES = [[f"a red fox {WORDS[3 + i % 5]}", "snow", "a fox looks back"] for i in range(4)] + [
@@ -57,16 +53,8 @@ def get_config(preset="paper"):
 """
 
 
-def run(*command, stdin=None):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        input=stdin,
-        timeout=550,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+def run(*command):
+    done = run_command(*command, cwd=ROOT)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     # Libraries do not talk to the user; a long stage says how far it is.
     assert all(re.fullmatch(r".+: \d+(/\d+)?", line) for line in done.stderr.splitlines())
@@ -344,19 +332,8 @@ def test_self_forcing_is_rated_in_the_published_window(files, tmp_path):
 
 
 def test_a_missing_file_says_which_command_makes_it(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "kvpo_jax.main",
-            "--config=configs/memflow.py",
-            "--config.weights=nowhere.safetensors",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    arguments = ("--config=configs/memflow.py", "--config.weights=nowhere.safetensors")
+    done = run_command("-m", "kvpo_jax.main", *arguments, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "the memflow backbone needs --config.paths.vae=..., made by: kvpo-convert" in done.stderr
     assert not list(tmp_path.iterdir())

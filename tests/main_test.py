@@ -8,20 +8,22 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from equipment import ROOT, SMALL, configure, random_weights, run_command
 
-import kvpo_jax
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.statistics import heldout_summary
 
-ROOT = Path(kvpo_jax.__file__).resolve().parents[1]
+
+def run(*arguments, cwd):
+    return run_command("-m", "kvpo_jax.main", *arguments, cwd=cwd)
 
 
-def run(*arguments, cwd, path=ROOT):
+def start(*arguments, cwd, path=ROOT):
+    """As `run`, by a Python of its own."""
     return subprocess.run(
         [sys.executable, "-m", "kvpo_jax.main", *arguments],
         capture_output=True,
@@ -147,6 +149,12 @@ def test_a_finished_run_says_so_and_shows_its_table(tmp_path):
     assert "checkpoints/40 cannot be read" in longer.stderr  # which this one has to do
 
 
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "generator.safetensors"
+    return random_weights(path, configure("configs/tiny.py", SMALL))
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [
@@ -155,11 +163,18 @@ def test_a_finished_run_says_so_and_shows_its_table(tmp_path):
         ("exit(3)", "SystemExit: 3"),
     ],
 )
-def test_what_a_function_of_ones_own_raises_is_one_line_with_its_place(tmp_path, fault, message):
+def test_what_a_function_of_ones_own_raises_is_one_line_with_its_place(
+    tmp_path, generator, fault, message
+):
     (tmp_path / "mine.py").write_text(
         f"import jax.numpy as jnp\n\ndef score(pixels, prompts):\n    return {fault}\n"
     )
     fields = {
+        **SMALL,
+        "weights": generator,
+        "video.blocks": 8,
+        "video.switch_frames": (),
+        "rollout.window_blocks": 1,
         "reward.scorer": "mine:score",
         "reward.weights.a": 1,
         "eval.prompts": 2,
@@ -189,7 +204,7 @@ def test_a_function_that_cannot_be_imported_is_one_line(tmp_path, text, message)
 
 
 def test_help_names_the_flags(tmp_path):
-    done = run("--help", cwd=tmp_path)
+    done = start("--help", cwd=tmp_path)
     assert all(
         flag in done.stdout
         for flag in ("--config:", "--workdir:", "--[no]resume:", "--config.FIELD=VALUE")
@@ -225,5 +240,5 @@ def test_an_installed_package_has_its_configurations_and_assets(tmp_path):
         if path.is_file()
     }
     assert configs <= names and {name for name in assets if not name.endswith(".py")} <= names
-    done = run("--config.train.iteration=3", cwd=tmp_path, path=tmp_path / "site")
+    done = start("--config.train.iteration=3", cwd=tmp_path, path=tmp_path / "site")
     assert "did you mean 'train.iterations'?" in done.stderr

@@ -4,12 +4,11 @@ import json
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from equipment import SMALLEST, bare_run, batch_of, configure
+from equipment import ROOT, SMALLEST, bare_run, batch_of, configure, run_command
 
 from kvpo_jax import memory, train
 from kvpo_jax.models.wan import init_variables
@@ -25,12 +24,11 @@ LORA = [
     (TINY.lora.rank * TINY.model.num_layers, sides)
     for sides in [(96, 96)] * 8 + [(96, TINY.model.ffn_dim)] * 2
 ]
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "plan_memory.py"
+TOOL = ROOT / "tools" / "plan_memory.py"
 
 
 def plan(tmp_path, *arguments):
-    command = [sys.executable, TOOL, f"--json={tmp_path / 'plan.json'}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command(TOOL, f"--json={tmp_path / 'plan.json'}", *arguments)
     assert done.returncode == 0, done.stderr
     return json.loads((tmp_path / "plan.json").read_text()), done.stdout
 
@@ -257,7 +255,7 @@ def test_the_plan_has_the_arrays_of_a_run():
 
 def test_a_gpu_needs_the_packages_that_compile_for_it(tmp_path):
     """They are not part of a test environment; docs/memory.md shows what is printed with them."""
-    done = subprocess.run([sys.executable, TOOL, "--target=h200"], capture_output=True, text=True)
+    done = run_command(TOOL, "--target=h200")
     if done.returncode:
         assert (
             done.stderr.splitlines()[-1]
@@ -288,7 +286,6 @@ def test_help_shows_usage_and_flags(command):
     ],
 )
 def test_a_mistake_is_one_line(argument, message):
-    arguments = ["--config=configs/tiny.py", argument]
-    done = subprocess.run([sys.executable, TOOL, *arguments], capture_output=True, text=True)
+    done = run_command(TOOL, "--config=configs/tiny.py", argument)
     assert done.returncode == 1
     assert done.stderr == f"error: {message}\n"

@@ -1,7 +1,5 @@
 """Pretraining: one pass is the walk with a cache, and a file says how it was made."""
 
-import subprocess
-import sys
 from functools import partial
 
 import jax
@@ -9,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pretrain_toy
 import pytest
-from equipment import SMALL, configure
+from equipment import SMALL, configure, run_command
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax.algorithm import block as block_lib
@@ -158,11 +156,7 @@ def test_a_loss_that_is_not_finite_stops_it():
 )
 def test_a_wrong_command_line_is_one_line(tmp_path, arguments, message):
     given = [argument.format(folder=tmp_path) for argument in arguments]
-    done = subprocess.run(
-        [sys.executable, pretrain_toy.__file__, f"--output={tmp_path / 'x'}", *given],
-        capture_output=True,
-        text=True,
-    )
+    done = run_command(pretrain_toy.__file__, f"--output={tmp_path / 'x'}", *given)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import study
 import vividness
+from equipment import ROOT, run_command
 
 from kvpo_jax.data import toy_world
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.statistics import heldout_summary
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "study.py"
+TOOL = str(ROOT / "tools" / "study.py")
 BUDGET = 16_000  # two iterations of KVPO
 TASKS = {"outvoted": (0.2, 0.5), "sink wins": (1.0, 0.9)}  # SC before and after
 STORIES = [
@@ -274,10 +275,6 @@ def test_a_faded_object_gets_its_colour_back_and_nothing_else():
 # ---------------------------------------------------------------- the command
 
 
-def studied(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(TOOL), *arguments], capture_output=True, text=True)
-
-
 def finish(runs: Path, name: str, seed: int, gain: float) -> None:
     """A finished run of an arm, whose numbers are out of thin air."""
     trial = study.trial_of(study.BY_NAME[name], seed, runs, [], BUDGET)
@@ -316,7 +313,7 @@ def test_finished_runs_are_not_made_again_and_all_of_them_are_told(tmp_path):
         finish(tmp_path, "KVPO", seed, gain)
         finish(tmp_path, "shuffled", seed, 0.0)
     arguments = (f"--runs={tmp_path}", f"--budget={BUDGET}", "--groups=0")
-    done = studied(*arguments, "--arms=KVPO", "--seeds=0,1")
+    done = run_command(TOOL, *arguments, "--arms=KVPO", "--seeds=0,1")
     assert done.returncode == 0 and "===" not in done.stdout, done.stderr
     found = json.loads((tmp_path / "evidence.json").read_text())
     told = {(run["arm"], run["seed"]): run["gain"] for run in found["runs"]}
@@ -341,7 +338,7 @@ def test_what_makes_no_sense_is_an_error(call, message):
 
 
 def test_an_error_is_a_line_and_leaves_nothing(tmp_path):
-    done = studied("--search=tv", f"--runs={tmp_path}")
+    done = run_command(TOOL, "--search=tv", f"--runs={tmp_path}")
     assert done.returncode == 1 and not list(tmp_path.iterdir())
     assert done.stderr.startswith("error: --search=tv: surrogates are tve, latent, awm, rival")
     assert done.stderr.count("\n") == 1
@@ -351,10 +348,10 @@ def test_an_error_is_a_line_and_leaves_nothing(tmp_path):
 def test_a_quick_study_that_is_stopped_goes_on(tmp_path):
     """Two arms of one seed and two iterations, stopped in the first run."""
     arguments = ["--quick", f"--runs={tmp_path}", f"--budget={BUDGET}", "--groups=0", "--seeds=0"]
-    command = [sys.executable, str(TOOL), *arguments, "--arms=KVPO,no exploration"]
+    command = [TOOL, *arguments, "--arms=KVPO,no exploration"]
     metrics = tmp_path / "KVPO-0" / "metrics.jsonl"
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as run:
         while run.poll() is None and not (metrics.exists() and metrics.read_text().count("\n")):
             time.sleep(0.02)
@@ -362,7 +359,7 @@ def test_a_quick_study_that_is_stopped_goes_on(tmp_path):
         _, said = run.communicate()
     assert said == f"error: {metrics.parent} is not finished; the same command goes on with it\n"
     assert json.loads((tmp_path / "evidence.json").read_text())["runs"] == []
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command(*command)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "evidence.json").read_text())
     gains = {run["arm"]: run["gain"] for run in found["runs"]}

@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from equipment import run_command
 
 from kvpo_jax import vbench
 from kvpo_jax.data import prompts as prompts_lib
@@ -32,11 +32,7 @@ def read(tmp_path, prompts, extended=None, flickering=None, mode="vbench"):
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "kvpo_jax.evaluate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    return run_command("-m", "kvpo_jax.evaluate", *arguments)
 
 
 # ---------------------------------------------------------------- names

@@ -1,16 +1,13 @@
 """The counted work of an iteration: by hand, against XLA's count, and of the shipped config."""
 
 import json
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import SMALL, configure
+from equipment import ROOT, SMALL, configure, run_command
 from jax.sharding import Mesh
 
 from kvpo_jax import memory, work
@@ -18,8 +15,6 @@ from kvpo_jax.models import layers
 from kvpo_jax.models.attention import Keys, attention
 from kvpo_jax.rewards import composite
 from kvpo_jax.run import eligible_pivots
-
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "plan_memory.py"
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -250,8 +245,7 @@ def test_towers_read_shared_frames_once(name, gflop):
 
 
 def run(*arguments):
-    command = [sys.executable, str(TOOL), "--work", *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_command(ROOT / "tools" / "plan_memory.py", "--work", *arguments)
 
 
 def test_the_shipped_config(tmp_path):
