@@ -28,6 +28,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# Tracing makes many objects and hardly a cycle: looking for these took a fifth of the time.
+gc.set_threshold(20_000, 20, 50)
+
 
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:

@@ -98,7 +98,8 @@ def test_parts_and_programs_of_the_toy(tmp_path):
 
 
 def test_full_size_needs_more_than_a_small_card(tmp_path):
-    figures, said = plan(tmp_path, "--config.train.prompts_per_iteration=8")
+    eight = ("--config.train.prompts_per_iteration=8", "--config.train.micro_batch=8")
+    figures, said = plan(tmp_path, *eight)
     # 33 frames of 1560 tokens, 30 layers, 1536 channels, keys and values in bf16, and their
     # numbers.
     history = 33 * (2 * 30 * 1560 * 1536 * 2 + 4)
@@ -120,14 +121,15 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
     everything = figures["resident_gb"]
     absent = ("gradient of LoRA", "pixels of all trajectories", "decoder's memory")
     absent += ("rollout of the prompts before, while servers score it",)
-    branches = sum(
-        size
-        for name, size in everything.items()
-        if name not in absent and not name.startswith(("held out", "a clip", "a batch"))
-    )
+    absent += ("held out", "a clip", "a batch")
     title = "rollout: a block of all branches"
     working = figures["working_gb"]
-    assert figures["stage_gb"][title] == pytest.approx(branches + working[title])
+
+    def branches(figures, *absent):
+        parts = (x for name, x in figures["resident_gb"].items() if not name.startswith(absent))
+        return pytest.approx(sum(parts) + figures["working_gb"][title])
+
+    assert figures["stage_gb"][title] == branches(figures, *absent)
     # All layers' new keys and values of a block of 9 trajectories, of which two nested loops keep a
     # copy, and the widest product of a layer: 8960 channels. Little else.
     new = 9 * 3 * (2 * 30 * 1560 * 1536 * 2)
@@ -139,39 +141,34 @@ def test_full_size_needs_more_than_a_small_card(tmp_path):
     frame = 480 * 832 * 3
     assert everything["a clip of all trajectories"] == pytest.approx(2 * 9 * 36 * frame / 1e9)
     assert everything["a batch of hpsv3"] == pytest.approx(8 * 16 * frame / 1e9)
-    chunks, _ = plan(
-        tmp_path, "--config.train.prompts_per_iteration=8", "--config.rollout.branch_chunk=2"
-    )
-    pages = "pages (one per trajectory)"
-    assert chunks["resident_gb"][pages] == pytest.approx(figures["resident_gb"][pages] * 3 / 9)
     # Two frames of the input of every temporal convolution, in bfloat16: 1.89 GB by the release's.
     # The anchor's at the fork, and that of the branch whose turn it is.
     assert everything["decoder's memory"] == pytest.approx(2 * 1.89, rel=0.02)
     # Four clips of 36 frames.
     pixels = "pixels of all trajectories"
     assert round(1e9 * everything[pixels]) == 9 * 4 * 36 * frame
-    wide, _ = plan(
-        tmp_path, "--config.train.prompts_per_iteration=8", "--config.decoder.dtype=float32"
-    )
-    assert wide["resident_gb"]["decoder's memory"] == 2 * everything["decoder's memory"]
-    released, said = plan(
-        tmp_path, "--config.train.prompts_per_iteration=8", "--config.reward.resident=False"
-    )
+    # Two branches at a time and their anchor; a decoder in float32; rewards that are freed.
+    chunks, wide = "--config.rollout.branch_chunk=2", "--config.decoder.dtype=float32"
+    other, said = plan(tmp_path, *eight, chunks, wide, "--config.reward.resident=False")
+    changed = other["resident_gb"]
+    pages = "pages (one per trajectory)"
+    assert changed[pages] == pytest.approx(everything[pages] * 3 / 9)
+    assert changed["decoder's memory"] == 2 * everything["decoder's memory"]
     assert "19.92 GB of rewards are resident only to score" in said
-    lower = figures["stage_gb"]["rollout: a block of all branches"] - sum(rewards.values()) / 1e9
-    assert released["stage_gb"]["rollout: a block of all branches"] == pytest.approx(lower)
-    same = next(name for name in released["stage_gb"] if "hpsv3" in name)
-    assert released["stage_gb"][same] == pytest.approx(figures["stage_gb"][same])
+    assert other["stage_gb"][title] == branches(other, *absent, "reward")
+    scored = next(name for name in other["stage_gb"] if "hpsv3" in name)
+    wider = pytest.approx(changed["decoder"] - everything["decoder"])
+    assert other["stage_gb"][scored] - figures["stage_gb"][scored] == wider
 
 
-def test_several_batches_keep_the_sum_of_their_gradients(tmp_path):
-    one, _ = plan(tmp_path, "--config=configs/tiny.py", "--devices=1")
-    two, _ = plan(
-        tmp_path, "--config=configs/tiny.py", "--devices=1", "--config.train.micro_batch=2"
-    )
-    assert two["resident_gb"]["gradient of LoRA"] == pytest.approx(
-        2 * one["resident_gb"]["gradient of LoRA"]
-    )
+def test_several_batches_keep_the_sum_of_their_gradients():
+    def gradient(micro_batch):
+        config = configure("configs/tiny.py", {"train.micro_batch": micro_batch})
+        parts = memory.plan(config, jax.devices()[:1]).parts
+        return memory.bytes_of(parts["gradient of LoRA"])
+
+    assert TINY.train.prompts_per_iteration == 4
+    assert gradient(2) == 2 * gradient(4) > 0
 
 
 def test_clip_dino_and_the_aesthetic_head_are_planned():
