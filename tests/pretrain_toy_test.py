@@ -32,18 +32,24 @@ def small(spec):
 
 def random_params(config):
     """Weights far from the initial ones, whose head is zero."""
-    params = pretrain_toy.initial_params(WanConfig(**config.model), 4, seed=0)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+
+    @jax.jit
+    def make():
+        params = pretrain_toy.initial_params(WanConfig(**config.model), 4, seed=0)
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        pairs = zip(leaves, keys, strict=True)
+        return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in pairs])
+
+    return make()
 
 
 def random_videos(config):
     """Videos, noisy copies of their blocks, and noise levels."""
     world, segments = pretrain_toy.WORLDS[config.backbone], len(config.video.switch_frames) + 1
     told = pretrain_toy.told(world, np.random.default_rng(1), PROMPTS, segments)
-    videos = pretrain_toy.sample_videos(config, world, jax.random.key(0), *told)
+    sample = jax.jit(partial(pretrain_toy.sample_videos, config, world))
+    videos = sample(jax.random.key(0), *told)
     noisy = jax.random.normal(jax.random.key(2), (PROMPTS, COPIES, *videos.latents.shape[1:]))
     sigma = jax.random.uniform(jax.random.key(3), (PROMPTS, COPIES, config.video.blocks))
     return videos, noisy, sigma
@@ -51,7 +57,10 @@ def random_videos(config):
 
 def walk(config, model, params, videos, noisy, sigma):
     """The same velocities, block by block with the cache of a rollout."""
-    network, f = partial(model.apply, {"params": params}), config.video.block_frames
+    # A program for every kind of pass: without them it is a thousand small ones.
+    network = jax.jit(partial(model.apply, {"params": params}))
+    encode = jax.jit(partial(model.apply, {"params": params}, method=Wan.encode_text))
+    read, append, f = jax.jit(kv_cache.read), jax.jit(kv_cache.append), config.video.block_frames
     frames, (height, width) = config.video.blocks * f, (config.video.height, config.video.width)
     clean = videos.latents.reshape(PROMPTS, frames, *videos.latents.shape[3:])
     kv = model.cfg.kv_shape(height, width)
@@ -60,21 +69,21 @@ def walk(config, model, params, videos, noisy, sigma):
     for b in range(config.video.blocks):
         start = b * f
         m = config_lib.segment_of(start, config.video.switch_frames)
-        text = network(videos.text[:, m], method=Wan.encode_text)
+        text = encode(videos.text[:, m])
         if start in config.video.switch_frames:
             first = start - config.window.recache_frames
             again = clean[:, None, first:start]
             cache = block_lib.switch_prompt(
                 network, text, videos.changed[:, m], cache, None, again, first, global_sink=True
             )
-        context = kv_cache.read(videos.contexts[:, None, b], cache)
+        context = read(videos.contexts[:, None, b], cache)
         starts = jnp.full(PROMPTS, start, jnp.int32)
         velocities = [
             network(noisy[:, c, b], sigma[:, c, b], text, context, starts)[0] for c in range(COPIES)
         ]
         out.append(jnp.stack(velocities, axis=1))
         kv = network(clean[:, start : start + f], jnp.zeros(PROMPTS), text, context, starts)[1]
-        cache = kv_cache.append(cache, kv, start)
+        cache = append(cache, kv, start)
     return jnp.stack(out, axis=2)
 
 
@@ -90,7 +99,7 @@ def test_one_pass_is_the_walk_with_the_cache(spec):
     usual = [pretrain_toy.routing.deployment_frames(deployed, start) for start in starts]
     assert np.any(videos.contexts != jnp.stack(usual))
     arguments = (config, model, params, videos, noisy, sigma)
-    found = pretrain_toy.velocities(*arguments)
+    found = jax.jit(partial(pretrain_toy.velocities, config, model))(*arguments[2:])
     assert jnp.abs(found).mean() > 0.1
     np.testing.assert_allclose(found, walk(*arguments), atol=1e-5)
 
