@@ -789,15 +789,22 @@ def wait_for_lines(workdir: Path, count: int, process: subprocess.Popen) -> None
         time.sleep(0.02)
 
 
+@pytest.fixture(scope="module")
+def six_iterations(weights, tmp_path_factory):
+    """Of the command, uninterrupted."""
+    workdir, iterations = tmp_path_factory.mktemp("whole"), {"train__iterations": 6}
+    process = start(weights, workdir, **iterations)
+    assert process.wait(600) == 0, process.stdout.read()
+    return workdir, iterations
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
+def test_killed_and_resumed_is_uninterrupted(weights, six_iterations, tmp_path, sent):
     """The real command, killed in the middle of an iteration, then run again with the same
     arguments.
     """
-    iterations = {"train__iterations": 6}
-    whole = start(weights, tmp_path / "whole", **iterations)
-    assert whole.wait(600) == 0, whole.stdout.read()
+    whole, iterations = six_iterations
     process = start(weights, tmp_path / "killed", **iterations)
     wait_for_lines(tmp_path / "killed", 2, process)
     process.send_signal(sent)
@@ -806,10 +813,8 @@ def test_killed_and_resumed_is_uninterrupted(weights, tmp_path, sent):
     again = start(weights, tmp_path / "killed", **iterations)
     assert again.wait(600) == 0, again.stdout.read()
     config = make_config(weights, **iterations)
-    assert_equal(
-        saved_state(tmp_path / "killed", config, 6), saved_state(tmp_path / "whole", config, 6)
-    )
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert_equal(saved_state(tmp_path / "killed", config, 6), saved_state(whole, config, 6))
+    assert lines(tmp_path / "killed") == lines(whole)
 
 
 def test_a_run_ends_when_its_budget_is_used_and_goes_on_with_a_larger_one(weights, tmp_path):
