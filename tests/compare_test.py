@@ -9,19 +9,16 @@ import time
 from pathlib import Path
 
 import compare as tool
-import jax
 import numpy as np
 import pytest
 import trials
-from equipment import ROOT, SMALL, configure, run_command
+from equipment import ROOT, SMALL, configure, fresh_variables, run_command
 from PIL import Image
 
 from kvpo_jax import budget
 from kvpo_jax import run as run_lib
 from kvpo_jax.errors import UsageError
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import checkpoint, workdir
-from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.statistics import heldout_summary, mean_interval
 
 TOOL = str(ROOT / "tools" / "compare.py")
@@ -216,7 +213,7 @@ def test_a_comparison_that_is_stopped_goes_on(tmp_path):
     fields |= {"eval.prompts": 2, "eval.every": 1, "mesh.data": 1, "mesh.branch": 1}
     fields["weights"] = tmp_path / "generator.safetensors"
     config = configure("configs/tiny.py", fields)
-    params = init_variables(wan_config(config), jax.random.key(0))["params"]
+    params = fresh_variables(config)["params"]
     checkpoint.save_weights(fields["weights"], params, {})
     passes = budget.of_first(run_lib.load(config), 4).passes
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]

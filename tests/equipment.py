@@ -81,6 +81,11 @@ def bare_run(config: ml_collections.ConfigDict, mesh: Mesh, params: PyTree = Non
     return run.Run(config, mesh, backbone, params, programs.build(config, mesh), None)
 
 
+def fresh_variables(config: ml_collections.ConfigDict) -> PyTree:
+    """{"params", "lora"} of a generator as a run begins; one program makes them."""
+    return jax.jit(partial(init_variables, wan_config(config)))(jax.random.key(0))
+
+
 def random_variables(config: ml_collections.ConfigDict, scale: float, seed: int = 0) -> PyTree:
     """{"params", "lora"} of a generator, every parameter random, of this std.
 

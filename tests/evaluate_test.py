@@ -7,19 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import configure, run_command, save_lora
+from equipment import configure, fresh_variables, run_command, save_lora
 
 from kvpo_jax import backbone, evaluate, programs
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data import toy_world
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.rewards import composite, motion, scorers, stream, toy, video_files
 from kvpo_jax.runtime import checkpoint, video
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
-from kvpo_jax.runtime.config import wan_config
 
 
 def brightness(pixels, prompts):
@@ -286,7 +284,7 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
     }
     arguments = [f"--config.{name}={value}" for name, value in fields.items()]
     config = config_lib.override(config_lib.load("configs/tiny.py"), arguments)
-    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    lora = fresh_variables(config)["lora"]
     reference = state_lib.init_state(config, run_lib.make_mesh(config), lora)
     lora = jax.tree.map(lambda x: x + 0.02, lora)
     state = reference.replace(lora=lora)

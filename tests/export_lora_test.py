@@ -36,6 +36,7 @@ from convert_weights_test import (
     velocity,
 )
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+from equipment import fresh_variables
 
 from kvpo_jax import adapters
 from kvpo_jax import run as run_lib
@@ -44,11 +45,9 @@ from kvpo_jax.convert.export_lora import export
 from kvpo_jax.convert.wan_lora_weights import lora_table
 from kvpo_jax.convert.wan_weights import BLOCK_LINEARS
 from kvpo_jax.models.layers import LoRADense
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.atomic import write_json
-from kvpo_jax.runtime.config import wan_config
 
 OUTPUTS = {
     "peft": ["adapter", "lora.pt"],
@@ -392,7 +391,7 @@ def workdir(tmp_path_factory) -> tuple[Path, state_lib.TrainState]:
     edited.lora.alpha = 4.0  # by hand: the checkpoint says 8
     write_json(edited.to_dict(), workdir / "config.json")
     mesh = run_lib.make_mesh(config)
-    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    lora = fresh_variables(config)["lora"]
     state = state_lib.init_state(config, mesh, lora)
     rng = np.random.default_rng(4)
     state = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), state)

@@ -22,6 +22,7 @@ from equipment import (
     bare_run,
     batch_of,
     configure,
+    fresh_variables,
     random_variables,
     run_command,
     save_lora,
@@ -33,11 +34,9 @@ from kvpo_jax.algorithm import keys
 from kvpo_jax.data import prompts, toy_world
 from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import atomic, sharding
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.video import enlarge
 from kvpo_jax.types import PyTree
 
@@ -52,7 +51,7 @@ def world() -> tuple[Run, PyTree]:
     fields = {"video.blocks": BLOCKS, "video.switch_frames": (12,)}
     config = configure("configs/tiny.py", {**fields, "eval.prompts": 2, "eval.batch": 1})
     run = run_lib.load(config, sharding.make_mesh(1, 1, 1, 1))
-    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    lora = fresh_variables(config)["lora"]
     return run, run.variables(lora)
 
 
@@ -139,7 +138,7 @@ def test_a_sum_of_adapters_generates_as_its_parts_do(tmp_path, world):
     run, _ = world
     fields = {"video.blocks": BLOCKS, "video.switch_frames": (12,)}
     config = configure("configs/tiny.py", {**fields, "lora.alpha": 4.0})
-    lora = init_variables(wan_config(config), jax.random.key(0))["lora"]
+    lora = fresh_variables(config)["lora"]
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     file = save_lora(tmp_path / "lora.safetensors", lora, config)
     noise, made = keys.NoiseKey(jax.random.key(5), jnp.arange(1)), []
@@ -301,7 +300,7 @@ def branched(branches: int, explored: str | None = None) -> tuple[Run, PyTree]:
     frames = 3 * (BLOCKS + 1)
     config = diversity.config_of(config_lib.load("configs/tiny.py"), branches, frames, explored)
     run = run_lib.load(diversity.switching(config, (12,)), sharding.make_mesh(1, 1, 1, 1))
-    return run, run.variables(init_variables(wan_config(config), jax.random.key(0))["lora"])
+    return run, run.variables(fresh_variables(config)["lora"])
 
 
 @pytest.fixture(scope="module")

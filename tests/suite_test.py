@@ -15,15 +15,13 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from equipment import SMALL, configure, save_lora, serving
+from equipment import SMALL, configure, fresh_variables, save_lora, serving
 
 from kvpo_jax import run as run_lib
 from kvpo_jax import state as state_lib
 from kvpo_jax import suite
 from kvpo_jax.errors import UsageError
-from kvpo_jax.models.wan import init_variables
 from kvpo_jax.runtime import checkpoint, records, video, workdir
-from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.runtime.sharding import Share
 
 ALONE = Share(0, 1)
@@ -55,7 +53,7 @@ def world(tmp_path_factory):
         "window.recache_frames": 3,  # one program for all switches
     }
     config = configure("configs/tiny.py", fields)
-    variables = init_variables(wan_config(config), jax.random.key(0))
+    variables = fresh_variables(config)
     checkpoint.save_weights(folder / "weights.safetensors", variables["params"], {})
     lora = jax.tree.map(lambda x: x + 0.3, variables["lora"])
     save_lora(folder / "lora.safetensors", lora, config)
