@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equipment import bare_run, batch_of, configure
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax import rollout
 from kvpo_jax.algorithm import flow, keys, kv_cache, memory_bank, replay, routing
@@ -84,6 +86,17 @@ def test_saliency_is_the_mean_product_over_text_heads_and_tokens():
     np.testing.assert_allclose(memory_bank.saliency(bank, prompt), theirs, atol=1e-6)
     forked = memory_bank.saliency(memory_bank.repeat(bank, 2), prompt)
     np.testing.assert_allclose(forked, np.repeat(theirs[:, :, None], 2, axis=2), atol=1e-6)
+
+    def of_own_heads(k, prompt):
+        return memory_bank.saliency(bank.replace(k=k, heads_axis="context"), prompt)
+
+    split = jax.shard_map(
+        of_own_heads,
+        mesh=Mesh(np.asarray(jax.devices()[:2]), "context"),
+        in_specs=(Spec(None, None, None, None, "context"), Spec()),
+        out_specs=Spec(),
+    )
+    np.testing.assert_allclose(split(bank.k, prompt), theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("sparse", [0, 1, 2, 6])
