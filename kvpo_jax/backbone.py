@@ -36,7 +36,8 @@ ASSETS = Path(__file__).parent / "assets"
 TEXT_BATCH = 8  # prompts that the text encoder takes at once
 SHORTEST = 3  # pixel frames of a block that is scored alone
 
-Placement = jax.sharding.Sharding | None
+# Where arrays are put: all alike, or each as a function of its shape says; None: not on a mesh.
+Placement = jax.sharding.Sharding | Callable[[Any], jax.sharding.Sharding] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +333,11 @@ def _check_sizes(path: Path | str, made: Mapping[str, Any], wanted: Mapping[str,
 
 
 def _placed(like: PyTree, sharding: Placement) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        own = sharding(x) if callable(sharding) else sharding
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
+
+    return jax.tree.map(place, like)
 
 
 # ---------------------------------------------------------------- small worlds

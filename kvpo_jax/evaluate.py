@@ -452,7 +452,7 @@ def with_adapters(run: Run, adapters: Sequence[adapters_lib.Adapter]) -> tuple[R
     """The run with the rank and alpha of a sum of LoRA files, and that sum."""
     config = adapters_lib.configured(run.config, adapters)
     sized = dataclasses.replace(run, config=config, programs=programs_lib.build(config, run.mesh))
-    return sized, sharding.place(adapters_lib.load(adapters, wan_config(config)), run.mesh)
+    return sized, sharding.place_weights(adapters_lib.load(adapters, wan_config(config)), run.mesh)
 
 
 def evaluate_videos(given: flags.FlagValues) -> None:

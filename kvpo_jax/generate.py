@@ -24,6 +24,7 @@ branches.jsonl beside the videos says how far apart they are, and branches.html 
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import sys
 import threading
@@ -316,9 +317,10 @@ def load_run(
       policy_name: which one of the run, see `state.policy_of`.
       sentences: the only ones that will be encoded.
       which: checkpoint of the run.
-      devices: a video each.
+      devices: a video each; with config.mesh.fsdp so many of them share the weights.
     """
-    mesh = sharding.make_mesh(devices, 1, devices, 1)
+    shards = math.gcd(devices, config.mesh.fsdp)
+    mesh = sharding.make_mesh(devices // shards, 1, devices, 1, fsdp=shards)
     run = run_lib.load(config, mesh, sentences)
     if adapters:
         policy = adapters_lib.load(adapters, wan_config(config))
@@ -328,7 +330,7 @@ def load_run(
         policy = policy_of(state, policy_name)
     else:
         policy = run.initial_lora()
-    return run, run.variables(sharding.place(policy, mesh))
+    return run, run.variables(sharding.place_weights(policy, mesh))
 
 
 def find_config(

@@ -132,7 +132,8 @@ def trace_iteration(config: ml_collections.ConfigDict, devices: Sequence[jax.Dev
     """Traces the functions of an iteration, so that the plan knows whatever they make."""
     mesh = make_mesh(config, devices)
     variables = abstract_variables(wan_config(config))
-    params, backbone = placed(variables["params"], mesh), fileless_backbone(config)
+    params, backbone = variables["params"], fileless_backbone(config)
+    params = placed(params, mesh, sharding.weight_specs(params, mesh))
     decoder = VideoDecoder(backbone, mesh, config.video.block_frames)
     run = Run(config, mesh, backbone, params, programs_lib.build(config, mesh), decoder)
     state = abstract_state(config, mesh)

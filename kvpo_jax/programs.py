@@ -48,7 +48,7 @@ from kvpo_jax.runtime.config import (
     unrouted_frames,
     wan_config,
 )
-from kvpo_jax.state import TrainState, make_optimiser
+from kvpo_jax.state import TrainState, abstract_state, make_optimiser
 from kvpo_jax.types import (
     Array,
     BlockRecord,
@@ -150,7 +150,9 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
     """
     caches = _Caches(config, mesh)
     energies = make_energies(config, mesh, caches)
-    replicated = NamedSharding(mesh, sharding.REPLICATED)
+    replicated: Any = NamedSharding(mesh, sharding.REPLICATED)
+    state = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    gradient = Gradient(state.lora, squared=replicated, counted=replicated, metrics=replicated)
     return Programs(
         **_cache_programs(config, mesh, caches),
         **_block_programs(config, mesh, caches),
@@ -158,10 +160,12 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
         **_record_programs(config, mesh, caches),
         err=jax.jit(_make_err(config)),
         judge=jax.jit(_make_judge(config)),
-        replay=jax.jit(exact(_make_replay(config, mesh, energies)), out_shardings=replicated),
-        accumulate=jax.jit(accumulate, donate_argnums=0),
-        apply=jax.jit(_make_apply(config), out_shardings=replicated),
-        follow=jax.jit(follow, out_shardings=replicated),
+        replay=jax.jit(
+            exact(_make_replay(config, mesh, energies)), out_shardings=(gradient, replicated)
+        ),
+        accumulate=jax.jit(accumulate, donate_argnums=0, out_shardings=gradient),
+        apply=jax.jit(_make_apply(config), out_shardings=(state, replicated)),
+        follow=jax.jit(follow, out_shardings=state.lora),
         pixel_std=jax.jit(pixel_std, static_argnums=1),
         appearance=jax.jit(appearance, static_argnums=1),
         group_means=jax.jit(group_means),
@@ -179,7 +183,7 @@ class _Caches:
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh, self.wan = config, mesh, wan_config(config)
         self.context = sharding.context_axis(mesh)
-        self.model = Wan(self.wan, self.context)
+        self.model = Wan(self.wan, self.context, regather=mesh.shape["fsdp"] > 1)
         self.window = routing.window(config.window)
         self.order = sharding.trajectories(mesh, branches_at_once(config))
         # Beside the sink, a page holds the longest of: a recache, the replayed window, the local
@@ -232,6 +236,24 @@ class _Caches:
 # ---------------------------------------------------------------- generation
 
 
+def _with_policy(
+    function: Callable, mesh: Mesh, in_specs: tuple[Any, ...], out_specs: Any
+) -> Callable:
+    """`function` in `shard_map`: its first argument are the variables of a policy.
+
+    `in_specs` are those of the others.
+    """
+
+    def sharded(variables, *arguments):
+        variables, specs = sharding.in_shards(variables, mesh)
+        over_mesh = jax.shard_map(
+            function, mesh=mesh, in_specs=(specs, *in_specs), out_specs=out_specs
+        )
+        return over_mesh(variables, *arguments)
+
+    return sharded
+
+
 def _bound(model: Wan, variables: PyTree, text: TextKV, segment: Array) -> tuple[Any, TextKV]:
     """The network of a policy, and the text of one segment."""
     return partial(model.apply, variables), jax.tree.map(lambda x: x[:, :, segment], text)
@@ -260,8 +282,7 @@ def _cache_programs(
 
         return jax.vmap(draw_prompt)(prompts)
 
-    in_specs = (sharding.REPLICATED, sharding.PROMPTS)
-    encode = jax.shard_map(encode_text, mesh=mesh, in_specs=in_specs, out_specs=sharding.TEXT)
+    encode = _with_policy(encode_text, mesh, (sharding.PROMPTS,), sharding.TEXT)
     return {
         "encode_text": jax.jit(exact(encode)),
         "blank": jax.jit(caches.blank, static_argnums=0),
@@ -299,18 +320,18 @@ def _block_programs(
         )
 
     one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
-    policy, record = (one, sharding.TEXT, one), BlockRecord(z=each, u=each, x_clean=each)
-    shared = jax.shard_map(
+    text, record = (sharding.TEXT, one), BlockRecord(z=each, u=each, x_clean=each)
+    shared = _with_policy(
         shared_shard,
-        mesh=mesh,
-        in_specs=(*policy, caches.history_spec, prompts, prompts, one),
+        mesh,
+        in_specs=(*text, caches.history_spec, prompts, prompts, one),
         out_specs=(prompts, caches.history_spec),
     )
-    branches = jax.shard_map(
+    branches = _with_policy(
         branch_shard,
-        mesh=mesh,
+        mesh,
         in_specs=(
-            *(*policy, caches.history_spec, caches.page_spec, each),
+            *(*text, caches.history_spec, caches.page_spec, each),
             *(prompts if explored.noise is None else each, one, sharding.BRANCHES),
         ),
         out_specs=(record, caches.page_spec),
@@ -364,12 +385,12 @@ def _recache_programs(
         return switch(network, text, changed, history, page, latents, start_frame)
 
     one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
-    begin, history, page = (one, sharding.TEXT, one, prompts), caches.history_spec, caches.page_spec
-    shared = jax.shard_map(
-        shared_recache, mesh=mesh, in_specs=(*begin, history, prompts, one), out_specs=history
+    begin, history, page = (sharding.TEXT, one, prompts), caches.history_spec, caches.page_spec
+    shared = _with_policy(
+        shared_recache, mesh, in_specs=(*begin, history, prompts, one), out_specs=history
     )
-    branches = jax.shard_map(
-        branch_recache, mesh=mesh, in_specs=(*begin, history, page, each, one), out_specs=page
+    branches = _with_policy(
+        branch_recache, mesh, in_specs=(*begin, history, page, each, one), out_specs=page
     )
     return {
         "shared_recache": jax.jit(exact(shared), donate_argnums=4),
@@ -479,14 +500,17 @@ def make_energies(
     def energies_per_shard(params, lora, embeddings, text, tuples, wanted, others):
         text = jax.tree.map(lambda x: sharding.vary_over_branch(x, caches.context), text)
         frozen = sharding.vary(params, caches.context), embeddings, text
-        lora, wanted = sharding.vary(lora, caches.context), sharding.vary(wanted)
+        # The energies of a branch keep its gradient for themselves, so LoRA is whole for them.
+        lora = sharding.unboxed(sharding.vary(lora, caches.context))
+        wanted = sharding.vary(wanted)
         arguments = (policy, config.replay, schedule, lora, frozen, tuples, wanted)
         if of_state is None:
             return energies(*arguments, first_settled, first_shared, transition)
         if tuples.peers is not None:
             others = others.replace(advantages=sharding.vary_over_branch(others.advantages))
             tuples = tuples.replace(peers=sharding.vary_over_branch(tuples.peers))
-        old, reference = sharding.vary((others.old, others.reference), caches.context)
+        loras = sharding.vary((others.old, others.reference), caches.context)
+        old, reference = sharding.unboxed(loras)
         on_policy = sharding.vary(others.on_policy)
         others = others.replace(old=old, reference=reference, on_policy=on_policy)
         return replay.state_losses(*arguments, transition, of_state, others, losses.SEEN)
@@ -499,11 +523,16 @@ def make_energies(
     def replay_energies(params, lora, embeddings, text, tuples, wanted, others=None):
         if kind.peers:
             tuples = replay.with_peers(schedule, tuples, config.objective.anchors)
-        read = None if others is None else replay.Others(advantages, one, one, one)
+        (params, lora), weights = sharding.in_shards((params, lora), mesh)
+        read = None
+        if others is not None:
+            loras, specs = sharding.in_shards((others.old, others.reference), mesh)
+            others = others.replace(old=loras[0], reference=loras[1])
+            read = replay.Others(advantages, one, *specs)
         sharded = jax.shard_map(
             energies_per_shard,
             mesh=mesh,
-            in_specs=(one, one, prompts, sharding.TEXT, replayed, one, read),
+            in_specs=(*weights, prompts, sharding.TEXT, replayed, one, read),
             out_specs=sharding.TRAJECTORIES,
         )
         return sharded(params, lora, embeddings, text, tuples, wanted, others)

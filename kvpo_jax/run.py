@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import ml_collections
 from clu.parameter_overview import count_parameters
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kvpo_jax import backbone as backbone_lib
 from kvpo_jax import programs as programs_lib
@@ -32,7 +32,7 @@ class Run:
       config: the checked configuration.
       mesh: of the devices.
       backbone: the generator's world: weights, prompts, text, pixels, rewards.
-      params: the frozen base weights, on every device.
+      params: the frozen base weights, on the mesh as `sharding.weight_specs` says.
       programs: compiled for config and mesh.
       decoder: latents to pixels.
     """
@@ -187,6 +187,6 @@ def load(
     else:
         backbone.check_sentences(sentences)
     programs = programs_lib.build(config, mesh)
-    params = backbone.load_params(NamedSharding(mesh, sharding.REPLICATED))
+    params = backbone.load_params(functools.partial(sharding.weight_sharding, mesh=mesh))
     decoder = VideoDecoder(backbone, mesh, config.video.block_frames)
     return Run(config, mesh, backbone, params, programs, decoder)

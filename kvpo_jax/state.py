@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import abstract_variables
@@ -63,7 +63,7 @@ def init_state(config: ml_collections.ConfigDict, mesh: Mesh, lora: PyTree) -> T
     iteration: Any = np.zeros((), np.int32)
     energy_unit: Any = np.zeros((), np.float32)
     state = TrainState(iteration, lora, lora, lora, lora, optimiser_state, energy_unit)
-    return sharding.place(state, mesh)
+    return sharding.place_weights(state, mesh)
 
 
 def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
@@ -73,8 +73,10 @@ def abstract_state(config: ml_collections.ConfigDict, mesh: Mesh) -> TrainState:
     iteration: Any = jax.ShapeDtypeStruct((), jnp.int32)
     energy_unit: Any = jax.ShapeDtypeStruct((), jnp.float32)
     state = TrainState(iteration, lora, lora, lora, lora, optimiser_state, energy_unit)
-    place = NamedSharding(mesh, sharding.REPLICATED)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    placed = sharding.weight_shardings(state, mesh)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, placed
+    )
 
 
 def saved_state(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -289,8 +290,10 @@ def generate_missing(
         return
     missing.sort(key=lambda task: (task.sample, task.blocks, task.prompt))
     of_samples = [list(x) for _, x in itertools.groupby(missing, key=lambda task: task.sample)]
-    devices = min(config.mesh.data or jax.local_device_count(), jax.local_device_count())
-    devices = min(devices, max(map(len, of_samples)))
+    local = jax.local_device_count()
+    shards = math.gcd(local, config.mesh.fsdp)  # of the weights
+    devices = min(config.mesh.data * config.mesh.fsdp or local, local, max(map(len, of_samples)))
+    devices = -(-devices // shards) * shards
     said = [sentence for task in missing for sentence in task.text.sentences]
     with progress.bar("preparing"):
         run, variables = generate.load_run(

@@ -3,6 +3,7 @@ with all of them.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equipment import SMALL, bare_run, batch_of, serving
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import JaxprEqn, jaxprs_in_params
 
 from kvpo_jax import programs, rollout
 from kvpo_jax import state as state_lib
@@ -65,12 +66,13 @@ def score(pixels, prompts):
 """
 
 
-def make_config(weights: Path, data: int, branch: int):
-    return config_lib.override(config_lib.load("configs/tiny.py"), arguments(weights, data, branch))
+def make_config(weights: Path, *mesh: int):
+    return config_lib.override(config_lib.load("configs/tiny.py"), arguments(weights, *mesh))
 
 
-def arguments(weights: Path, data: int, branch: int) -> list[str]:
+def arguments(weights: Path, data: int, branch: int, fsdp: int = 1) -> list[str]:
     fields = {**FIELDS, "weights": weights, "mesh.data": data, "mesh.branch": branch}
+    fields["mesh.fsdp"] = fsdp
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
@@ -272,17 +274,22 @@ def test_processes_of_several_devices_may_run_ahead(tmp_path):
 # ---------------------------------------------------------------- what goes over the network
 
 
-def inside(jaxpr, loops: int = 0) -> Iterator[tuple[str, int]]:
-    """(name, loops around it) of every primitive."""
+def inside(jaxpr, loops: int = 0) -> Iterator[tuple[JaxprEqn, int]]:
+    """Every equation, and the loops around it."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name, loops
+        yield equation, loops
         for inner in jaxprs_in_params(equation.params):
             yield from inside(inner, loops + (equation.primitive.name in ("scan", "while")))
 
 
-def test_gradients_are_summed_over_the_devices_once(tmp_path):
-    config = make_config(tmp_path, 2, 2)
-    run = bare_run(config, sharding.make_mesh(2, 2, PROMPTS, BRANCHES, context=2))
+@pytest.mark.parametrize("data, fsdp", [(2, 1), (1, 2)])
+def test_gradients_are_summed_over_the_devices_once(tmp_path, data, fsdp):
+    """Outside all loops, also where each device gets the sum of its own part of LoRA. There no loop
+    over the layers leaves whole weights behind for the backward pass.
+    """
+    config = make_config(tmp_path, data, 2, fsdp)
+    mesh = sharding.make_mesh(data, 2, PROMPTS, BRANCHES, fsdp=fsdp, context=2)
+    run = bare_run(config, mesh)
     energies = programs.make_energies(config, run.mesh)
     variables = jax.eval_shape(partial(init_variables, wan_config(config)), jax.random.key(0))
 
@@ -305,8 +312,21 @@ def test_gradients_are_summed_over_the_devices_once(tmp_path):
         (PROMPTS, 2, config.model.text_len, config.model.text_dim), jnp.float32
     )
     jaxpr = jax.make_jaxpr(gradient)(variables, embeddings).jaxpr
-    sums = [loops for name, loops in inside(jaxpr) if name.startswith("psum")]
-    assert sums == [0] * len(jax.tree.leaves(variables["lora"]))
+    leaves, equations = len(jax.tree.leaves(variables["lora"])), list(inside(jaxpr))
+    sums = [loops for found, loops in equations if found.primitive.name.startswith("psum")]
+    assert sums == [0] * leaves
+    of_weights = [
+        (found.primitive.name, loops)
+        for found, loops in equations
+        if "fsdp" in np.atleast_1d(found.params.get("axis_name", ()))
+    ]
+    scattered = [loops for name, loops in of_weights if name == "reduce_scatter"]
+    assert scattered == [0] * leaves * (fsdp > 1)
+    assert any(name == "all_gather" and loops for name, loops in of_weights) == (fsdp > 1)
+    scans = [found for found, _ in equations if found.primitive.name == "scan"]
+    left = {x.aval.shape for found in scans for x in found.outvars}
+    layers = variables["params"]["blocks"]  # no activation has the shape of these two
+    assert not left & {layers[name]["kernel"].shape for name in ("ffn_0", "ffn_2")}
 
 
 # ---------------------------------------------------------------- several processes
@@ -319,8 +339,8 @@ from kvpo_jax.runtime import sharding, sums
 flags = [argument.partition("=")[2] for argument in sys.argv[1:]]
 flags = (flags[0], int(flags[1]), int(flags[2])) if flags else (None, None, None)
 jax.distributed.initialize(**sharding.distributed_arguments(os.environ, *flags))
-for data, branch in ((4, 2), (2, 4), (8, 1), (1, 8)):
-    mesh = sharding.make_mesh(data, branch, 8, 8)
+for data, fsdp, branch in ((4, 1, 2), (2, 1, 4), (8, 1, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)):
+    mesh = sharding.make_mesh(data, branch, 8, 8, fsdp=fsdp)
     table = np.arange(8 * 8 * 2.0).reshape(8, 8, 2)
     part = sharding.own_part(sharding.place(table, mesh, sharding.TRAJECTORIES))
     own = sharding.own_prompts(mesh, 8)
@@ -333,8 +353,10 @@ for data, branch in ((4, 2), (2, 4), (8, 1), (1, 8)):
     np.testing.assert_array_equal(sharding.own_part(rows), table[own])
     assert rows.shape == table.shape
     placed = sharding.place(table, mesh, sharding.TRAJECTORIES)
-    assert sums.of_arrays({"x": placed, "y": sharding.place(table, mesh)}) == {
-        name: sums.of_bytes(table.astype(placed.dtype)) for name in "xy"
+    cut = sharding.place_weights(table, mesh)
+    assert cut.addressable_data(0).size == table.size / fsdp
+    assert sums.of_arrays({"x": placed, "y": sharding.place(table, mesh), "z": cut}) == {
+        name: sums.of_bytes(table.astype(placed.dtype)) for name in "xyz"
     }
 last = jax.process_index() == 3
 assert sharding.any_process(last) and not sharding.any_process(False)
@@ -458,6 +480,7 @@ def wait_for_lines(workdir: Path, count: int, processes: Sequence[subprocess.Pop
 
 
 def saved_state(workdir: Path, config) -> state_lib.TrainState:
+    """On one device, whatever mesh has saved it."""
     mesh = sharding.make_mesh(1, 1, PROMPTS, BRANCHES)
     like = state_lib.abstract_state(config, mesh)
     with checkpoint.manager(workdir / "checkpoints", config.train.keep) as checkpoints:
@@ -467,13 +490,18 @@ def saved_state(workdir: Path, config) -> state_lib.TrainState:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher, mesh, sent, tolerance",
-    [("flags", (2, 2), signal.SIGKILL, 1e-6), ("srun", (1, 2), signal.SIGTERM, 0)],
-    ids=["killed", "terminated"],
+    [
+        ("flags", (2, 2), signal.SIGKILL, 1e-6),
+        ("srun", (1, 2), signal.SIGTERM, 0),
+        ("flags", (1, 1, 2), signal.SIGKILL, 0),
+    ],
+    ids=["killed", "terminated", "killed, weights in shards"],
 )
 def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
     weights, tmp_path, launcher, mesh, sent, tolerance
 ):
-    """Prompts, then branches, lie on two processes, of which the second gets the signal.
+    """Prompts, then branches, then prompts with half of every weight lie on two processes, of which
+    the second gets the signal.
 
     Two addends have one sum, so on two devices every bit is the same; four are added up in another
     order.
@@ -483,7 +511,7 @@ def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
     def command(workdir):
         return ["-m", "kvpo_jax.main", f"--workdir={workdir}", *arguments(weights, *mesh)]
 
-    devices = mesh[0] * mesh[1]
+    devices = math.prod(mesh)
 
     def start_two():
         return start(launcher, tmp_path, 2, devices // 2, command(two), weights.parent)

@@ -217,11 +217,19 @@ MESHED = {
     "chr_l2": ("routing", "anchor", "anchor", "gibbs"),
     "chr_noise_tve": ("routing+init_noise", "branch", "anchor", "gibbs"),
     "release": ("routing", "branch", "self_rolled", "gibbs"),
+    "memflow": ("routing", "branch", "anchor", "gibbs"),  # kvpo with a memory bank
 }
 PROMPTS, BRANCHES, PIVOT = 2, 4, 5
 
 
-def learnt(method: str, data: int, branch: int, chunk: int, recorded: ReplayTuples | None = None):
+def meshed_config(method: str, fields: dict):
+    """The configuration of one of MESHED."""
+    if method == "memflow":
+        return configure("configs/tiny.py", {**fields, "window.bank": 2, "window.bank_interval": 1})
+    return configure(f"configs/tiny.py:{method}", fields)
+
+
+def learnt(method: str, fsdp: int, branch: int, chunk: int, recorded: ReplayTuples | None = None):
     """What a rollout on a mesh records, some branches at a time, and then the energies and the
     gradient of a method, on this or on what another rollout has recorded. The policies differ, and
     the advantages are made up.
@@ -231,18 +239,22 @@ def learnt(method: str, data: int, branch: int, chunk: int, recorded: ReplayTupl
     small |= {"rollout.branch_chunk": chunk, "replay.blocks": 0}
     if "rollout.window_blocks" not in methods.METHODS.get(method, {}):
         small["rollout.window_blocks"] = 2
-    config = configure(f"configs/tiny.py:{method}", small)
-    mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES)
-    variables, rng = random_variables(config, 0.25), np.random.default_rng(0)
-    run = bare_run(config, mesh, sharding.place(variables["params"], mesh))
-    old, reference = (random_variables(config, 0.25, seed)["lora"] for seed in (1, 2))
+    config = meshed_config(method, small)
+    mesh = sharding.make_mesh(1, branch, PROMPTS, BRANCHES, fsdp=fsdp)
+
+    def policy(seed: int):
+        return sharding.place_weights(random_variables(config, 0.25, seed), mesh)
+
+    variables, rng = policy(0), np.random.default_rng(0)
+    run = bare_run(config, mesh, variables["params"])
+    old, reference = (policy(seed)["lora"] for seed in (1, 2))
     embeddings = rng.normal(size=(PROMPTS, 1, 3, 4)).astype(np.float32)
     batch = batch_of(
         sharding.place(embeddings, mesh, sharding.PROMPTS), np.zeros((PROMPTS, 1), bool)
     )
     noise = keys.NoiseKey(jax.random.key(7), jnp.arange(PROMPTS))
     drawn = run.programs.draw(jax.random.key(0), jnp.arange(PROMPTS), 3 * PIVOT)
-    rolled = rollout.rollout(run, sharding.place(variables, mesh), batch, noise, drawn, PIVOT)
+    rolled = rollout.rollout(run, variables, batch, noise, drawn, PIVOT)
     tuples = jax.tree.map(sharding.whole, rolled.replay)
     groups = rng.normal(size=(3, PROMPTS, BRANCHES)).astype(np.float32)
     compares = config_lib.compares_energies(config)
@@ -290,7 +302,7 @@ def test_a_mesh_changes_nothing(method):
 def test_the_mesh_is_tested_with_every_alternative():
     fields = ("rollout.explore", "replay.states", "replay.context", "objective.kind")
     for method, values in MESHED.items():
-        config = config_lib.flat(config_lib.load(f"configs/tiny.py:{method}"))
+        config = config_lib.flat(meshed_config(method, {}))
         assert tuple(config[name] for name in fields) == values
     registries = explore.EXPLORES, replay.STATES, replay.CONTEXTS, losses.KINDS
     for registry, tested in zip(registries, zip(*MESHED.values(), strict=True), strict=True):

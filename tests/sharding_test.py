@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from equipment import SMALLEST, bare_run, batch_of, configure, random_variables
+from jax.sharding import PartitionSpec as P
 
 from kvpo_jax import programs, rollout
+from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys
-from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.types import ReplayTuples, Rollout
 
 PROMPTS, BRANCHES, FRAMES = 4, 8, 3
@@ -67,7 +69,7 @@ def run(
     config = configure("configs/tiny.py", {**FIELDS, "rollout.branch_chunk": chunk})
     mesh = sharding.make_mesh(data, branch, PROMPTS, BRANCHES, fsdp=fsdp, context=context)
     equipment = bare_run(config, mesh)
-    variables = sharding.place(random_variables(config, 0.25), mesh)
+    variables = sharding.place_weights(random_variables(config, 0.25), mesh)
     other, rng = random_variables(config, 0.25, seed=1)["lora"], np.random.default_rng(0)
     embeddings = rng.normal(size=(PROMPTS, 3, 3, 4)).astype(np.float32)
     changed = np.array(
@@ -260,6 +262,81 @@ def test_every_shard_begins_with_an_anchor(branch, order):
     np.testing.assert_array_equal(
         sharding.branches_of(x, mesh, BRANCHES)[1], np.arange(8)[:, None] + [0.0, 0.5]
     )
+
+
+# ---------------------------------------------------------------- weights in shards
+
+
+@pytest.mark.parametrize(
+    "shape, axis",
+    [
+        ((30, 1536, 8960), 2),  # a kernel of every layer, along the longest side
+        ((30, 8960, 1536), 1),
+        ((64, 8, 8), 1),  # of equal ones the first, and never the layers
+        ((8, 6, 7), None),  # not the layers, though nothing else divides
+        ((30, 12), 1),
+        ((1536,), 0),
+        ((6,), None),
+        ((), None),
+    ],
+)
+def test_a_weight_is_cut_along_its_longest_axis(shape, axis):
+    mesh = sharding.make_mesh(1, 1, 8, 8, fsdp=4)
+    spec = sharding.weight_spec(np.empty(shape), mesh)
+    assert spec == (P() if axis is None else P(*[None] * axis, "fsdp"))
+    assert sharding.weight_spec(np.empty(shape), sharding.make_mesh(4, 2, 8, 8)) == P()
+
+
+def test_a_device_has_its_share_of_weights_and_state(tmp_path):
+    """A checkpoint goes from mesh to mesh, to the last bit."""
+    config = configure("configs/tiny.py", FIELDS)
+    variables = random_variables(config, 0.25)
+
+    def states(fsdp):
+        mesh = sharding.make_mesh(1, 1, 8, 8, fsdp=fsdp)
+        state = state_lib.init_state(config, mesh, variables["lora"])
+        planned = state_lib.abstract_state(config, mesh)
+        assert [x.sharding for x in jax.tree.leaves((state.lora, state.optimiser))] == [
+            x.sharding for x in jax.tree.leaves((planned.lora, planned.optimiser))
+        ]
+        return state, sharding.place_weights(variables["params"], mesh), planned
+
+    def on_a_device(tree):
+        return sum(x.addressable_data(0).nbytes for x in jax.tree.leaves(tree))
+
+    made = {fsdp: states(fsdp) for fsdp in (1, 2, 4)}
+    for fsdp in (2, 4):
+        for ours, theirs in zip(made[fsdp][:2], made[1][:2], strict=True):
+            share = on_a_device(ours) / on_a_device(theirs)
+            assert 1 / fsdp <= share < 1.03 / fsdp, (fsdp, share)
+    for before, after in ((2, 1), (1, 4)):
+        saved, like = made[before][0], made[after][2]
+        with checkpoint.manager(tmp_path / f"{before}", keep=1) as checkpoints:
+            checkpoint.save(checkpoints, 1, saved, {})
+            _, restored, _ = checkpoint.restore_latest(checkpoints, like)
+        for leaf, expected, wanted in zip(
+            *map(jax.tree.leaves, (restored, saved, like)), strict=True
+        ):
+            assert leaf.sharding == wanted.sharding
+            np.testing.assert_array_equal(leaf, expected)
+
+
+def test_a_shard_knows_where_it_was_cut():
+    shard = sharding.Shard(jnp.zeros((3, 5)), axis=1)
+    assert shard.remove_axis(0, {}).axis == 0 and shard.remove_axis(2, {}).axis == 1
+    assert shard.add_axis(0, {}).axis == 2 and shard.add_axis(2, {}).axis == 1
+    mesh = sharding.make_mesh(2, 2, 4, 2, fsdp=2)
+    tree = {"kernel": np.arange(24.0).reshape(2, 3, 4), "bias": np.arange(3.0)}
+    boxes, specs = sharding.in_shards(tree, mesh)
+    assert specs == {"kernel": sharding.Shard(P(None, None, "fsdp"), 2), "bias": P()}
+    whole = jax.shard_map(
+        lambda boxes: jax.tree.map(lambda x: x[None], sharding.unboxed(sharding.vary(boxes))),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=P(("data", "fsdp", "branch")),
+    )(boxes)
+    for name, expected in tree.items():
+        np.testing.assert_array_equal(whole[name], np.broadcast_to(expected, whole[name].shape))
 
 
 def test_placed_and_constrained_arrays_lie_where_they_should():

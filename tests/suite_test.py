@@ -177,7 +177,7 @@ def test_neither_devices_nor_processes_nor_samples_change_a_video(world, whole, 
     assert not (world[0] / "shared" / "results.json").exists()
     with pytest.raises(UsageError, match="shared was begun with seed 0, not 1"):
         evaluated(world, "shared", Share(0, 2), seed=1)
-    shared = evaluated(world, "shared", Share(0, 2), {"mesh.data": 2})
+    shared = evaluated(world, "shared", Share(0, 2), {"mesh.fsdp": 2})
     assert (shared / "scores_1.jsonl").read_text().count("\n") == 4
     names = [name for name in contents(whole) if name.startswith("videos")]
     same(shared, whole, *names, "results.json", "results.md", "plan.jsonl", "manifest.json")

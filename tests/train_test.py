@@ -435,12 +435,12 @@ def test_the_update_raises_the_probability_of_better_branches(experience):
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "branch", "context"), [(1, 1, 1, 2), (2, 1, 2, 2), (1, 2, 2, 2), (4, 1, 2, 1)]
+    ("data", "fsdp", "branch", "context"), [(1, 1, 1, 2), (1, 2, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
 )
-def test_one_device_is_two_four_or_eight(experience, weights, data, fsdp, branch, context):
-    """The same rollout, and from it energies, gradient and LoRA, to 1e-6."""
+def test_one_device_is_two_or_eight(experience, weights, data, fsdp, branch, context):
+    """The same rollout, and from it energies, gradient, norms and LoRA, to 1e-6."""
     run, state, batch = experience
-    after, _, old = update(run, state, batch)
+    after, metrics, old = update(run, state, batch)
     gradient_moved, _ = gradient(run, moved(state).lora, batch)
     mesh = {
         "mesh__data": data,
@@ -458,11 +458,16 @@ def test_one_device_is_two_four_or_eight(experience, weights, data, fsdp, branch
         return jax.device_put(np.asarray(ours), like.sharding if named else None)
 
     placed = jax.tree.map(place, batch, batch_)
-    after_, _, old_ = update(run, state, placed)
+    after_, metrics_, old_ = update(run, state, placed)
     np.testing.assert_allclose(old_, old, rtol=1e-6)
+    for name in ("grad_norm", "update_norm", "lora_norm"):
+        np.testing.assert_allclose(metrics_[name], metrics[name], rtol=1e-5, err_msg=name)
+    where = [jax.tree.map(lambda x: x.sharding, x) for x in (state, after_)]
+    assert jax.tree.leaves(where[0]) == jax.tree.leaves(where[1])  # each step leaves them there
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after_.lora, after.lora)
     gradient_moved_, _ = gradient(run, moved(state).lora, placed)
     assert_gradients_equal(gradient_moved_.lora, gradient_moved.lora)
+    assert run.programs.compilations()["apply"] == 1
 
 
 def assert_gradients_equal(a, b):

@@ -268,6 +268,11 @@ def _turned(k: Array, places: Array, rope: tuple[Array, Array]) -> Array:
     return turned.reshape(k.shape)
 
 
+def _but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A remat policy: all results are saved but those of gathering an array from its parts."""
+    return primitive.name != "all_gather"
+
+
 class Wan(nn.Module):
     """The causal Wan transformer at any size.
 
@@ -276,10 +281,13 @@ class Wan(nn.Module):
       context_axis: the mesh axis over whose devices the tokens of a block are split (`tokens`);
         None: there is one. Latents, text, noise level and velocity are the same on all of them. H
         of a context and of new keys and values are a device's own heads.
+      regather: for weights that are in parts, boxes that flax unboxes: whether the backward pass
+        gathers them again. Else the forward pass keeps every layer's whole weights for it.
     """
 
     cfg: WanConfig
     context_axis: str | None = None
+    regather: bool = False
 
     def setup(self):
         cfg = self.cfg
@@ -289,10 +297,13 @@ class Wan(nn.Module):
         self.time_embedding_0 = _plain_linear(cfg, cfg.dim)
         self.time_embedding_2 = _plain_linear(cfg, cfg.dim)
         self.time_projection_1 = _plain_linear(cfg, 6 * cfg.dim)
-        self.text_kv = over_layers(TextKVLayer, cfg.num_layers)(cfg)
-        block = Block
-        if (policy := REMAT[cfg.remat]) is not None:
+        text_layer, block, policy = TextKVLayer, Block, REMAT[cfg.remat]
+        if self.regather:
+            text_layer = nn.remat(TextKVLayer, prevent_cse=False, policy=_but_gathered)
+            policy = policy or _but_gathered
+        if policy is not None:
             block = nn.remat(Block, prevent_cse=False, policy=policy)
+        self.text_kv = over_layers(text_layer, cfg.num_layers)(cfg)
         # index and text differ from layer to layer; e0, rope, context, own_mask and end do not.
         in_axes = (0, 0, *[nn.broadcast] * 5)
         self.blocks = over_layers(block, cfg.num_layers, in_axes)(cfg, self.context_axis)

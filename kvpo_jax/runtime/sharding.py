@@ -5,6 +5,9 @@ branch. A rollout carries one copy of the anchor per shard of `branch`, so that 
 branches of a device run in the same batch of the same program, and identity routing gives the
 anchor bit for bit.
 
+Weights, policies and optimiser state are cut over fsdp (`weight_spec`). A program makes a weight
+whole where the network reads it, and drops it again (`Shard`).
+
 With several processes (docs/cluster.md) each holds a box of the mesh, and all run the same
 program. The host reads what every device has, or its own part of an array (`own_part`), which
 `gather` joins with those of the others.
@@ -22,6 +25,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from einops import rearrange
+from flax import struct
+from flax.core import meta
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -194,14 +199,108 @@ def put(x: np.ndarray | Array, sharding: jax.sharding.Sharding) -> Array:
 
 
 def vary(tree: PyTree, *further: str | None) -> PyTree:
-    """Inside `shard_map`: gives every shard its own copy of a replicated tree.
+    """Inside `shard_map`: gives every shard its own copy of a replicated tree, or of its weights.
 
     Its gradients are then summed over the shards once, and not at every use in the innermost loop.
     `further`: the axis of the tokens, or None, for what the network reads of its own; what comes
     out of it is the same for all tokens, and so is what is done with that.
     """
     axes = tuple(axis for axis in (*ROWS, "branch", *further) if axis)
-    return jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), tree)
+
+    def cast(x: Array | Shard) -> Array | Shard:
+        if isinstance(x, Shard):  # the parts differ over fsdp already
+            equal = tuple(axis for axis in axes if axis != "fsdp")
+            return x.replace_boxed(jax.lax.pcast(x.part, equal, to="varying"))
+        return jax.lax.pcast(x, axes, to="varying")
+
+    return jax.tree.map(cast, tree, is_leaf=lambda x: isinstance(x, Shard))
+
+
+# ---------------------------------------------------------------- weights in shards
+
+
+def weight_spec(x: Array, mesh: Mesh) -> Spec:
+    """How a weight lies on the mesh, from its shape: cut over fsdp along its largest axis.
+
+    The first of several axes is never cut, since it may be the layers', and a loop over the layers
+    takes them one by one. What the size divides along no other axis is whole on every device.
+    """
+    size = mesh.shape["fsdp"]
+    axes = [axis for axis in range(x.ndim > 1, x.ndim) if x.shape[axis] % size == 0]
+    if size == 1 or not axes:
+        return REPLICATED
+    return Spec(*[None] * max(axes, key=lambda axis: x.shape[axis]), "fsdp")
+
+
+def weight_specs(tree: PyTree, mesh: Mesh) -> PyTree:
+    """`weight_spec` of every leaf: base weights, LoRA trees, optimiser and train state, or shapes.
+
+    Of what is no weight, the state has single numbers only, which are whole.
+    """
+    return jax.tree.map(partial(weight_spec, mesh=mesh), tree)
+
+
+def weight_sharding(x: Array, mesh: Mesh) -> NamedSharding:
+    """`weight_spec` on the mesh."""
+    return NamedSharding(mesh, weight_spec(x, mesh))
+
+
+def weight_shardings(tree: PyTree, mesh: Mesh) -> PyTree:
+    """`weight_sharding` of every leaf."""
+    return jax.tree.map(partial(weight_sharding, mesh=mesh), tree)
+
+
+def place_weights(tree: PyTree, mesh: Mesh) -> PyTree:
+    """The tree on the mesh, as `weight_specs` says."""
+    return jax.tree.map(put, tree, weight_shardings(tree, mesh))
+
+
+class Shard(struct.PyTreeNode, meta.AxisMetadata):
+    """Inside `shard_map`: this device's part of a weight.
+
+    flax unboxes a parameter where a module reads it, and the part is then joined with the others'.
+    So in a loop over layers one layer is whole at a time, also in the backward pass if
+    `Wan.regather`. As no gather waits for another result of its layer, XLA may begin those of later
+    weights while it computes with the first. The gradient of a part is the sum over the devices.
+
+    Attributes:
+      part: the array.
+      axis: along which the weight is cut.
+    """
+
+    part: Array
+    axis: int = struct.field(pytree_node=False)
+
+    def unbox(self) -> Array:
+        """The whole weight."""
+        return jax.lax.all_gather(self.part, "fsdp", axis=self.axis, tiled=True)
+
+    def replace_boxed(self, val: Any) -> Shard:
+        """Another part of a weight that is cut alike."""
+        return self.replace(part=val)
+
+    def add_axis(self, index: int, params: Mapping[Any, Any]) -> Shard:
+        """The part with a new axis at `index`."""
+        return self.replace(axis=self.axis + (index <= self.axis))
+
+    def remove_axis(self, index: int, params: Mapping[Any, Any]) -> Shard:
+        """The part without the axis at `index`."""
+        return self.replace(axis=self.axis - (index < self.axis))
+
+
+def in_shards(tree: PyTree, mesh: Mesh) -> tuple[PyTree, PyTree]:
+    """Weights for `shard_map`: what it takes, and the specs. Inside, what is cut is a `Shard`."""
+
+    def box(x: Any, spec: Spec) -> Any:
+        return Shard(x, tuple(spec).index("fsdp")) if "fsdp" in tuple(spec) else x
+
+    specs = weight_specs(tree, mesh)
+    return jax.tree.map(box, tree, specs), jax.tree.map(box, specs, specs)
+
+
+def unboxed(tree: PyTree) -> PyTree:
+    """Inside `shard_map`: the weights whole, all at once."""
+    return meta.unbox(tree)
 
 
 def place(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
