@@ -212,7 +212,8 @@ def get_config(preset: str = "paper") -> ConfigDict:
     c.mesh.data = 0  # devices over prompts; 0 = chosen from the device count
     c.mesh.fsdp = 1  # devices over prompts, besides those of mesh.data, that share the weights
     c.mesh.branch = 0  # devices over branches; 0 = chosen
-    # Devices over the tokens of a block; divides model.num_heads and the tokens of a frame.
+    # Devices over the tokens of a block, and over the rows of frames that are decoded; divides
+    # model.num_heads and the tokens of a frame.
     c.mesh.context = 1
 
     if preset == "release":

@@ -25,8 +25,8 @@ from kvpo_jax.types import Array, Pixels, PyTree, SplitRows, Windows
 
 def split_rows(backbone: Backbone, mesh: Mesh) -> SplitRows | None:
     """How frames lie over `context` while they are decoded; None: every device has whole ones."""
-    devices = mesh.shape["context"]
-    return SplitRows("context", devices, backbone.rows) if devices > 1 and backbone.rows else None
+    axis = sharding.context_axis(mesh)
+    return SplitRows(axis, mesh.shape[axis], backbone.rows) if axis and backbone.rows else None
 
 
 def spec_of(mesh: Mesh, trajectories: int, rows: SplitRows | None = None, before: int = 3) -> Spec:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from kvpo_jax import backbone
 from kvpo_jax.decoder import VideoDecoder
@@ -21,9 +20,8 @@ P, G, BLOCKS, FRAMES = 2, 4, 5, 3
 
 
 def mesh_of(data, branch, context):
-    """A mesh without `fsdp`."""
-    devices = np.asarray(jax.devices()[: data * branch * context])
-    return Mesh(devices.reshape(data, 1, branch, context), sharding.AXES)
+    """A mesh of this shape, whatever prompts and branches it is for."""
+    return sharding.make_mesh(data, branch, data, branch, context=context)
 
 
 class Causal:
