@@ -23,7 +23,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import Mesh
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import memory, train
+from kvpo_jax import memory, network, train
 from kvpo_jax.decoder import VideoDecoder
 from kvpo_jax.memory import Iteration, shape
 from kvpo_jax.rewards import composite, scorers
@@ -50,19 +50,29 @@ class Work:
       seconds: that these take at PEAK.
       bytes: that are read and written: operands and results of products, and what is gathered or
         joined. What lies between is taken as fused with them, and so are attention's logits.
+      sent: to other devices, by the collective operations that the program states.
     """
 
     flops: float = 0.0
     seconds: float = 0.0
     bytes: float = 0.0
+    sent: network.Traffic = dataclasses.field(default_factory=dict)
 
     def __add__(self, other: Work) -> Work:
         return Work(
-            self.flops + other.flops, self.seconds + other.seconds, self.bytes + other.bytes
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+            self.bytes + other.bytes,
+            network.total((self.sent, other.sent)),
         )
 
     def __mul__(self, times: float) -> Work:
-        return Work(self.flops * times, self.seconds * times, self.bytes * times)
+        return Work(
+            self.flops * times,
+            self.seconds * times,
+            self.bytes * times,
+            network.times(self.sent, times),
+        )
 
 
 def sum_of(works: Iterable[Work]) -> Work:
@@ -99,6 +109,8 @@ def _work_of(equation: core.JaxprEqn, taken: Iterator[float]) -> Work:
     name = equation.primitive.name
     if count := PRODUCTS.get(name):
         return _product(equation, count(equation))
+    if sent := network.of_equation(equation):
+        return Work(sent=sent)
     if name in memory.KEPT and name != "scan":
         return Work(bytes=2 * sum(map(_bytes, equation.outvars)))
     share = next(taken) if name == "cond" else 1.0
@@ -225,7 +237,11 @@ class Count(NamedTuple):
         return sum_of(self.stages.values()).seconds / efficiency
 
 
-def count(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> Count:
+def count(
+    config: ml_collections.ConfigDict,
+    devices: Sequence[jax.Device],
+    choose: Callable[[Sequence[int]], Sequence[int]] = tuple,
+) -> Count:
     """The work of an iteration in which every prompt switch changes the sentence.
 
     Attention counts as cuDNN's where it can be used on a GPU. Held-out evaluations are not counted.
@@ -233,6 +249,7 @@ def count(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> C
     Args:
       config: a checked one; with train.micro_batch=0 all prompts are taken at once.
       devices: of the mesh, any.
+      choose: the pivots of which it is the mean, of all that there can be.
 
     Raises:
       UsageError: the config does not fit together, or not to so many devices.
@@ -241,15 +258,16 @@ def count(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> C
         config = config.copy_and_resolve_references()
         config.model.attention = "as_cudnn"
     iteration = memory.trace_iteration(config, devices)
+    pivots = choose(iteration.run.pivots)
     stages = (
-        _rollouts(iteration)
-        | _decoding(iteration)
-        | _scoring(iteration, devices)
+        _rollouts(iteration, pivots)
+        | _decoding(iteration, pivots)
+        | _scoring(iteration, pivots, devices)
         | _replays(iteration)
     )
     batches = config.train.prompts_per_iteration // config_lib.prompts_at_once(config)
-    worked = {name: work * batches for name, work in stages.items() if work.flops}
-    return Count(worked, len(iteration.run.pivots))
+    worked = {name: work * batches for name, work in stages.items() if work.flops or work.sent}
+    return Count(worked, len(pivots))
 
 
 def _mean(calls: Calls, of: Sequence, stages: Mapping[str, str]) -> Calls:
@@ -261,7 +279,7 @@ def _mean(calls: Calls, of: Sequence, stages: Mapping[str, str]) -> Calls:
     return out
 
 
-def _rollouts(iteration: Iteration) -> Calls:
+def _rollouts(iteration: Iteration, pivots: Sequence[int]) -> Calls:
     run, explored = iteration.run, iteration.explored
     config, to_pixel = run.config, run.backbone.to_pixel
     changed = np.ones_like(explored.batch.changed)
@@ -280,13 +298,13 @@ def _rollouts(iteration: Iteration) -> Calls:
                 pivot,
                 backbone_lib.blocks_read(config, to_pixel, _windows(run, pivot), pivot),
             )
-            for pivot in run.pivots
+            for pivot in pivots
         ]
 
     variables = run.variables(iteration.state.lora)
     drawn = memory.placed(drawn, run.mesh)
     calls = of_loop(loop, variables, explored.batch.embeddings, noise, drawn)
-    return _mean(calls, run.pivots, ROLLOUT)
+    return _mean(calls, pivots, ROLLOUT)
 
 
 def _windows(run: Run, pivot: int) -> Windows:
@@ -294,16 +312,14 @@ def _windows(run: Run, pivot: int) -> Windows:
     return backbone_lib.windows_read(run.config, run.backbone.to_pixel, pivot)
 
 
-def _decoding(iteration: Iteration) -> Calls:
+def _decoding(iteration: Iteration, pivots: Sequence[int]) -> Calls:
     run, rolled = iteration.run, iteration.rolled
     weights = memory.placed(run.backbone.load_decoder(None), run.mesh)
 
     def loop(weights: PyTree, branches: Array, anchor: Array) -> list:
         backbone = dataclasses.replace(run.backbone, load_decoder=lambda place: weights)
         decoder = VideoDecoder(backbone, run.mesh, run.config.video.block_frames)
-        return [
-            decoder.group(branches, anchor, pivot, _windows(run, pivot)) for pivot in run.pivots
-        ]
+        return [decoder.group(branches, anchor, pivot, _windows(run, pivot)) for pivot in pivots]
 
     def taken(name: str, arguments: Sequence[np.ndarray | None]) -> tuple[float, ...]:
         """How often each stage runs, from the depths of the latent frames (`decoder.make_step`)."""
@@ -315,7 +331,7 @@ def _decoding(iteration: Iteration) -> Calls:
         return tuple(float(np.mean(frames > stage)) for stage in range(depth.max()))
 
     calls = of_loop(loop, weights, rolled.branches, rolled.anchor, taken=taken)
-    return _mean(calls, run.pivots, {"step": "decoding"})
+    return _mean(calls, pivots, {"step": "decoding"})
 
 
 def _replays(iteration: Iteration) -> Calls:
@@ -344,15 +360,15 @@ def _replays(iteration: Iteration) -> Calls:
 # ---------------------------------------------------------------- scoring
 
 
-def _scoring(iteration: Iteration, devices: Sequence[jax.Device]) -> Calls:
+def _scoring(iteration: Iteration, pivots: Sequence[int], devices: Sequence[jax.Device]) -> Calls:
     """Of learned rewards; others are taken as nothing."""
     run, config = iteration.run, iteration.run.config
     mesh = Mesh(np.asarray(devices), "data")  # an idle device of the run scores too
     names = [n for n in scorers.names_of(config.reward.scorer) if n in memory.PUBLISHED]
-    calls = Counter(call for pivot in run.pivots for call in scored_clips(run, pivot))
+    calls = Counter(call for pivot in pivots for call in scored_clips(run, pivot))
     return {
         f"scoring: {name}": sum_of(
-            _scorer(config, name, mesh, call) * (times / len(run.pivots))
+            _scorer(config, name, mesh, call) * (times / len(pivots))
             for call, times in calls.items()
         )
         for name in names
