@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from kvpo_jax import memory
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import REMAT
+from kvpo_jax.run import make_mesh
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import branches_at_once, prompts_at_once, recorded_blocks
@@ -38,14 +40,46 @@ def peak(config: ConfigDict, devices: Sequence[jax.Device]) -> float:
     Raises:
       UsageError: the config does not fit together, or not to so many devices.
     """
-    return _peak(FrozenConfigDict(config), tuple(devices))
+    alone, mesh = of_one_shard(config, devices)
+    return _peak(FrozenConfigDict(alone), tuple(devices[: mesh.size // mesh.shape["data"]]))
 
 
 @functools.cache
 def _peak(config: FrozenConfigDict, devices: tuple[jax.Device, ...]) -> float:
-    plain = config.as_configdict().lock()
-    config_lib.check(plain)
-    return memory.estimate(memory.plan(plain, devices)).peak()
+    return memory.estimate(memory.plan(config.as_configdict().lock(), devices)).peak()
+
+
+def of_one_shard(
+    config: ConfigDict, devices: Sequence[jax.Device], cut_least: bool = False
+) -> tuple[ConfigDict, Mesh]:
+    """The config of what one shard of `data` does, as all others do; and the whole mesh.
+
+    A device of the one has what a device of the other has, and computes as much, so that settings
+    for many devices are told from those for few.
+
+    Args:
+      config: of the whole.
+      devices: of the whole mesh.
+      cut_least: whether that shard cuts its weights, where it does, over as few devices as it can:
+        each then has more of them, and computes as much.
+
+    Raises:
+      UsageError: the config does not fit together, or not to so many devices.
+    """
+    config_lib.check(config)
+    mesh = make_mesh(config, devices)
+    heldout = config_lib.heldout_at_once(config, sharding.prompt_shards(mesh))
+    sizes = {f"mesh.{axis}": mesh.shape[axis] for axis in sharding.AXES} | {"mesh.data": 1}
+    if cut_least and (cut := mesh.shape["fsdp"]) > 1:
+        sizes["mesh.fsdp"] = min(n for n in range(2, cut + 1) if cut % n == 0)
+    shards = sharding.prompt_shards(mesh) // sizes["mesh.fsdp"]
+    of_shard = {
+        "train.prompts_per_iteration": config.train.prompts_per_iteration // shards,
+        "train.micro_batch": prompts_at_once(config) // shards,
+        "eval.prompts": config.eval.prompts // shards,
+        "eval.batch": heldout // shards,
+    }
+    return with_fields(config, sizes | of_shard), mesh
 
 
 # ---------------------------------------------------------------- the micro-batch
@@ -89,7 +123,7 @@ def choose_micro_batch(
     prompts = config.train.prompts_per_iteration
     needs: dict[int, float] = {}
     unfit = None
-    for size in _divisors(prompts, prompts + 1):
+    for size in divisors(prompts, prompts + 1):
         try:
             needs[size] = peak(with_fields(config, {"train.micro_batch": size}), devices)
         except UsageError as error:
@@ -112,7 +146,7 @@ def choose_micro_batch(
 # ---------------------------------------------------------------- further settings
 
 
-def _divisors(whole: int, below: int) -> list[int]:
+def divisors(whole: int, below: int) -> list[int]:
     """Divisors of `whole` that are less than `below`, the largest first."""
     return [n for n in range(min(below - 1, whole), 0, -1) if whole % n == 0]
 
@@ -137,12 +171,12 @@ Ladder = dict[str, Callable[[ConfigDict], Iterable[Any]]]
 
 # With these an iteration computes the same gradient, more slowly.
 SAME_GRADIENT: Ladder = {
-    "train.micro_batch": lambda c: _divisors(c.train.prompts_per_iteration, prompts_at_once(c)),
+    "train.micro_batch": lambda c: divisors(c.train.prompts_per_iteration, prompts_at_once(c)),
     "replay.chunk": _chunks,
-    "rollout.branch_chunk": lambda c: _divisors(c.rollout.branches, branches_at_once(c)),
+    "rollout.branch_chunk": lambda c: divisors(c.rollout.branches, branches_at_once(c)),
     "model.remat": lambda c: [name for name in REMAT if name == "block" != c.model.remat],
     "reward.resident": lambda c: [False] if c.reward.resident else [],
-    "eval.batch": lambda c: _divisors(c.eval.prompts, c.eval.batch or prompts_at_once(c)),
+    "eval.batch": lambda c: divisors(c.eval.prompts, c.eval.batch or prompts_at_once(c)),
 }
 # These make it another run.
 OTHER_RUN: Ladder = {
@@ -169,7 +203,8 @@ class Proposal(NamedTuple):
 
     def is_same_gradient(self) -> bool:
         """Whether the settings leave the gradient of an iteration as it is."""
-        return self.fields.keys() <= SAME_GRADIENT.keys()
+        same = {*SAME_GRADIENT, *(f"mesh.{axis}" for axis in sharding.AXES)}
+        return self.fields.keys() <= same
 
 
 def propose(config: ConfigDict, devices: Sequence[jax.Device], limit: float) -> Proposal:
@@ -187,11 +222,11 @@ def propose(config: ConfigDict, devices: Sequence[jax.Device], limit: float) -> 
             return found
         found = lower
     for name in list(found.fields):
-        found = _raised(config, devices, limit, found, name)
+        found = raised(config, devices, limit, found, name)
     return found
 
 
-def _raised(
+def raised(
     config: ConfigDict, devices: Sequence[jax.Device], limit: float, found: Proposal, name: str
 ) -> Proposal:
     """The proposal with one of its settings as near to the config's own as fits."""

@@ -312,6 +312,7 @@ def trace_decoding(iteration: Iteration) -> Decoding:
 
 
 FPS = 16.0  # of the videos that are scored
+NODE = 8  # devices that a process has at most, where there are more than these in a plan
 LONG_TEXT = 512  # tokens of a reward model's instruction and of a long prompt
 # A second each, of many plans.
 abstract_reward = functools.cache(reward_model.abstract_params)
@@ -475,7 +476,7 @@ def trace_rewards(
         compiled = dataclasses.replace(cfg, dtype="float32") if wide else cfg
         step, inputs = published.step(compiled, device, clips)
         arguments = (published.abstract(compiled), *inputs)
-        together = count * (mesh.size // jax.process_count())
+        together = count * min(jax.local_device_count(), NODE)
         out[name] = Reward(
             title=f"scoring: {name}, {count} clips of {frames}",
             weights=placed(published.abstract(cfg), device),
@@ -704,6 +705,8 @@ def estimate(planned: Plan) -> Estimate:
     return Estimate(sizes, resident, working)
 
 
+# Operations whose results stay for as long as the body that they stand in.
+GATHERED = ("all_gather", "all_gather_invariant")
 # Operations whose results are arrays of their own. Others are fused into what reads them, or write
 # in place.
 KEPT = ("scan", "dot_general", "conv_general_dilated", "gather", "concatenate")
@@ -715,22 +718,24 @@ def working_bytes(jaxpr: core.Jaxpr, on_device: bool = False) -> int:
     It is the largest sum along a nest of loops: the results of a loop, of a loop inside it, and so
     on to the largest result in the innermost one. In a gradient these are one LoRA tree per branch,
     then what all layers save for the backward pass; in a block the keys and values that all layers
-    make. docs/memory.md compares it with the compiler's figures.
+    make. What a body gathers from other devices, as the weights of a layer, it has besides.
+    docs/memory.md compares it with the compiler's figures.
 
     Args:
       jaxpr: of the program.
       on_device: whether its shapes are those of one device, as inside `shard_map`; others are not
         counted.
     """
-    most = 0
+    most = gathered = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         inside = on_device or name == "shard_map"
         inner = max((working_bytes(x, inside) for x in bodies(equation)), default=0)
-        made: list[Any] = [x.aval for x in equation.outvars] if name in KEPT and on_device else []
+        made: list[Any] = [x.aval for x in equation.outvars] if on_device else []
         own = sum(math.prod(x.shape) * x.dtype.itemsize for x in made)
-        most = max(most, own + inner)
-    return most
+        gathered += own if name in GATHERED else 0
+        most = max(most, inner + (own if name in KEPT else 0))
+    return most + gathered
 
 
 def bodies(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:

@@ -7,19 +7,25 @@
 The first table shows the arrays of an iteration, the second how much of them is resident on a
 device in each stage, and about what the stage's program needs besides. Both take seconds: the run's
 own functions are traced, and nothing is allocated. With --compile the programs are compiled ahead
-of time, and XLA says how much memory each of them needs. --target=h200 compiles for that GPU, which
-need not be there: JAX's CUDA packages are enough (pip install 'kvpo_jax[cuda12]'). Otherwise the
-programs are compiled for CPU devices. XLA's CPU backend has no bfloat16 products and would keep
-float32 copies of whole caches, so what computes in bfloat16 is compiled in float32 there, and half
-of what it needs is shown. With train.micro_batch=0 the plan is that of the largest micro-batch that
-fits, as in a run. If none does, the last line proposes settings with which the run fits.
+of time: XLA says how much memory each of them needs, and what a call sends to other devices (GB) is
+counted in it. --target=h200 compiles for that GPU, which need not be there: JAX's CUDA packages are
+enough (pip install 'kvpo_jax[cuda12]'). Otherwise the programs are compiled for CPU devices. XLA's
+CPU backend has no bfloat16 products and would keep float32 copies of whole caches, so what computes
+in bfloat16 is compiled in float32 there, and half of what it needs is shown. With
+train.micro_batch=0 the plan is that of the largest micro-batch that fits, as in a run. If none
+does, the fastest mesh and settings are proposed with which the run fits, by what --work counts.
+
+--table prints which of some numbers of GPUs the config fits on, from one to 256, with which mesh,
+and how long an iteration takes there. It takes a while.
 
 --work counts instead what an iteration computes on a device, stage by stage, and how long that
-takes at a share of the speed that a Hopper GPU can reach (--efficiency).
+takes at a share of the speed that a Hopper GPU can reach (--efficiency); and what the device sends
+to others, over which axes of the mesh, and how long that takes at the bandwidths that are given.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,11 +36,12 @@ import ml_collections
 from absl import flags
 from jax.experimental import topologies
 
-from kvpo_jax import backbone, fitting, memory, work
+from kvpo_jax import backbone, fitting, memory, network, planning, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import GB
 from kvpo_jax.memory import Program
-from kvpo_jax.runtime import command, progress, workdir
+from kvpo_jax.run import make_mesh
+from kvpo_jax.runtime import command, progress, sharding, workdir
 from kvpo_jax.runtime.atomic import write_json
 from kvpo_jax.runtime.config import check_trained
 
@@ -84,9 +91,10 @@ def target_devices(target: str, count: int) -> list[jax.Device]:
 
 
 class Temporary(NamedTuple):
-    """What a program needs on one device besides its arguments and results."""
+    """What a program needs on one device besides its arguments and results, and what it sends."""
 
     gb: float
+    sent_gb: float
     compile_seconds: float
 
 
@@ -104,13 +112,16 @@ def compile_programs(
     elif config.model.attention == "auto":
         compiled.model.attention = "cudnn"  # "auto" asks the devices of this process
     programs, out = memory.plan(compiled, devices, wide).programs, {}
+    sizes, wires = make_mesh(config, devices).shape, network.Wires()
     with progress.bar("compile", len(programs)) as advance:
         for title, program in programs.items():
             begin = time.monotonic()
-            analysis = program.function.lower(*program.arguments).compile().memory_analysis()
+            made = program.function.lower(*program.arguments).compile()
             share = 0.5 if wide and planned[title].dtype == "bfloat16" else 1.0
-            gb = share * analysis.temp_size_in_bytes / GB
-            out[title] = Temporary(gb, time.monotonic() - begin)
+            gb = share * made.memory_analysis().temp_size_in_bytes / GB
+            sent = network.by_axes(network.of_compiled(made.as_text(), sizes), sizes, wires)
+            sent_gb = sum(axis.bytes for axis in sent.values()) / GB
+            out[title] = Temporary(gb, sent_gb, time.monotonic() - begin)
             advance(1, f"compile: {title}")
     return out
 
@@ -126,34 +137,62 @@ def choose_micro_batch(
     return config
 
 
+def speed_of(given: flags.FlagValues) -> planning.Speed:
+    """How fast the devices are and how they are connected, as the flags say.
+
+    Raises:
+      UsageError: the efficiency is not a share, or a bandwidth is not above 0.
+    """
+    if not 0 < given.efficiency <= 1:
+        raise UsageError(
+            f"--efficiency={given.efficiency:g} is a share of the peak, above 0 and up to 1"
+        )
+    for name in ("nvlink_gb", "infiniband_gb"):
+        if not 0 < getattr(given, name) < math.inf:
+            raise UsageError(f"--{name}={getattr(given, name):g} is a number of GB/s, above 0")
+    wires = network.Wires(given.node_devices, given.nvlink_gb * GB, given.infiniband_gb * GB)
+    return planning.Speed(given.efficiency, wires)
+
+
 def report_work(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
     """Prints what an iteration computes, and how long that takes.
 
     Raises:
-      UsageError: the efficiency is not a share, or something is to be compiled.
+      UsageError: see `speed_of`; or something is to be compiled.
     """
-    efficiency = given.efficiency
-    if not 0 < efficiency <= 1:
-        raise UsageError(f"--efficiency={efficiency:g} is a share of the peak, above 0 and up to 1")
+    speed = speed_of(given)
+    efficiency, wires = speed
     if given.compile:
         raise UsageError("--work counts without compiling; leave --compile out")
     devices = jax.devices()[: given.devices]
     config = choose_micro_batch(config, devices, given.memory_gb * GB)
     count = work.count(config, devices)
     stages = {**count.stages, "sum": work.sum_of(count.stages.values())}
+    sizes = make_mesh(config, devices).shape
+    sent = {name: network.by_axes(stage.sent, sizes, wires) for name, stage in stages.items()}
+    over = {name: sum(axis.seconds for axis in by.values()) for name, by in sent.items()}
     rows = [
         (
             name,
             f"{stage.flops / 1e15:.4g}",
             f"{stage.bytes / 1e12:.4g}",
             f"{stage.seconds / efficiency:.4g}",
+            f"{over[name]:.4g}",
         )
         for name, stage in stages.items()
     ]
     title = f"{given.config} on {given.devices} devices: an iteration, on each device"
-    progress.table(title, ("stage", "PFLOP", "TB", "seconds"), rows)
+    progress.table(title, ("stage", "PFLOP", "TB", "seconds", "network s"), rows)
     peaks = ", ".join(f"{name} {peak / 1e12:.0f}" for name, peak in work.PEAK.items())
-    print(f"\nmean over the pivots ({count.pivots}); {efficiency:.0%} of TFLOP/s: {peaks}")
+    print(f"\nmean over the pivots ({count.pivots}); {efficiency:.0%} of TFLOP/s: {peaks}\n")
+    _print_sent(sent["sum"], sizes, wires)
+    share = 1.0
+    if sizes["branch"] * sizes["context"] > 1 or math.prod(sizes.values()) < given.devices:
+        as_it_is = planning.timed(config, devices, speed, fitting.Proposal({}, 0.0))
+        share = planning.needed(config, devices, speed, as_it_is)
+        print(
+            f"{share:.1%} of what the devices could compute meanwhile is needed; see docs/memory.md"
+        )
     if given.json:
         figures = [
             {
@@ -161,12 +200,40 @@ def report_work(config: ml_collections.ConfigDict, given: flags.FlagValues) -> N
                 "pflop": stage.flops / 1e15,
                 "bytes": stage.bytes,
                 "seconds": stage.seconds / efficiency,
+                "network_seconds": over[name],
             }
             for name, stage in count.stages.items()
         ]
         asked = {"config": given.config, "devices": given.devices, "efficiency": efficiency}
         out = {**asked, "seconds": count.seconds(efficiency), "stages": figures}
+        out |= {"mesh": dict(sizes), "network_seconds": over["sum"], "needed": share}
+        out["sent"] = {" x ".join(axes): axis._asdict() for axes, axis in sent["sum"].items()}
         write_json(out, Path(given.json))
+
+
+def _print_sent(
+    sent: Mapping[tuple[str, ...], network.Sent], sizes: Mapping[str, int], wires: network.Wires
+) -> None:
+    """What a device sends in an iteration, over which axes of the mesh, and at which speed."""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    rows = [
+        (
+            " x ".join(axes),
+            f"{axis.bytes / GB:.4g}",
+            f"{axis.bandwidth / GB:.4g}",
+            f"{axis.seconds:.4g}",
+        )
+        for axes, axis in sent.items()
+    ]
+    if not rows:
+        print(f"{mesh}: nothing is sent")
+        return
+    title = f"{mesh}: each device sends over the network"
+    progress.table(title, ("axes", "GB", "GB/s", "seconds"), rows)
+    print(
+        f"\nin rings, {wires.inside / GB:g} GB/s inside a node of {wires.node} and"
+        f" {wires.between / GB:g} for each GPU between nodes"
+    )
 
 
 def report(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
@@ -195,23 +262,60 @@ def report(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
     else:
         print(f"\ndoes not fit into {given.memory_gb:.0f} GB{estimated}; what does?", flush=True)
         excess = max(0.0, peak - estimate.peak())  # of the compiler's figures over the estimate
-        print(advice(fitting.propose(asked, devices, limit - excess), limit - excess, excess))
+        _propose(asked, devices, limit - excess, excess, speed_of(given))
     if given.json:
         figures = {"config": given.config, "devices": given.devices}
         for name, of_stage in (("working_gb", complete.working), ("stage_gb", complete.needed())):
             figures[name] = {title: size / GB for title, size in of_stage.items()}
+        figures["sent_gb"] = {title: made.sent_gb for title, made in compiled.items()}
         write_json({**figures, "resident_gb": sizes}, Path(given.json))
 
 
-def advice(proposal: fitting.Proposal, limit: float, excess: float = 0.0) -> str:
+def _propose(
+    config: ml_collections.ConfigDict,
+    devices: Sequence[jax.Device],
+    limit: float,
+    excess: float,
+    speed: planning.Speed,
+) -> None:
+    """Prints the fastest that fits, or what it takes that anything does; see `advice`."""
+    found = planning.fastest(config, devices, limit, speed)
+    if not found.options:
+        lowest = fitting.with_fields(config, found.least.fields)
+        other = fitting.propose(lowest, devices, limit)
+        fields = {**found.least.fields, **other.fields}
+        print(advice(fitting.Proposal(fields, other.peak), limit, excess))
+        return
+    _print_options(found.options)
+    best = found.options[0]
+    print(f"\n{advice(best.proposal, limit, excess, best.seconds)}")
+
+
+def _print_options(options: Sequence[planning.Option]) -> None:
+    """How long an iteration takes with each, the fastest first, and what it needs."""
+    rows = []
+    for option in options:
+        sizes = (option.proposal.fields[f"mesh.{axis}"] for axis in sharding.AXES)
+        figures = (option.computing, option.sending, option.seconds, option.proposal.peak / GB)
+        rows.append((" x ".join(map(str, sizes)), *(f"{x:.4g}" for x in figures)))
+    title = "an iteration by count, on the meshes that fit and that were timed"
+    columns = (" x ".join(sharding.AXES), "computing, s", "network, s", "in all", "GB")
+    progress.table(title, columns, rows)
+
+
+def advice(
+    proposal: fitting.Proposal, limit: float, excess: float = 0.0, seconds: float | None = None
+) -> str:
     """What a proposal says to somebody whose run does not fit.
 
     Args:
-      proposal: from `fitting.propose`.
+      proposal: from `planning.fastest` or `fitting.propose`.
       limit: bytes that it was to need at most.
       excess: bytes that it needs besides.
+      seconds: of an iteration, if they were counted.
     """
     gb = f"{(proposal.peak + excess) / GB:.2f} GB"
+    gb += "" if seconds is None else f", {seconds:.0f} s by count"
     if proposal.peak > limit:
         tried = f" with {proposal.arguments()}" if proposal.fields else ""
         return (
@@ -226,21 +330,82 @@ def _print_stages(estimate: memory.Estimate, compiled: Mapping[str, Temporary]) 
     rows = []
     for title, needed in estimate.needed().items():
         figures = (sum(estimate.resident[title].values()), estimate.working[title], needed)
-        seconds = [f"{compiled[title].compile_seconds:.0f} s" if title in compiled else ""]
+        made = compiled.get(title)
+        further = (f"{made.sent_gb:.3g}", f"{made.compile_seconds:.0f} s") if made else ("", "")
         cells = (title, *(f"{size / GB:.2f}" for size in figures))
-        rows.append((*cells, *(seconds if compiled else ())))
-    kind = ("temporary", "in all", "compiled in") if compiled else ("working", "in all")
+        rows.append((*cells, *(further if compiled else ())))
+    kind = ("temporary", "in all", "sends", "compiled in") if compiled else ("working", "in all")
     progress.table("", ("stage", "resident", *kind), rows)
+
+
+# Devices, what they are, and 1e9 bytes of one.
+CLUSTERS = (
+    (1, "24 GB GPU", 24.0),
+    (1, "H100", 80.0),
+    (1, "H200", 141.0),
+    (8, "H100", 80.0),
+    (8, "H200", 141.0),
+    (32, "H200", 141.0),
+    (64, "H200", 141.0),
+    (128, "H200", 141.0),
+    (256, "H200", 141.0),
+)
+SHARE = 0.92  # of a device's memory that the estimate may take: 130 GB of an H200
+
+
+def report_table(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
+    """Prints, for each of CLUSTERS, whether a run fits and how long an iteration then takes.
+
+    Raises:
+      UsageError: see `speed_of`; or something else is asked for, too.
+    """
+    if given.work or given.compile or given.json:
+        raise UsageError("--table is printed alone; leave --work, --compile and --json out")
+    speed, mesh = speed_of(given), " x ".join(sharding.AXES)
+    seconds = ("computing, s", "network, s", "needed", "prompts per hour")
+    rows = [("devices", "limit, GB", "needs, GB", mesh, *seconds, "settings")]
+    for count, name, gb in progress.steps(CLUSTERS, "clusters"):
+        devices = jax.devices()[:count]
+        found = planning.fastest(config, devices, SHARE * gb * GB, speed)
+        cells = _fitting_cells(config, devices, speed, found)
+        rows.append((f"{count} {name}", f"{SHARE * gb:.0f}", *cells))
+    for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
+        print(f"| {' | '.join(row)} |")
+
+
+def _fitting_cells(
+    config: ml_collections.ConfigDict,
+    devices: Sequence[jax.Device],
+    speed: planning.Speed,
+    found: planning.Fastest,
+) -> tuple[str, str, str, str, str, str, str]:
+    """The cells of a row of the table behind the devices."""
+    if not found.options:
+        return f"no: {found.least.peak / GB:.1f} at least", "", "", "", "", "", ""
+    best = found.options[0]
+    sizes = [f"mesh.{axis}" for axis in sharding.AXES]
+    fields = best.proposal.fields
+    settings = [f"{name}={value}" for name, value in fields.items() if name not in sizes]
+    return (
+        f"{best.proposal.peak / GB:.1f}",
+        " x ".join(str(fields[name]) for name in sizes),
+        f"{best.computing:.0f}",
+        f"{best.sending:.1f}",
+        f"{planning.needed(config, devices, speed, best):.0%}",
+        f"{3600 * config.train.prompts_per_iteration / best.seconds:.0f}",
+        ", ".join(settings),
+    )
 
 
 def main(arguments: list[str]) -> None:
     """The command: see the module."""
     given = flags.FLAGS
+    count = max(count for count, *_ in CLUSTERS) if given.table else given.devices
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", given.devices)
+    jax.config.update("jax_num_cpu_devices", count)
     # What was compiled for devices that are not there cannot be read again.
     jax.config.update("jax_enable_compilation_cache", given.target == "cpu")
-    make = report_work if given.work else report
+    make = report_table if given.table else report_work if given.work else report
     config = workdir.resolve(given.config, None, arguments[1:])
     check_trained(config)
     backbone.check_size(config)
@@ -258,7 +423,12 @@ def define_flags() -> None:
     flags.DEFINE_bool("compile", False, "compile the programs too; minutes at full size")
     flags.DEFINE_enum("target", "cpu", ["cpu", *GPUS], "what to compile for")
     flags.DEFINE_bool("work", False, "count what an iteration computes, instead of memory")
+    flags.DEFINE_bool("table", False, "what fits on one GPU to 256, and how long it takes")
     flags.DEFINE_float("efficiency", work.EFFICIENCY, "share of the peak that --work takes")
+    wires = network.Wires()
+    flags.DEFINE_integer("node_devices", wires.node, "devices of a node", lower_bound=1)
+    flags.DEFINE_float("nvlink_gb", wires.inside / GB, "GB/s that a device sends inside its node")
+    flags.DEFINE_float("infiniband_gb", wires.between / GB, "GB/s of it that go to other nodes")
     command.define_path("json", "", "file to write the figures to")
 
 

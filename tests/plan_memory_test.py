@@ -65,6 +65,10 @@ def test_parts_and_programs_of_the_toy(tmp_path):
     assert sizes["held out: text, history"] == half * (text + 36 * (frame + index))
     # The middle third of a video, of 8 branches and the anchor, joined and then flat.
     assert sizes["a clip of all trajectories"] == 2 * half * 9 * 12 * 8 * 8 * 3 * 4
+    # As compiled: in a ring of four devices each sends three quarters twice; little else is sent.
+    sent = {title: 1e9 * size for title, size in figures["sent_gb"].items()}
+    assert 1.5 * lora <= sent["replay"] < 1.01 * 1.5 * lora
+    assert all(size == 0 for title, size in sent.items() if title != "replay")
     stages = figures["stage_gb"]
     assert list(stages) == [
         "held out: a block",
@@ -182,7 +186,8 @@ def test_clip_dino_and_the_aesthetic_head_are_planned():
     for name, reward in rewards.items():
         assert sum(x.size * 4 for x in jax.tree.leaves(reward.weights)) == 4 * names[name]
         assert reward.title == f"scoring: {name}, 32 clips of 1"
-        assert reward.batch.shape == (2 * 32, 1, 480, 832, 3) and reward.program is not None
+        # Of all eight devices of this process, which are asked together.
+        assert reward.batch.shape == (8 * 32, 1, 480, 832, 3) and reward.program is not None
 
 
 # ---------------------------------------------------------------- against a run

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from kvpo_jax import memory, work
 from kvpo_jax.models import layers
 from kvpo_jax.models.attention import Keys, attention
+from kvpo_jax.network import Transfer
 from kvpo_jax.rewards import composite
 from kvpo_jax.run import eligible_pivots
 
@@ -177,7 +178,29 @@ def test_calls_of_a_small_run_by_hand():
     assert done["energies of other policies"].flops == pytest.approx(2 * of("replay", 0.0).flops)
     assert done["energies and gradient"].flops == pytest.approx(2 * of("replay").flops)
     assert of("replay").flops > 2 * of("replay", 0.0).flops
+    # The gradient of LoRA is summed over all devices, once for each of two micro-batches.
+    everywhere = Transfer("all-reduce", ("data", "fsdp", "branch"))
+    lora = sum(4 * x.size for x in jax.tree.leaves(iteration.state.lora))
+    assert done["energies and gradient"].sent == {everywhere: 2 * lora}
+    assert not done["energies of other policies"].sent and not done["prefix"].sent
     assert "decoding" not in done  # the toy's has no products
+
+
+def test_a_block_that_is_split_over_tokens_exchanges_heads():
+    """2 prompts of 12 tokens of 16 channels, in 2 layers and 5 passes; 48 numbers of a token come
+    out. Queries, keys, values and results go through exchanges, half of the tokens of each.
+    """
+    fields = {**SMALL, "mesh.data": 1, "mesh.branch": 1, "mesh.context": 2}
+    config = configure("configs/tiny.py", {**fields, "train.micro_batch": 2})
+    iteration = memory.trace_iteration(config, jax.devices()[:2])
+    prompts, variables = iteration.explored, iteration.run.variables(iteration.state.lora)
+    history, noise = prompts.history, prompts.noise
+    block = iteration.run.programs.shared_block
+    traced = block.trace(variables, prompts.text, 0, history, noise, memory.START)
+    assert work.of_program(traced.jaxpr.jaxpr).sent == {
+        Transfer("all-to-all", ("context",)): 5 * 2 * 4 * 4 * (2 * 12 / 2 * 16),
+        Transfer("all-gather", ("context",)): 5 * 4 * (2 * 12 * 48),
+    }
 
 
 def test_recaches_at_switches_by_hand():
@@ -274,17 +297,28 @@ def test_the_shipped_config(tmp_path):
     assert pflop["anchor and branches"] == pytest.approx(34.5, rel=0.01)
     assert pflop["decoding"] == pytest.approx(4.83, rel=0.01)
     assert figures["seconds"] == pytest.approx(181.2, rel=0.01)
+    # The gradient of 349,962,240 numbers in float32, in a ring of 32 devices, which eight adapters
+    # of a node share: 400 GB/s, less than NVLink's.
+    assert figures["sent"].keys() == {"data"} and figures["mesh"]["data"] == 32
+    gradient = 2 * 31 / 32 * 4 * 349_962_240
+    assert figures["sent"]["data"]["bytes"] == pytest.approx(gradient, rel=1e-6)
+    assert figures["network_seconds"] == pytest.approx(gradient / 400e9, rel=1e-6)
 
 
-@pytest.mark.parametrize("efficiency", ["0", "1.5", "nan", "-1"])
-def test_an_efficiency_that_is_no_share_is_a_mistake(efficiency):
-    done = run("--config=configs/tiny.py", f"--efficiency={efficiency}")
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--efficiency=0", "--efficiency=0 is a share"),
+        ("--efficiency=1.5", "--efficiency=1.5 is a share"),
+        ("--efficiency=nan", "--efficiency=nan is a share"),
+        ("--nvlink_gb=-1", "--nvlink_gb=-1 is a number of GB/s, above 0"),
+        ("--infiniband_gb=nan", "--infiniband_gb=nan is a number of GB/s, above 0"),
+        ("--infiniband_gb=inf", "--infiniband_gb=inf is a number of GB/s, above 0"),
+        ("--compile", "--work counts without compiling; leave --compile out"),
+        ("--table", "--table is printed alone; leave --work, --compile and --json out"),
+    ],
+)
+def test_what_cannot_be_counted_is_a_mistake(flag, said):
+    done = run("--config=configs/tiny.py", flag)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"error: --efficiency={float(efficiency):g} is a share")
-    assert done.stderr.count("\n") == 1
-
-
-def test_counting_compiles_nothing():
-    done = run("--config=configs/tiny.py", "--compile")
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "error: --work counts without compiling; leave --compile out\n"
+    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1

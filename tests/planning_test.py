@@ -1,0 +1,121 @@
+"""The fastest mesh that fits: against what was counted of each; one shard against all."""
+
+import math
+
+import jax
+import pytest
+from equipment import SMALL, configure
+
+from kvpo_jax import fitting, memory, planning, work
+from kvpo_jax.errors import UsageError
+from kvpo_jax.fitting import with_fields
+from kvpo_jax.runtime import sharding
+
+SMALL_RUN = {
+    **SMALL,
+    "model.num_layers": 1,
+    "video.blocks": 8,
+    "video.switch_frames": (),
+    "rollout.branches": 4,
+    "train.prompts_per_iteration": 4,
+    "eval.prompts": 4,
+}
+SPEED = planning.Speed()
+MESH = [f"mesh.{axis}" for axis in sharding.AXES]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return configure("configs/tiny.py", SMALL_RUN)
+
+
+def sizes_of(fields):
+    return tuple(fields[name] for name in MESH)
+
+
+# ---------------------------------------------------------------- meshes
+
+
+def test_meshes_use_the_most_devices_and_keep_given_sizes(config):
+    """4 prompts, 4 branches, 2 heads: at most 32 devices have something to do."""
+    heads = config.model.num_heads
+    assert heads == 2
+    every = {sizes_of(fields) for fields in planning.meshes(config, 8, node=8)}
+    assert all(math.prod(sizes) == 8 for sizes in every)
+    assert {(2, 1, 4, 1), (1, 2, 4, 1), (4, 1, 1, 2), (1, 4, 1, 2), (2, 1, 2, 2)} < every
+    assert all(sizes[0] * sizes[1] <= 4 and sizes[2] <= 4 and sizes[3] <= 2 for sizes in every)
+    forty = {sizes_of(fields) for fields in planning.meshes(config, 40, node=8)}
+    assert {math.prod(sizes) for sizes in forty} == {32}
+    given = with_fields(config, {"mesh.branch": 1, "mesh.context": 2, "mesh.fsdp": 2})
+    assert [sizes_of(x) for x in planning.meshes(given, 8, node=8)] == [(2, 2, 1, 2)]
+    given = with_fields(config, {"mesh.branch": 1, "mesh.context": 2, "mesh.data": 2})
+    assert [sizes_of(x) for x in planning.meshes(given, 8, node=8)] == [(2, 2, 1, 2)]
+    none = with_fields(config, {"mesh.data": 3})
+    assert planning.meshes(none, 8, node=8) == []
+
+
+def test_weights_are_cut_over_one_device_a_node_or_all(config):
+    config = with_fields(config, {"train.prompts_per_iteration": 32})
+    fixed = with_fields(config, {"mesh.branch": 1, "mesh.context": 2})
+    found = [sizes_of(fields) for fields in planning.meshes(fixed, 64, node=8)]
+    assert sorted(found) == [(1, 32, 1, 2), (8, 4, 1, 2), (32, 1, 1, 2)]
+
+
+# ---------------------------------------------------------------- one shard for all
+
+
+def test_what_one_shard_does_is_what_all_do(config):
+    """Bytes and work on 2 x 1 x 2 x 1 devices, and on a shard's 1 x 1 x 2 x 1."""
+    fields = {"mesh.data": 2, "mesh.branch": 2, "train.micro_batch": 2}
+    config, devices = with_fields(config, fields), jax.devices()[:4]
+    alone, mesh = fitting.of_one_shard(config, devices)
+    assert mesh.size == 4 and alone.train.prompts_per_iteration == 2
+    assert memory.estimate(memory.plan(config, devices)).peak() == fitting.peak(config, devices)
+    whole, own = (
+        work.sum_of(work.count(*run, lambda pivots: pivots[:1]).stages.values())
+        for run in ((config, devices), (alone, devices[:2]))
+    )
+    assert (whole.flops, whole.seconds, whole.sent) == (own.flops, own.seconds, own.sent)
+    assert whole.sent
+
+
+# ---------------------------------------------------------------- the fastest
+
+
+@pytest.fixture
+def two(config, monkeypatch):
+    """A run of two prompts whose micro-batch alone may be made smaller."""
+    monkeypatch.setattr(planning, "SLOWER", ())
+    monkeypatch.setattr(planning, "AS_FAST", ("train.micro_batch",))
+    fields = {"mesh.branch": 1, "mesh.context": 1, "mesh.fsdp": 1, "replay.chunk": 0}
+    fields |= {"train.prompts_per_iteration": 2, "eval.prompts": 2, "rollout.branches": 2}
+    return with_fields(config, fields)
+
+
+def test_the_fastest_that_fits_and_what_is_said_if_nothing_does(two):
+    """On one device both prompts at a time, then one; on two devices one each."""
+    one, both = jax.devices()[:1], jax.devices()[:2]
+    apart = with_fields(two, {"train.micro_batch": 1})
+    needs = {size: fitting.peak(config, one) for size, config in ((2, two), (1, apart))}
+    assert needs[1] < needs[2]
+    for limit, fields in (needs[2], {}), (needs[2] - 1, {"train.micro_batch": 1}):
+        best = planning.fastest(two, one, limit, SPEED).options[0].proposal
+        assert best.fields == {**dict.fromkeys(MESH, 1), **fields}
+        assert best.peak == needs[fields.get("train.micro_batch", 2)] <= limit
+        assert best.is_same_gradient()
+    nothing = planning.fastest(two, one, needs[1] - 1, SPEED)
+    assert not nothing.options and nothing.least.peak == needs[1]
+
+    [option] = planning.fastest(two, both, needs[1], SPEED).options
+    assert sizes_of(option.proposal.fields) == (2, 1, 1, 1)
+    assert option.proposal.peak == fitting.peak(with_fields(two, {"mesh.data": 2}), both)
+    assert planning.needed(two, both, SPEED, option) == pytest.approx(1, abs=0.02)
+    # In a ring of two each sends the gradient of LoRA once: rank 2 of 8 and of 2 Linears.
+    lora = 4 * 2 * (8 * (16 + 16) + 2 * (16 + 32))
+    assert option.sending == pytest.approx(lora / 450e9)
+
+
+def test_no_mesh_is_a_mistake(two):
+    three = with_fields(two, {"mesh.data": 3})
+    with pytest.raises(UsageError, match="mesh.data=3 does not divide 2 prompts"):
+        planning.fastest(three, jax.devices()[:3], math.inf, SPEED)
