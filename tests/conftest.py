@@ -18,10 +18,12 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 # Compiling is most of the work here: do it quickly, and the same program once. The emitters of
 # fusions take twice the time of XLA's older ones, and a core to itself gains nothing from modules
 # in parts.
-flags = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
+flags = "--xla_force_host_platform_device_count=8"
+if os.environ["JAX_PLATFORMS"] == "cpu":  # a device's own JAX may not know of these
+    flags += (
+        " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1"
+    )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="kvpo_jax_tests_")
