@@ -550,11 +550,10 @@ def plan(
     parts = _parts(iteration, decoding)
     for name, reward in rewards.items():
         parts |= {f"reward {name}": reward.weights, f"a batch of {name}": reward.batch}
-    parts = {name: tree for name, tree in parts.items() if jax.tree.leaves(tree)}
-    stages = {
-        title: [name for name in parts if name in resident]
-        for title, resident in _stages(config, rewards).items()
-    }
+    resident = _stages(config, rewards)
+    somewhere = set().union(*resident.values())
+    parts = {n: tree for n, tree in parts.items() if n in somewhere and jax.tree.leaves(tree)}
+    stages = {title: [n for n in parts if n in held] for title, held in resident.items()}
     scoring = {reward.title: reward.program for reward in rewards.values() if reward.program}
     return Plan(parts, stages, _programs(iteration, decoding) | scoring)
 

@@ -1,6 +1,6 @@
 """The evidence study: the paper's claims put to the test in the small worlds (docs/evidence.md).
 
-    python tools/study.py --output=docs [--arms=KVPO,none] [--seeds=0,1,2,3,4]
+    python tools/study.py --output=docs [--tier=2] [--arms=KVPO,none] [--seeds=0,1,2,3,4]
     python tools/study.py --quick [--output=DIR]     # few arms and seeds, short runs
     python tools/study.py --search=tve,noise_l2 [--seeds=100,101]  # settings, on development seeds
     python tools/study.py --render --output=docs     # the pages again, from evidence.json alone
@@ -427,14 +427,14 @@ def weights_sum(config: ConfigDict) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def chosen(names: Sequence[str]) -> list[Arm]:
-    """The arms of these names, in the order of ARMS; all if there are none."""
+def chosen(names: Sequence[str], tier: int = 4) -> list[Arm]:
+    """The arms of these names, in the order of ARMS; without names those up to a tier."""
     for name in names:
         if name not in BY_NAME:
             raise UsageError(
                 f"--arms: {name!r} is no arm{nearest(name, BY_NAME)}; arms are {', '.join(BY_NAME)}"
             )
-    return [arm for arm in ARMS if not names or arm.name in names]
+    return [arm for arm in ARMS if (arm.name in names if names else arm.tier <= tier)]
 
 
 def seeds_of(given: Sequence[str], development: bool) -> list[int]:
@@ -488,7 +488,7 @@ def main(arguments: list[str]) -> None:
         return
     by_default = SEEDS[:2] if given.quick else SEEDS
     seeds = seeds_of(given.seeds or [*map(str, by_default)], development=False)
-    arms = chosen(given.arms or (QUICK_ARMS if given.quick else ()))
+    arms = chosen(given.arms or (QUICK_ARMS if given.quick else ()), given.tier)
     budget = given.budget or (QUICK_BUDGET if given.quick else 0)
     wanted = ordered(arms, seeds)
     there = [
@@ -539,12 +539,14 @@ def described(arm: Arm) -> dict[str, Any]:
 def _given(given: Any) -> list[str]:
     """The flags that decide which runs are made."""
     lists = [f"--{n}={','.join(given[n].value)}" for n in ("arms", "seeds") if given[n].value]
-    return [*lists, *(["--quick"] if given.quick else [])]
+    tier = [f"--tier={given.tier}"] if given["tier"].present and not given.arms else []
+    return [*lists, *tier, *(["--quick"] if given.quick else [])]
 
 
 def define_flags() -> None:
     """The flags of the command."""
     flags.DEFINE_list("arms", [], "names of arms, with commas between; default: all")
+    flags.DEFINE_integer("tier", 4, "without --arms: the arms of the tiers up to this", 1, 4)
     flags.DEFINE_list("seeds", [], "with commas between; default: 0,1,2,3,4, of a search 100")
     flags.DEFINE_list("search", [], "surrogates whose settings are tried on development seeds")
     flags.DEFINE_bool("quick", False, f"arms {', '.join(QUICK_ARMS)}, two seeds, short runs")
