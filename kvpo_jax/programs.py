@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -241,9 +241,10 @@ def _with_policy(
 ) -> Callable:
     """`function` in `shard_map`: its first argument are the variables of a policy.
 
-    `in_specs` are those of the others.
+    `in_specs` are those of the others. A plan knows a program by its function's name.
     """
 
+    @wraps(function)
     def sharded(variables, *arguments):
         variables, specs = sharding.in_shards(variables, mesh)
         over_mesh = jax.shard_map(

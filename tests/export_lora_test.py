@@ -30,13 +30,12 @@ from convert_weights_test import (
     metadata_of,
     official_state,
     random_lora,
-    run,
     tensors_of,
     tree,
     velocity,
 )
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
-from equipment import fresh_variables
+from equipment import fresh_variables, run_command
 
 from kvpo_jax import adapters
 from kvpo_jax import run as run_lib
@@ -436,7 +435,8 @@ def test_a_run_is_merged_with_its_own_base_by_the_command(workdir, tmp_path):
         "--format=merged",
         "--output=merged.safetensors",
     )
-    done = run(*arguments, cwd=tmp_path, tool="export_lora")
+    done = run_command(ROOT / "tools" / "export_lora.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert f"ema policy of {workdir} after iteration 3" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["merged.safetensors"]
     base = tensors_of(ROOT / "kvpo_jax" / "assets" / "toy_generator.safetensors")[

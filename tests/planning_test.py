@@ -106,7 +106,7 @@ def test_the_fastest_that_fits_and_what_is_said_if_nothing_does(two):
     nothing = planning.fastest(two, one, needs[1] - 1, SPEED)
     assert not nothing.options and nothing.least.peak == needs[1]
 
-    [option] = planning.fastest(two, both, needs[1], SPEED).options
+    option = planning.fastest(two, both, needs[1], SPEED).options[0]
     assert sizes_of(option.proposal.fields) == (2, 1, 1, 1)
     assert option.proposal.peak == fitting.peak(with_fields(two, {"mesh.data": 2}), both)
     assert planning.needed(two, both, SPEED, option) == pytest.approx(1, abs=0.02)

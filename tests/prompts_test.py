@@ -176,7 +176,7 @@ def test_segments_are_bounded(tmp_path):
             'a\n{"prompts": ["b"]}\n',
             r"a\.txt:2: a line .* of a \.jsonl file; rename the file to \.jsonl",
         ),
-        ("a.txt", "\n", r"a\.txt: none of its 0 prompt sequences"),
+        ("a.txt", "\n", r"a\.txt has no prompts"),
         ("a.csv", "a\n", r"a\.csv: the name of a prompt file ends in \.txt or \.jsonl"),
     ],
 )
