@@ -239,7 +239,8 @@ def fastest(
         for names in (AS_FAST, (*SLOWER, *AS_FAST)):
             for _, group in itertools.groupby(progress.steps(asked, "meshes"), _split):
                 alike = list(group)
-                if not fits(alike[-1], names):  # the others cut weights less, and need more
+                # Those between cut weights less than the last, and gather more than the first.
+                if not any(fits(mesh, names) for mesh in (alike[-1], alike[0])):
                     continue
                 for mesh in alike:
                     if least := fits(mesh, names):

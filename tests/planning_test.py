@@ -89,6 +89,7 @@ def two(config, monkeypatch):
     monkeypatch.setattr(planning, "AS_FAST", ("train.micro_batch",))
     fields = {"mesh.branch": 1, "mesh.context": 1, "mesh.fsdp": 1, "replay.chunk": 0}
     fields |= {"train.prompts_per_iteration": 2, "eval.prompts": 2, "rollout.branches": 2}
+    fields |= {"model.num_heads": 1}  # which no context of more devices can divide
     return with_fields(config, fields)
 
 
