@@ -120,15 +120,11 @@ def save_lora(path: Path, lora: PyTree, config: ml_collections.ConfigDict) -> Pa
 def random_weights(path: Path, config: ml_collections.ConfigDict) -> Path:
     """Writes a generator of random weights, none of which is 0, of the sizes of the config."""
 
-    @jax.jit
-    def make():
-        params = init_variables(wan_config(config), jax.random.key(0))["params"]
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.key(1), len(leaves))
-        pairs = zip(leaves, keys, strict=True)
-        return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in pairs])
-
-    checkpoint.save_weights(path, make(), {})
+    params = fresh_variables(config)["params"]
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    noise = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    params = jax.tree.map(lambda x, key: x + 0.1 * jax.random.normal(key, x.shape), params, noise)
+    checkpoint.save_weights(path, params, {})
     return path
 
 
