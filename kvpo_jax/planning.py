@@ -82,10 +82,11 @@ def undivided(config: ConfigDict, devices: Sequence[jax.Device], speed: Speed) -
 def needed(
     config: ConfigDict, devices: Sequence[jax.Device], speed: Speed, option: Option
 ) -> float:
-    """The share of what devices could compute in the time of an option that is needed, up to 1.
+    """The share of what devices could compute in the time of an option that is needed.
 
     The rest is idle, or computed more than once: an anchor and a prefix for every shard of branches
-    and every chunk of them, what is not split over tokens, a forward pass of `model.remat`.
+    and every chunk of them, what is not split over tokens, a forward pass of `model.remat`. It can
+    be some percent above 1, for the measure is all prompts at once.
     """
     return undivided(config, devices, speed) / (len(devices) * option.computing)
 

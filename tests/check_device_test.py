@@ -50,6 +50,15 @@ def test_every_part(tmp_path):
         assert stage["seconds"] == pytest.approx(1e15 * stage["pflop"] / speed)
         assert stage["counted_seconds"] > 0
     assert whole["seconds"] == pytest.approx(sum(stage["seconds"] for stage in whole["stages"]))
+    # What has been timed has seconds, and a sum needs all.
+    known = {"block of nine": part["block of nine"]}
+    some, speed = check_device.iteration("tiny", known), known["block of nine"]["flops_per_s"]
+    for stage in some["stages"]:
+        is_known = check_device.SPEED[stage["name"]] in known
+        assert stage["seconds"] == (
+            pytest.approx(1e15 * stage["pflop"] / speed) if is_known else None
+        )
+    assert some["seconds"] is None
 
 
 def test_the_parts_have_the_sizes_of_a_run():

@@ -39,6 +39,16 @@ SMALL = {
     "lora.rank": 2,
     "lora.alpha": 2.0,
 }
+# Of these sizes, an iteration of four groups of four branches in one layer.
+SMALL_RUN = {
+    **SMALL,
+    "model.num_layers": 1,
+    "video.blocks": 8,
+    "video.switch_frames": (),
+    "rollout.branches": 4,
+    "train.prompts_per_iteration": 4,
+    "eval.prompts": 4,
+}
 # With texts and latents that are as small; the toy's rewards cannot score them.
 SMALLEST = {
     **SMALL,

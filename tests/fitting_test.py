@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from equipment import SMALL, configure
+from equipment import SMALL_RUN, configure
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
@@ -16,23 +16,12 @@ from kvpo_jax.models import umt5
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
 
-SMALL_RUN = {
-    **SMALL,
-    "model.num_layers": 1,
-    "video.blocks": 8,
-    "video.switch_frames": (),
-    "rollout.branches": 4,
-    "train.prompts_per_iteration": 4,
-    "eval.prompts": 4,
-    "eval.batch": 1,
-    "mesh.data": 1,
-    "mesh.branch": 1,
-}
+PLANNED = {**SMALL_RUN, "eval.batch": 1, "mesh.data": 1, "mesh.branch": 1}
 
 
 @pytest.fixture(scope="module")
 def config():
-    return configure("configs/tiny.py", SMALL_RUN)
+    return configure("configs/tiny.py", PLANNED)
 
 
 @pytest.fixture(scope="module")

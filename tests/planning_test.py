@@ -4,22 +4,13 @@ import math
 
 import jax
 import pytest
-from equipment import SMALL, configure
+from equipment import SMALL_RUN, configure
 
 from kvpo_jax import fitting, memory, planning, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import with_fields
 from kvpo_jax.runtime import sharding
 
-SMALL_RUN = {
-    **SMALL,
-    "model.num_layers": 1,
-    "video.blocks": 8,
-    "video.switch_frames": (),
-    "rollout.branches": 4,
-    "train.prompts_per_iteration": 4,
-    "eval.prompts": 4,
-}
 SPEED = planning.Speed()
 MESH = [f"mesh.{axis}" for axis in sharding.AXES]
 
@@ -107,7 +98,7 @@ def test_the_fastest_that_fits_and_what_is_said_if_nothing_does(two):
     nothing = planning.fastest(two, one, needs[1] - 1, SPEED)
     assert not nothing.options and nothing.least.peak == needs[1]
 
-    option = planning.fastest(two, both, needs[1], SPEED).options[0]
+    [option] = planning.fastest(two, both, needs[1], SPEED).options
     assert sizes_of(option.proposal.fields) == (2, 1, 1, 1)
     assert option.proposal.peak == fitting.peak(with_fields(two, {"mesh.data": 2}), both)
     assert planning.needed(two, both, SPEED, option) == pytest.approx(1, abs=0.02)
