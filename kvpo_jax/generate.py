@@ -19,6 +19,8 @@ than it plays, so that there is time to type.
 With --branches=K the video is an anchor, from which K branches part at block --pivot as in
 training: by --explore=routing (Causal History Routing), or by --explore=noise of their own.
 branches.jsonl beside the videos says how far apart they are, and branches.html shows them.
+
+With --config.mesh.context=N so many devices share the tokens of every block of a video.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import ml_collections
 import numpy as np
 from absl import flags
@@ -303,7 +306,7 @@ def load_run(
     policy_name: str,
     sentences: Sequence[str],
     which: Which = NEWEST,
-    devices: int = 1,
+    at_once: int = 1,
 ) -> tuple[Run, PyTree]:
     """The equipment and the variables of the policy, to generate these sentences.
 
@@ -317,10 +320,12 @@ def load_run(
       policy_name: which one of the run, see `state.policy_of`.
       sentences: the only ones that will be encoded.
       which: checkpoint of the run.
-      devices: a video each; with config.mesh.fsdp so many of them share the weights.
+      at_once: videos. Each has a device, or config.mesh.context of them, if there are so many. With
+        config.mesh.fsdp the devices of so many videos share the weights.
     """
-    shards = math.gcd(devices, config.mesh.fsdp)
-    mesh = sharding.make_mesh(devices // shards, 1, devices, 1, fsdp=shards)
+    shards = math.gcd(at_once, config.mesh.fsdp)
+    context = math.gcd(jax.local_device_count() // at_once, config.mesh.context)
+    mesh = sharding.make_mesh(at_once // shards, 1, at_once, 1, fsdp=shards, context=context)
     run = run_lib.load(config, mesh, sentences)
     if adapters:
         policy = adapters_lib.load(adapters, wan_config(config))

@@ -281,7 +281,8 @@ def generate_missing(
     seed: int,
     folder: Path,
 ) -> None:
-    """Writes the videos of tasks that are not there, one on every device at a time.
+    """Writes the videos of tasks that are not there, one on every device at a time, or on as many
+    devices as share the tokens of a block.
 
     Videos of one batch are of one sample, and as far as possible of one length.
     """
@@ -290,10 +291,10 @@ def generate_missing(
         return
     missing.sort(key=lambda task: (task.sample, task.blocks, task.prompt))
     of_samples = [list(x) for _, x in itertools.groupby(missing, key=lambda task: task.sample)]
-    local = jax.local_device_count()
-    shards = math.gcd(local, config.mesh.fsdp)  # of the weights
-    devices = min(config.mesh.data * config.mesh.fsdp or local, local, max(map(len, of_samples)))
-    devices = -(-devices // shards) * shards
+    rows = jax.local_device_count() // math.gcd(jax.local_device_count(), config.mesh.context)
+    shards = math.gcd(rows, config.mesh.fsdp)  # of the weights
+    at_once = min(config.mesh.data * config.mesh.fsdp or rows, rows, max(map(len, of_samples)))
+    at_once = -(-at_once // shards) * shards
     said = [sentence for task in missing for sentence in task.text.sentences]
     with progress.bar("preparing"):
         run, variables = generate.load_run(
@@ -303,12 +304,12 @@ def generate_missing(
             policy.name,
             said,
             policy.iteration,
-            devices,
+            at_once,
         )
     with progress.bar("generating videos", len(missing)) as advance:
         for of_sample in of_samples:
-            for first in range(0, len(of_sample), devices):
-                some = of_sample[first : first + devices]
+            for first in range(0, len(of_sample), at_once):
+                some = of_sample[first : first + at_once]
                 write_videos(run, variables, some, seed, folder)
                 advance(len(some))
 

@@ -70,9 +70,9 @@ def make_config(weights: Path, *mesh: int):
     return config_lib.override(config_lib.load("configs/tiny.py"), arguments(weights, *mesh))
 
 
-def arguments(weights: Path, data: int, branch: int, fsdp: int = 1) -> list[str]:
+def arguments(weights: Path, data: int, branch: int, fsdp: int = 1, context: int = 1) -> list[str]:
     fields = {**FIELDS, "weights": weights, "mesh.data": data, "mesh.branch": branch}
-    fields["mesh.fsdp"] = fsdp
+    fields |= {"mesh.fsdp": fsdp, "mesh.context": context}
     return [f"--config.{name}={value}" for name, value in fields.items()]
 
 
@@ -494,14 +494,15 @@ def saved_state(workdir: Path, config) -> state_lib.TrainState:
         ("flags", (2, 2), signal.SIGKILL, 1e-6),
         ("srun", (1, 2), signal.SIGTERM, 0),
         ("flags", (1, 1, 2), signal.SIGKILL, 0),
+        ("flags", (1, 1, 1, 2), signal.SIGKILL, 0),
     ],
-    ids=["killed", "terminated", "killed, weights in shards"],
+    ids=["killed", "terminated", "killed, weights in shards", "killed, tokens of a block"],
 )
 def test_two_processes_stopped_and_resumed_are_one_uninterrupted(
     weights, tmp_path, launcher, mesh, sent, tolerance
 ):
-    """Prompts, then branches, then prompts with half of every weight lie on two processes, of which
-    the second gets the signal.
+    """Prompts, then branches, then prompts with half of every weight, then half the tokens of every
+    block lie on two processes, of which the second gets the signal.
 
     Two addends have one sum, so on two devices every bit is the same; four are added up in another
     order.

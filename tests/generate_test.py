@@ -151,6 +151,23 @@ def test_a_sum_of_adapters_generates_as_its_parts_do(tmp_path, world):
     assert np.abs(made[2] - made[0]).max() > 1e-2
 
 
+def test_a_video_of_several_devices_is_that_of_one(world):
+    """Two share the tokens of its blocks, and its rows in the decoder; a third is left alone."""
+    run, _ = world
+    config = run.config.copy_and_resolve_references()
+    config.mesh.update(context=2, fsdp=2)
+    noise = keys.NoiseKey(jax.random.key(5), jnp.arange(1))
+    shared = generate.load_run(config, None, [], "online", SENTENCES)
+    assert dict(shared[0].mesh.shape) == {"data": 1, "fsdp": 1, "branch": 1, "context": 2}
+    ours, alone = (video(x, SENTENCES, (12,), BLOCKS, noise) for x in (shared, world))
+    np.testing.assert_allclose(jnp.stack(ours), jnp.stack(alone), atol=1e-5, rtol=0)
+    pixels = (
+        np.concatenate(list(generate.decoded(x[0], made)), 1)
+        for x, made in ((shared, ours), (world, alone))
+    )
+    np.testing.assert_allclose(*pixels, atol=1e-5, rtol=0)
+
+
 def test_relative_positions_have_no_end():
     """1035 frames, with a bank and two prompt switches, from a history of six. Until the window of
     nine frames leaves one out, they are those of absolute positions.
