@@ -1,6 +1,7 @@
 """The evidence study: its arms, its rule of verdicts by hand, its pages, and how it goes on."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -175,6 +176,11 @@ def test_the_pages_follow_from_the_figures_alone(tmp_path):
     assert "| 1 | 30% | 21.0% | 40 |" in text  # 0 of 10 and 12 of 30 branches
     assert "score 0.570 instead of 0.480 (+0.090)." in text
     assert "| KVPO | outvoted | 0.200 | +0.300 [+0.300, +0.300] |" in text
+    # Of an axis to 0.7585, the furthest end of an interval: 0.1333 and 0.1434 to both sides of it.
+    bar = re.search(r'left:([\d.]+)%;width:([\d.]+)%"></i><i class="mean" style="left:([\d.]+)%',
+                    html[html.index("shuffled advantages gain less"):])  # fmt: skip
+    assert [float(x) for x in bar.groups()] == pytest.approx([49.33, 18.91, 58.79], abs=0.011)
+    assert html.count('class="mean"') == sum(c["ci95"] is not None for c in claims().values())
     assert html.count("<section>") == text.count("\n## ") and "data:image/png" in html
     assert "/tmp" not in text + html and (tmp_path / "evidence.png").stat().st_size > 5000
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

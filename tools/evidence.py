@@ -454,6 +454,7 @@ class Section(NamedTuple):
       table: rows with the same columns.
       picture: the file of a picture, or "".
       alt: what the picture shows.
+      claims: `drawn_claims`, which the HTML page shows in the place of the table.
     """
 
     title: str
@@ -462,6 +463,7 @@ class Section(NamedTuple):
     table: Sequence[Mapping[str, str]] = ()
     picture: str = ""
     alt: str = ""
+    claims: Sequence[Mapping[str, Any]] = ()
 
 
 def facts(found: Mapping[str, Any]) -> str:
@@ -495,6 +497,7 @@ def story(found: Mapping[str, Any]) -> list[Section]:
                 *RULE,
             ),
             table=[claim_row(claim) for claim in found["claims"]],
+            claims=drawn_claims(found["claims"]),
         ),
         Section("What is arranged", points=ARRANGED),
         Section(
@@ -557,6 +560,25 @@ def claim_row(claim: Mapping[str, Any]) -> dict[str, str]:
         "verdict": claim["verdict"],
         "by": f"`python tools/study.py {again}`" if tested else claim["why"],
     }
+
+
+def drawn_claims(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the HTML page shows of the claims: their rows, with where a bar from `left` to `left` +
+    `width`, in percent of one axis for all with 0 in its middle, is the interval, and a mark at
+    `mean` the difference.
+    """
+    most = max((abs(x) for c in claims for x in c["ci95"] or ()), default=1.0)
+    out = []
+    for claim in claims:
+        row: dict[str, Any] = claim_row(claim)
+        row["by"] = row["by"].replace("`", "")
+        if claim["ci95"] is not None:
+            left, right, mean = (
+                round(50 + 50 * x / most, 2) for x in (*claim["ci95"], claim["ours"])
+            )
+            row |= {"left": left, "width": round(right - left, 2), "mean": mean}
+        out.append(row)
+    return out
 
 
 def rows_of(arms: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
