@@ -127,14 +127,14 @@ CLAIMS = (
     Claim(
         "five perturbed blocks are better than three (old world)",
         "Table 2",
-        "5 blocks (old world)",
-        "KVPO (old world)",
+        "5 of 16 blocks (old world)",
+        "3 of 16 blocks (old world)",
     ),
     Claim(
         "seven perturbed blocks are no better than five (old world)",
         "Table 2",
-        "7 blocks (old world)",
-        "5 blocks (old world)",
+        "7 of 16 blocks (old world)",
+        "5 of 16 blocks (old world)",
         sign=0,
     ),
     *(
@@ -327,7 +327,7 @@ ARRANGED = (
     " the other end.",
     "The reward wants what history decides (SC). The other half of it, VQ, is what noise decides.",
     "A frame is one token, and three blocks return: windows of 5 and 7 blocks are tried in the old"
-    " world.",
+    " world, in videos of 16 blocks, since no window of 5 lies in one sentence of its 12.",
     "The wanted rule exists in the generator, under an ending of the story that no run has.",
 )
 SECTIONS = {

@@ -211,8 +211,9 @@ ARMS = (
     Arm("noise + l2 (reward noise 0.01)", "reward noise", RETURN, "noise_l2",
         {**NOISE, **L2, "reward.noise": 0.01}, 4),
     *(_rival(name, 4) for name in ("dance_grpo", "cm_grpo", "rwr")),
-    *(Arm(f"{n} blocks (old world)", "old world", TOY, "toy", {"rollout.window_blocks": n}, 4, 3,
-          "KVPO (old world)") for n in (5, 7)),
+    *(Arm(f"{n} of 16 blocks (old world)", "old world", TOY, "toy",
+          {"rollout.window_blocks": n, "video.blocks": 16}, 4, 3, "3 of 16 blocks (old world)")
+      for n in (3, 5, 7)),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}
 
