@@ -199,6 +199,23 @@ def record(recorder, iteration, shown=None):
     recorder.record(iteration, found, made)
 
 
+def evaluation(**online):
+    """Of 8 held-out prompts, with 0.5 in every component but what the online policy has."""
+    components = {policy: {name: [0.5] * 8 for name in online} for policy in ("reference", "ema")}
+    components["online"] = {name: [value] * 8 for name, value in online.items()}
+    return {
+        "reward": {policy: of["VQ"] for policy, of in components.items()},
+        "components": components,
+        "optimised": ["VQ"],
+        "first_pivot": 2,
+        "blocks": {},
+    }
+
+
+def record_heldout(recorder, done, **online):
+    recorder.record_heldout(done, evaluation(**online), np.zeros((2, 2, 3), np.uint8))
+
+
 def test_the_best_branch_is_compared_with_its_own_anchor():
     """The best branches are 10.2, 11.2 and 12.2, the anchors 20.5, 21.5 and 22.5."""
     first, second = groups()
@@ -248,6 +265,17 @@ def test_the_doctor_of_the_loop_names_the_prompt_that_owns_the_gradient(recorder
     recorder.record(0, {**found, "prompt_weight_max": 0.9}, groups())
     recorder.close()
     assert "doctor: one of 3 prompts, 'a dog, 2' and 1 more, has 90%" in capsys.readouterr().out
+
+
+def test_the_doctor_of_the_loop_sees_what_is_watched_on_held_out_prompts(recorder_of, capsys):
+    recorder = recorder_of(0)
+    for iteration, motion in enumerate((0.5, 0.4, 0.4)):
+        record_heldout(recorder, iteration + 1, VQ=0.6, motion=motion)
+        record(recorder, iteration)
+    recorder.close()
+    said = capsys.readouterr().out
+    assert said.count("doctor: the reward rises while what nobody optimises falls") == 1
+    assert "motion (-0.1000 on held-out prompts)" in said
 
 
 def test_no_record_has_a_number_that_is_not_finite(config):
@@ -451,8 +479,7 @@ def test_a_continued_run_has_every_evaluation_and_video_once(config, tmp_path, c
 
     def evaluate(recorder, done, reward):
         recorder.film_heldout(done, "online", 0, pixels()[0])
-        picture = np.zeros((2, 2, 3), np.uint8)
-        recorder.record_heldout(done, {"reward": {"online": [reward]}}, picture)
+        record_heldout(recorder, done, VQ=reward)
 
     def steps():
         return sorted({(film.kind, film.step) for film in films.films_in(tmp_path)})
@@ -468,7 +495,7 @@ def test_a_continued_run_has_every_evaluation_and_video_once(config, tmp_path, c
     session(2, 6)
     path = tmp_path / "heldout.jsonl"
     assert [row["iteration"] for row in lines(path)] == [2, 4, 6]
-    assert [row["reward"]["online"] for row in lines(path)] == [[0.0], [2.0], [2.0]]
+    assert [row["reward"]["online"][0] for row in lines(path)] == [0.0, 2.0, 2.0]
     assert str(path) not in capsys.readouterr().out
     # A run that is over evaluates what it has led to again.
     recorder = metrics.Recorder(config, tmp_path, 6, fps=8)

@@ -563,21 +563,20 @@ class Doctor:
         self._heldout: list[Mapping[str, Any]] = []
         self._known: set[str] = set()
 
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Notes an evaluation, as heldout.jsonl has it, for the next visit."""
+        self._heldout.append(record)
+
     def visit(
-        self,
-        metrics: Mapping[str, Any],
-        branches: Sequence[Mapping[str, Any]] = (),
-        heldout: Sequence[Mapping[str, Any]] = (),
+        self, metrics: Mapping[str, Any], branches: Sequence[Mapping[str, Any]] = ()
     ) -> list[str]:
         """The new lines to print after an iteration.
 
         Args:
           metrics: of the iteration.
           branches: its records of branches.
-          heldout: the record of its evaluation, if there was one.
         """
         self._rows.append(metrics)
-        self._heldout.extend(heldout)
         now = examine(self._config, self._rows, branches, self._heldout)
         lines = [f"  doctor: {found.text}" for found in now if found.name not in self._known]
         names = {found.name for found in now}

@@ -568,6 +568,7 @@ class Recorder:
           picture: uint8[h, w, 3] of what the reference and the online policy make.
         """
         self._heldout.write(done, [record])
+        self._doctor.evaluated({"iteration": done, **record})
         self._writer.write_images(done - 1, {"heldout/before_after": picture})
 
     def flush(self) -> None:
