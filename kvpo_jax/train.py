@@ -100,12 +100,16 @@ def explore(
     return jax.block_until_ready(rolled)
 
 
-def ask(
+def judge(
     run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int
 ) -> Callable[[], Judged]:
-    """Step 3 as far as it goes without reward servers; what is returned waits for their scores.
+    """Step 3: rewards of the videos, advantages, and the anchor gate.
 
-    Arguments as those of `explore`. The videos are not needed any more.
+    Arguments as those of `explore`.
+
+    Returns:
+      () -> what step 3 makes, which waits for reward servers. All other scores are there already:
+      it needs neither the rollout nor its videos.
     """
     config = run.config
     windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot)
@@ -137,14 +141,6 @@ def ask(
         )
 
     return judged
-
-
-def judge(run: Run, rolled: Rollout, batch: PromptBatch, iteration: int, pivot: int) -> Judged:
-    """Step 3: rewards of the videos, advantages, and the anchor gate.
-
-    Arguments as those of `explore`.
-    """
-    return ask(run, rolled, batch, iteration, pivot)()
 
 
 def remember(
@@ -265,7 +261,7 @@ def explore_and_ask(
         windows = backbone_lib.windows_read(config, run.backbone.to_pixel, pivot, whole=filmed)
         rolled = explore(run, state.old, batch, iteration, pivot, windows)
     with clock.time("reward"):
-        judged = ask(run, rolled, batch, iteration, pivot)
+        judged = judge(run, rolled, batch, iteration, pivot)
     films = None
     if filmed:
         with clock.time("videos"):
@@ -278,8 +274,8 @@ def learn_from(
 ) -> tuple[Gradient, Group, Experience | None]:
     """Step 4 for some prompts of an iteration, once their rewards are there.
 
-    A function of its own, which nobody else should give `asked`, so that a rollout is freed before
-    the next. The experience, gigabytes at full size, is returned for further epochs only.
+    A function of its own, so that a rollout is freed before the next: no caller may keep `asked`.
+    The experience, gigabytes at full size, is returned for further epochs only.
     """
     on_policy = is_on_policy(run.config, iteration)
     batch, rolled, answers, films = asked
@@ -364,8 +360,9 @@ def improve(
                 groups[i] = groups[i].replace(replayed=replayed)
             updated, metrics = apply(run, updated, total)
 
-        old = np.concatenate([np.asarray(group.energies_old) for group in groups])
-        unit = objective.next_unit(np.asarray(state.energy_unit), objective.mean_spread(old))
+        energies_old = np.concatenate([np.asarray(group.energies_old) for group in groups])
+        spread = objective.mean_spread(energies_old)
+        unit = objective.next_unit(np.asarray(state.energy_unit), spread)
         done = iteration + 1
         updated = updated.replace(
             iteration=sharding.place(np.asarray(done, np.int32), run.mesh),
@@ -460,9 +457,8 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
         if int(good.iteration):  # before that nothing is lost, and the configuration may change
             save(good)
 
-    results: dict[str, Heldout] | None = (
-        None  # of evaluating the state's policies, if that has been done
-    )
+    # Of evaluating the state's policies, if that has been done.
+    results: dict[str, Heldout] | None = None
     good = state  # the last state whose update was finite and that has not failed to make videos
     with (
         progress.bar("training", iterations, steady=False) as advance,

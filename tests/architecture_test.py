@@ -1,13 +1,16 @@
 """Every alternative of docs/architecture.md, registered from outside the package and run."""
 
+import dataclasses
+import importlib
 import re
+from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from equipment import configure
 
-from kvpo_jax import backbone, train
+from kvpo_jax import backbone, programs, train
 from kvpo_jax.algorithm import explore, flow, losses, objective, replay, routing
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import config as config_lib
@@ -105,6 +108,51 @@ def test_every_registry_is_in_the_table():
     modules = {**vars(flow), **vars(routing), **of_methods, **vars(backbone)}
     registries = {n for n, value in modules.items() if type(value).__name__ == "Registry"}
     assert table - {"METHODS"} == registries - {"TEXTS", "NORMALIZERS"}
+
+
+def cells(text, heading):
+    """The rows of the first table below a heading, without its head."""
+    lines = text.partition(f"## {heading}\n")[2].splitlines()
+    table = takewhile(
+        lambda x: x.startswith("|"), dropwhile(lambda x: not x.startswith("|"), lines)
+    )
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in [*table][2:]]
+
+
+def found(name):
+    """What a dotted name of a page means, as `objective.loss` does."""
+    module, _, attribute = name.partition(".")
+    (path,) = (DOC.parents[1] / "kvpo_jax").rglob(f"{module}.py")
+    dotted = ".".join(path.relative_to(DOC.parents[1]).with_suffix("").parts)
+    made = importlib.import_module(dotted)
+    return path, getattr(made, attribute) if attribute else made
+
+
+def test_an_iteration_calls_every_program():
+    """And the table names no program or function that there is not."""
+    named = set()
+    for _, functions, called in cells(DOC.read_text(), "An iteration"):
+        assert all(callable(found(name)[1]) for name in re.findall("`(.+?)`", functions))
+        named |= set(re.findall("`(.+?)`", called))
+    assert named == {field.name for field in dataclasses.fields(programs.Programs)}
+
+
+def test_every_equation_of_the_readme_is_found_where_it_says():
+    """The linked file defines the function, and a docstring of the row's names its equation."""
+    readme = DOC.parents[1] / "README.md"
+    numbers = set()
+    for paper, _, functions in cells(readme.read_text(), "The paper, equation by equation"):
+        said = []
+        for names, link in re.findall(r"\[([^]]+)\]\((\S+?)\)", functions):
+            assert (readme.parent / link).is_file()
+            for name in re.findall("`(.+?)`", names):
+                path, value = found(name)
+                assert path == readme.parent / link, name
+                said.append(value.__doc__ or "")
+        for number in re.findall(r"^Eq\. (\d+)$", paper):
+            numbers.add(int(number))
+            assert re.search(rf"Eq\. {number}\b", "".join(said)), paper
+    assert numbers == {*range(1, 10), 15, 16}
 
 
 def test_the_rooms_of_the_layout_exist():

@@ -583,7 +583,7 @@ def test_rewards_are_those_of_making_decoding_and_scoring_everything(weights, fi
             rolled = train.explore(run, state.old, batch, 0, pivot, windows)
             if filmed:
                 films = run.decoder.group_films(rolled.branches, rolled.anchor, pivot)
-            judged.append(train.judge(run, rolled, batch, 0, pivot))
+            judged.append(train.judge(run, rolled, batch, 0, pivot)())
             compiled.add(run.programs.pixel_std._cache_size())
         pictured, plain = judged
         last = 3 * (pivot + 2)  # the perturbed window ends where the last clip does, or later
