@@ -703,17 +703,17 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
     group = pixels_of(pixels[None, 1:], pixels[None, 0])
     clipping = composite.Clipping([switch], 36, composite.latent_to_pixel)
     clips = composite.segment_clips(pixels.shape[1], len(facts["prompts"]), clipping)
-    scores = composite.score_rollout(stub_scorer, group, [facts["prompts"]], weights, clips)
+    scores = composite.ask_rollout(stub_scorer, group, [facts["prompts"]], weights, clips)()
     # The release decodes the chunk by itself, so that its first latent frame is one pixel frame
     # again.
     alone = stub_decode(video[:, slice(*chunk)])
-    local = composite.score_window(
+    local = composite.ask_window(
         stub_scorer,
         pixels_of(alone[None, 1:], alone[None, 0]),
         facts["prompts"][:1],
         weights,
         (0, alone.shape[1]),
-    )
+    )()
     for ours, name in ((scores, "global"), (local, "local")):
         np.testing.assert_allclose(ours.branches[0], facts[f"rewards_{name}"], rtol=1e-6)
         np.testing.assert_allclose(ours.anchor[0], facts[f"anchor_reward_{name}"], rtol=1e-6)

@@ -322,15 +322,15 @@ def test_components_are_those_that_the_scorers_give():
     assert scorers.components_of("") == [] and scorers.components_of("toy,mine:score") is None
 
 
-def test_score_rollout_separates_branches_and_anchor():
+def test_a_rollout_separates_branches_and_anchor():
     pixels = counting_video(2, 4, 6)
-    scores = composite.score_rollout(
+    scores = composite.ask_rollout(
         mean_and_length,
         pixels_of(pixels[:, :3], pixels[:, 3]),
         [["a", "b"], ["cc", "dd"]],
         {"red": 1.0, "length": 10.0},
         composite.segment_clips(6, 2, clipping(2)),
-    )
+    )()
     np.testing.assert_allclose(scores.branches, [[12, 22, 32], [122, 132, 142]], rtol=1e-6)
     np.testing.assert_allclose(scores.anchor, [42, 152], rtol=1e-6)
     branches, anchor = scores.components["length"]
@@ -351,8 +351,8 @@ def test_only_the_frames_of_a_clip_are_copied():
     pixels = np.array(counting_video(1, 4, 40))  # a copy: the array on the device is freed
     group = pixels_of(jnp.asarray(pixels[:, :3]), jnp.asarray(pixels[:, 3]))
     clips = composite.segment_clips(40, 2, clipping(20, clip_frames=3))
-    scores = composite.score_rollout(scorer, group, [["a", "b"]], {"red": 1.0}, clips)
-    composite.score_window(scorer, group, ["a"], {"red": 1.0}, (9, 12))
+    scores = composite.ask_rollout(scorer, group, [["a", "b"]], {"red": 1.0}, clips)()
+    composite.ask_window(scorer, group, ["a"], {"red": 1.0}, (9, 12))()
     assert set(joined) == {3}
     # The middle frames of both halves are 10 and 30.
     np.testing.assert_allclose(scores.branches, [[20, 30, 40]], rtol=1e-6)
@@ -370,16 +370,16 @@ def test_a_function_gets_floats_of_stored_pixels(monkeypatch):
     assert given[0].dtype == jnp.float32
 
 
-def test_score_window_is_the_local_signal_of_the_fork_segment():
+def test_a_window_is_the_local_signal_of_the_fork_segment():
     pixels, prompts, switches = counting_video(1, 3, 10), [["a", "bb", "ccc"]], (4, 8)
     segment = config_lib.segment_of(5, switches)
-    scores = composite.score_window(
+    scores = composite.ask_window(
         mean_and_length,
         pixels_of(pixels[:, :2], pixels[:, 2]),
         [p[segment] for p in prompts],
         {"red": 1.0, "length": 1.0},
         (3, 6),
-    )
+    )()
     np.testing.assert_allclose(scores.branches, [[4 + 2, 14 + 2]], rtol=1e-6)
     np.testing.assert_allclose(scores.anchor, [24 + 2], rtol=1e-6)
 
@@ -388,7 +388,7 @@ def test_score_window_is_the_local_signal_of_the_fork_segment():
 def test_a_local_window_without_frames_is_an_error(window):
     group = pixels_of(counting_video(1, 2, 10), counting_video(1, 1, 10)[:, 0])
     with pytest.raises(ValueError, match="local window"):
-        composite.score_window(mean_and_length, group, ["a"], {"red": 1.0}, window)
+        composite.ask_window(mean_and_length, group, ["a"], {"red": 1.0}, window)()
 
 
 # ---------------------------------------------------------------- what is shared is scored once
@@ -417,9 +417,9 @@ def test_the_rewards_of_a_fork_are_those_of_all_its_videos(name, fork):
         return load(pixels, prompts, shared)
 
     group = forked(3, 12, fork)
-    ours = composite.score_rollout(scorer, group, sentences, weights, clips)
+    ours = composite.ask_rollout(scorer, group, sentences, weights, clips)()
     assert scored == [2 if end <= fork else 2 * 4 for end in (4, 8, 12)]
-    theirs = composite.score_rollout(load, group.replace(fork=0), sentences, weights, clips)
+    theirs = composite.ask_rollout(load, group.replace(fork=0), sentences, weights, clips)()
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-6, rtol=0), ours, theirs)
     assert np.ptp(ours.branches, axis=1).min() > 1e-3 or fork == 12
 

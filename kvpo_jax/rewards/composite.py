@@ -335,7 +335,7 @@ clip_rewards = at_once(ask_each)
 def ask_segments(
     scorer: Scorer, pixels: Pixels, prompts: Sequence[Sequence[str]], clips: Sequence[Clip]
 ) -> Callable[[], dict[str, np.ndarray]]:
-    """The global signal: the mean over the clips of `clip_rewards`.
+    """The global signal, the mean over the clips of `clip_rewards` (paper §3.4).
 
     Returns:
       () -> component -> float[P, T], or float[P, T + 1] with an anchor, which is the last.
@@ -506,9 +506,6 @@ def ask_rollout(
     return lambda: _as_scores(answers(), weights)
 
 
-score_rollout = at_once(ask_rollout)
-
-
 def ask_window(
     scorer: Scorer,
     pixels: Pixels,
@@ -533,6 +530,3 @@ def ask_window(
         raise UsageError(f"local window [{start}, {end}) has no pixel frame")
     answers = ask_clip(scorer, pixels, start, end, sentences)
     return lambda: _as_scores(answers(), weights)
-
-
-score_window = at_once(ask_window)
