@@ -72,7 +72,7 @@ def _kl(options: ml_collections.ConfigDict, distance: Distance, at: Replica) -> 
 def _seen(kl: Array, rho: Array | None = None, low: float = 0.0, high: float = 0.0) -> Seen:
     """SEEN, of losses with a ratio and without one."""
     rho = jnp.ones_like(kl) if rho is None else rho
-    outside = (rho < 1 - low) | (rho > 1 + high)
+    outside = objective.beyond_clip(rho, low, high)
     values = jnp.abs(rho - 1), outside.astype(kl.dtype), kl
     return dict(zip(SEEN, values, strict=True))
 

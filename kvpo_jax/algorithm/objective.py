@@ -361,6 +361,11 @@ def clipped(rho: Array, advantages: Array, clip_low: float, clip_high: float) ->
     return jnp.minimum(rho * advantages, jnp.clip(rho, 1 - clip_low, 1 + clip_high) * advantages)
 
 
+def beyond_clip(rho: Array, clip_low: float, clip_high: float) -> Array:
+    """Whether ratios of any shape are outside the clip range, bool of that shape."""
+    return (rho < 1 - clip_low) | (rho > 1 + clip_high)
+
+
 def kl_divergence(log_pi: Array, log_pi_ref: Array) -> Array:
     """Eq. 15: sum_g pi (log pi - log pi_ref), float[].
 
@@ -548,11 +553,10 @@ def loss(
     kl = kl_divergence(log_pi, of_group.log_pi_ref)
     scale = gate_scale(options.gate, gate_open, log_pi)
     rho = jnp.exp(log_rho)
-    clipped = (rho < 1 - options.clip_low) | (rho > 1 + options.clip_high)
     diagnostics = Diagnostics(
         ratio_deviation=jnp.max(jnp.abs(rho - 1)),
         log_ratio_std=log_rho.std(),
-        clip_fraction=jnp.mean(clipped),
+        clip_fraction=jnp.mean(beyond_clip(rho, options.clip_low, options.clip_high)),
         kl=kl,
         entropy=-jnp.sum(jnp.exp(log_pi) * log_pi),
         surrogate=surrogate,
