@@ -21,7 +21,7 @@ from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.rewards import scorers
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import media, metrics, page, progress, statistics
+from kvpo_jax.runtime import films, media, metrics, page, progress, statistics
 from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.types import Array, PyTree, Rollout, Scores
 
@@ -169,15 +169,16 @@ def sample(
 
 def file_names(name: str, branches: int) -> dict[str, str]:
     """The files of anchor and branches, by what `videos` calls them; `name` is a video's alone."""
-    parts = ["anchor", *(f"branch_{branch}" for branch in range(branches))]
+    parts = films.branch_names(branches)
     return {part: f"{name.removesuffix('.mp4')}_{part}.mp4" for part in parts}
 
 
 def videos(rolled: Rollout) -> Iterator[tuple[str, Array]]:
     """Name and latents float[1, frames, Y, X, C] of the anchor and then of each branch."""
-    yield "anchor", rolled.anchor
-    for branch in range(rolled.branches.shape[1]):
-        yield f"branch_{branch}", rolled.branches[:, branch]
+    anchor, *branches = films.branch_names(rolled.branches.shape[1])
+    yield anchor, rolled.anchor
+    for number, name in enumerate(branches):
+        yield name, rolled.branches[:, number]
 
 
 def blocks_of(config: ml_collections.ConfigDict, latents: Array) -> Iterator[Array]:

@@ -178,8 +178,12 @@ def typed(
 
 
 def name_of(index: int, videos: int, sentence: str) -> str:
-    """A file name that tells the videos apart; in the order of the names they are in that of their
-    index.
+    """The file name of a video: its number, then its sentence. Sorted by name, videos are in order.
+
+    Args:
+      index: its number.
+      videos: how many there are.
+      sentence: the first that it is generated from.
     """
     return f"{index:0{max(3, len(str(videos - 1)))}d}_{prompts.slug(sentence)[:48]}.mp4"
 
@@ -193,7 +197,11 @@ def decoded(run: Run, latents: Iterable[Array]) -> Iterator[np.ndarray]:
 
 
 def write_video(
-    path: Path, pixels: Iterator[np.ndarray], fps: float, blocks: int, typed: Speaker | None = None
+    path: Path,
+    pixels: Iterator[np.ndarray],
+    fps: float,
+    blocks: int,
+    speaker: Speaker | None = None,
 ) -> None:
     """Writes the blocks of a video as they come, and says how fast that was.
 
@@ -202,17 +210,17 @@ def write_video(
       pixels: of each block, [frames, h, w, 3].
       fps: frames per second.
       blocks: how many there are.
-      typed: of a video whose prompts are typed. Then there is no bar, but a line for every prompt.
+      speaker: of a video whose prompts are typed: a line for every prompt takes the place of a bar.
 
     Raises:
       UsageError, OSError: see `video.writing`.
     """
     frames, sentence = 0, ""
     begin, uncounted = time.monotonic(), 0
-    with progress.bar(path.name, blocks, live=typed is None) as advance, ExitStack() as stack:
+    with progress.bar(path.name, blocks, live=speaker is None) as advance, ExitStack() as stack:
         for block, made in enumerate(pixels):
-            if typed is not None and typed.sentences[0] != sentence:
-                sentence = typed.sentences[0]
+            if speaker is not None and speaker.sentences[0] != sentence:
+                sentence = speaker.sentences[0]
                 progress.say(f"block {block + 1}/{blocks}: {sentence!r}")
             images = video.enlarge(made)
             if block == 0:

@@ -741,7 +741,8 @@ def gallery(
         for name, both in components.items()
     }
     rewards = record.get("reward") or [None] * len(record["routed"])
-    scored = {f"branch_{g}": reward for g, reward in enumerate(rewards)}
+    _, *branches = films.branch_names(len(rewards))
+    scored = dict(zip(branches, rewards, strict=True))
     if ANCHOR in contents or "reward_anchor" in record:
         scored = {ANCHOR: record.get("reward_anchor"), **scored}
     order = sorted(scored, key=lambda name: -_or_least(scored[name]))
