@@ -125,7 +125,7 @@ def evaluate(run: Run, lora: PyTree, film: Film | None = None) -> Heldout:
         latents = _latents(run, lora, batch, whole=filmed > 0)
         made = jax.tree.map(sharding.own_part, run.decoder.videos(latents, windows))
         sentences = [batch.sentences[i] for i in own]
-        scores = sharding.gather(_Scores(run, made, sentences), run.mesh)
+        scores = sharding.gather(partial(_scores, run, made, sentences), run.mesh)
         similarity.append(sharding.whole(run.programs.self_similarity(latents, made_frames)))
         del made
         if film is not None:
@@ -164,36 +164,29 @@ def _latents(run: Run, lora: PyTree, batch: PromptBatch, whole: bool = False) ->
     return latents
 
 
-class _Scores:
-    """() -> name -> float[P, 1]: components, optimised and watched, blocks, and appearance."""
+def _scores(
+    run: Run, pixels: Pixels, sentences: Sequence[Sequence[str]]
+) -> dict[str, Array | np.ndarray]:
+    """Name -> float[P, 1]: components, optimised and watched, blocks, and appearance."""
+    config, backbone = run.config, run.backbone
 
-    def __init__(self, run: Run, pixels: Pixels, sentences: Sequence[Sequence[str]]):
-        self._run, self._pixels, self._sentences = run, pixels, sentences
+    def rewards_of(clips: Sequence[composite.Clip]) -> dict[str, np.ndarray]:
+        return composite.segment_rewards(backbone.rewards, pixels, sentences, clips)
 
-    def __call__(self) -> dict[str, Array | np.ndarray]:
-        config, backbone = self._run.config, self._run.backbone
-        clips = backbone_lib.scored_clips(config, backbone.to_pixel)
-        rewards, watched = (
-            composite.segment_rewards(scorer, self._pixels, self._sentences, clips)
-            for scorer in (backbone.rewards, backbone.watch)
-        )
-        starts = backbone_lib.block_starts(config, backbone.to_pixel)
-        watched |= composite.video_rewards(
-            backbone.watch.of_videos, self._pixels, self._sentences, clips, starts
-        )
-        composite.check_weights(rewards, watched, config.reward.weights)
-        alone = enumerate(backbone_lib.block_clips(config, backbone.to_pixel))
-        blocks = {_block(b): self._composite(clip) for b, clip in alone}
-        count = backbone_lib.scored_frames(config, backbone.to_pixel)
-        looks = self._run.programs.appearance(self._pixels.videos, count)
-        return rewards | watched | blocks | {_look(name): x for name, x in looks.items()}
-
-    def _composite(self, clip: composite.Clip) -> np.ndarray:
-        """float[P, 1], the composite reward of a clip with the sentence of its segment."""
-        rewards = composite.segment_rewards(
-            self._run.backbone.rewards, self._pixels, self._sentences, [clip]
-        )
-        return composite.composite(rewards, self._run.config.reward.weights)
+    clips = backbone_lib.scored_clips(config, backbone.to_pixel)
+    starts = backbone_lib.block_starts(config, backbone.to_pixel)
+    rewards = rewards_of(clips)
+    watched = composite.segment_rewards(backbone.watch, pixels, sentences, clips)
+    watched |= composite.video_rewards(backbone.watch.of_videos, pixels, sentences, clips, starts)
+    composite.check_weights(rewards, watched, config.reward.weights)
+    alone = enumerate(backbone_lib.block_clips(config, backbone.to_pixel))
+    blocks = {
+        _block(number): composite.composite(rewards_of([clip]), config.reward.weights)
+        for number, clip in alone
+    }
+    count = backbone_lib.scored_frames(config, backbone.to_pixel)
+    looks = run.programs.appearance(pixels.videos, count)
+    return rewards | watched | blocks | {_look(name): x for name, x in looks.items()}
 
 
 def _block(number: int) -> str:
