@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import trials
 from absl import flags
 
 from kvpo_jax import backbone as backbone_lib
@@ -219,8 +220,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             return show_interval(value)
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *([cell(x) for x in r.values()] for r in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return trials.markdown([{name: cell(x) for name, x in row.items()} for row in rows])
 
 
 def picture(run: Run, groups: dict[str, Groups], path: Path) -> None:
