@@ -320,6 +320,12 @@ def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> P
     return checkpoint.load_weights(path, _placed(abstract_variables(cfg)["lora"], sharding))
 
 
+def _load_first_lora(config: ml_collections.ConfigDict, sharding: Placement) -> PyTree | None:
+    """The LoRA of config.paths.lora, or None where it names none."""
+    path = config.paths.lora
+    return load_lora(path, wan_config(config), sharding) if path else None
+
+
 def _check_sizes(path: Path | str, made: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """UsageError that names every size of a file's model that is not the config's."""
     if other := [name for name in made if made[name] != wanted[name]]:
@@ -401,9 +407,7 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
     return Backbone(
         load_params=partial(load_params, path, cfg),
-        load_lora=lambda sharding: (
-            load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
-        ),
+        load_lora=partial(_load_first_lora, config),
         prompts=sequence,
         check_sentences=world.check,
         embed=world.embed,
@@ -623,9 +627,7 @@ def wan_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
     return Backbone(
         load_params=partial(load_params, config.weights, cfg),
-        load_lora=lambda sharding: (
-            load_lora(config.paths.lora, cfg, sharding) if config.paths.lora else None
-        ),
+        load_lora=partial(_load_first_lora, config),
         prompts=sequence,
         check_sentences=(lambda sentences: None) if stored is None else stored.check,
         embed=text_encoder(config) if stored is None else stored.lookup,
