@@ -6,7 +6,6 @@ rollout of training, and how much they differ.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from kvpo_jax.rewards import scorers
 from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import films, media, metrics, page, progress, statistics
-from kvpo_jax.runtime.atomic import replacing
 from kvpo_jax.types import Array, PyTree, Rollout, Scores
 
 # Beside the videos:
@@ -265,12 +263,6 @@ def print_tables(row: Mapping[str, Any]) -> None:
         progress.say(f"{mean}to the anchor {found['to_anchor']:.4f}\n")
     if rewards:
         progress.table("", ["branch", *names], [["reward", *(f"{x:.4f}" for x in rewards)]])
-
-
-def write_records(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """Writes RECORDS, whole or not at all."""
-    with replacing(output / RECORDS) as temporary:
-        temporary.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
 
 
 def write_page(

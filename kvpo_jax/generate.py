@@ -53,6 +53,7 @@ from kvpo_jax.rollout import Spoken, stream
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import command, progress, sharding, video, workdir
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.atomic import write_lines
 from kvpo_jax.runtime.checkpoint import NEWEST, Which
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.state import policy_of, saved_state
@@ -277,7 +278,7 @@ def write_branches(
         scores = diversity.scored(one, sentences, rolled, pivot)
         sampled = diversity.Sampled(sentences, rolled, kept, scores)
         rows.append(diversity.record(run.config, sampled, pivot, files, seed))
-        diversity.write_records(rows, output)
+        write_lines(rows, output / diversity.RECORDS)
         diversity.print_tables(rows[-1])
     diversity.write_page(rows, configs, output)
     progress.say(f"{output / diversity.PAGE} shows them")

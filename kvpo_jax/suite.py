@@ -44,7 +44,7 @@ from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint as checkpoint_lib
 from kvpo_jax.runtime import command, progress, records, statistics, sums, video, workdir
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime.atomic import appending, replacing, write_json
+from kvpo_jax.runtime.atomic import appending, replacing, write_json, write_lines
 from kvpo_jax.runtime.sharding import Share, prompt_shards
 from kvpo_jax.state import policy_sum
 from kvpo_jax.types import Array, PyTree
@@ -267,7 +267,7 @@ def begin(folder: Path, manifest: Mapping[str, Any], tasks: Sequence[Task], shar
     write_json({**manifest, "versions": before}, own)
     if share.process:
         return
-    vbench.write_lines(folder / "plan.jsonl", [task.record(manifest["seed"]) for task in tasks])
+    write_lines([task.record(manifest["seed"]) for task in tasks], folder / "plan.jsonl")
     vbench.write_custom(folder, {task.file: " ".join(task.judged.sentences) for task in tasks})
 
 
@@ -404,7 +404,7 @@ def write_segments(
     if share.process:
         return
     every = list(itertools.chain(*of_tasks))
-    vbench.write_lines(folder / "segments" / "plan.jsonl", every)
+    write_lines(every, folder / "segments" / "plan.jsonl")
     vbench.write_custom(folder / "segments", {row["file"]: row["prompt"] for row in every})
     write_json({"mode": "custom"}, folder / "segments" / workdir.MANIFEST)
 

@@ -29,7 +29,7 @@ from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError, listed, shortened
 from kvpo_jax.generate import name_of
 from kvpo_jax.runtime import progress, statistics, sums, workdir
-from kvpo_jax.runtime.atomic import replacing, write_json
+from kvpo_jax.runtime.atomic import replacing, write_json, write_lines
 from kvpo_jax.runtime.statistics import RESAMPLES
 
 COMMIT = "45e79ec14e69a2187202c675d2dbce1a71843d53"  # of Vchitect/VBench
@@ -276,7 +276,7 @@ def write(
     }
     workdir.check_manifest(folder, manifest)
     _check_videos(folder, plan)
-    write_lines(folder / "plan.jsonl", [dataclasses.asdict(video) for video in plan])
+    write_lines(map(dataclasses.asdict, plan), folder / "plan.jsonl")
     for name in dict.fromkeys(task.texts for task in export.tasks()):
         prompts_lib.write(folder / name, [export.texts[row] for row in export.rows(name)])
     scripts = {"generate.sh": _generation(export, folder, generate, again), **_evaluations(export)}
@@ -304,13 +304,6 @@ def _check_videos(folder: Path, plan: Sequence[Planned]) -> None:
             f"{videos} has {shortened(strangers, 3)}, which the plan has not; VBench would score"
             " it: move it away"
         )
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a file of JSON lines, whole or not at all."""
-    with replacing(path) as temporary:
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _link(folder: Path, plan: Sequence[Planned]) -> int:

@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from kvpo_jax.errors import UsageError
-from kvpo_jax.runtime.records import read_run
+from kvpo_jax.runtime.atomic import write_lines
+from kvpo_jax.runtime.records import lines_in, read_run
 
 BRANCH = {
     "iteration": 0,
@@ -37,6 +38,17 @@ HELDOUT = {
     "first_pivot": 5,
     "blocks": {},
 }
+
+
+def test_lines_may_have_any_text_and_are_written_whole(tmp_path):
+    """Half of a surrogate pair is what a command line has of bytes that are no UTF-8."""
+    rows, path = [{"prompt": "a café \udcff"}, {"prompt": "雪"}], tmp_path / "made" / "plan.jsonl"
+    write_lines(rows, path)
+    assert lines_in(path, {}) == rows
+    assert path.read_text(encoding="utf-8").splitlines()[1] == '{"prompt": "雪"}'
+    with pytest.raises(ValueError):
+        write_lines([{"distance": float("nan")}], path)
+    assert lines_in(path, {}) == rows and len([*path.parent.iterdir()]) == 1
 
 
 @pytest.fixture

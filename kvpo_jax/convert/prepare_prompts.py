@@ -34,7 +34,7 @@ from kvpo_jax.data import foreign, lint, prompts, rewriting, stories, text, vben
 from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError, nearest
 from kvpo_jax.runtime import command, progress
-from kvpo_jax.runtime.atomic import replacing, write_json
+from kvpo_jax.runtime.atomic import write_json, write_lines
 
 ASSETS = Path(kvpo_jax.__file__).parent / "assets"
 SHOWN = 3  # stories that an error names
@@ -324,9 +324,7 @@ def plan_vbench(paths: Sequence[str]) -> None:
     extended, info = (Path(x) if x else None for x in (given.extended, given.info))
     made = vbench.plan(_one_file(paths), extended, info, given.samples, given.custom)
     names = vbench.names(made)
-    with replacing(output) as temporary:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in made]
-        temporary.write_text("".join(lines), encoding="utf-8")
+    write_lines(made, output)
     print(f"wrote {output}: {len(made)} different prompts, {len(names)} videos", flush=True)
     if given.custom:
         write_json(names, Path(f"{output}.prompts.json"))

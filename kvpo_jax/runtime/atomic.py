@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,3 +77,11 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
     """Writes a JSON file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(records: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Writes a file of JSON lines in UTF-8, whole or not at all; numbers have to be finite."""
+    lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+    with replacing(path) as temporary:
+        # Half of a surrogate pair, which no UTF-8 has, becomes its escape in JSON.
+        temporary.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
