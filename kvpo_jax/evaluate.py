@@ -45,6 +45,7 @@ from kvpo_jax import run as run_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.algorithm.block import join_blocks
 from kvpo_jax.data import prompts, return_world, toy_world
+from kvpo_jax.data.vbench import FILTERED, SAMPLES
 from kvpo_jax.errors import DivergedError, UsageError
 from kvpo_jax.programs import APPEARANCE
 from kvpo_jax.rewards import composite, scorers, video_files
@@ -509,7 +510,7 @@ def export_vbench(given: flags.FlagValues, arguments: Sequence[str]) -> None:
     originals, texts, filtered = vbench.read_prompts(
         given.export, prompt_file, extended, flickering
     )
-    samples = given.samples or vbench.SAMPLES
+    samples = given.samples or SAMPLES
     export = vbench.Export(given.export, originals, texts, samples, given.seed, filtered)
     generate = [f"--num_frames={given.num_frames}"] if given.num_frames else []
     if given.workdir:
@@ -613,7 +614,7 @@ def define_flags() -> None:
         "samples", None, "videos per prompt; by default 5, and 1 of --suite=long", 1
     )
     flags.DEFINE_integer(
-        "seed", 0, "of the noise", lower_bound=0, upper_bound=config_lib.SEEDS - 1 - vbench.FILTERED
+        "seed", 0, "of the noise", lower_bound=0, upper_bound=config_lib.SEEDS - 1 - FILTERED
     )
     flags.DEFINE_integer("num_frames", 0, "latent frames; default: as the suite or prompts say")
     flags.DEFINE_string(

@@ -26,6 +26,7 @@ import numpy as np
 
 from kvpo_jax.data import prompts as prompts_lib
 from kvpo_jax.data.prompts import PromptSequence
+from kvpo_jax.data.vbench import FILTERED, FLICKERING, LONGEST
 from kvpo_jax.errors import UsageError, listed, shortened
 from kvpo_jax.generate import name_of
 from kvpo_jax.runtime import progress, statistics, sums, workdir
@@ -33,9 +34,6 @@ from kvpo_jax.runtime.atomic import replacing, write_json, write_lines
 from kvpo_jax.runtime.statistics import RESAMPLES
 
 COMMIT = "45e79ec14e69a2187202c675d2dbce1a71843d53"  # of Vchitect/VBench
-LONGEST = 255  # bytes of a file name, on all usual file systems
-SAMPLES = 5  # videos of a prompt
-FILTERED = 25  # samples of a prompt from which the static filter chooses
 
 
 class Dimension(NamedTuple):
@@ -78,7 +76,6 @@ DIMENSIONS = {
     "temporal_style": Dimension(0.0, 0.364, 100),
     "overall_consistency": Dimension(0.0, 0.364, 93),
 }
-FLICKERING = "temporal_flickering"
 CUSTOM = [name for name, dimension in DIMENSIONS.items() if dimension.custom]
 # What is exported -> the dimensions that it has.
 MODES = {"vbench": list(DIMENSIONS), "vbench_long": list(DIMENSIONS), "custom": CUSTOM}

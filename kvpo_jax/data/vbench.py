@@ -15,10 +15,10 @@ from typing import Any
 from kvpo_jax.data import prompts
 from kvpo_jax.errors import UsageError
 
-SAMPLES = 5
-FLICKER_SAMPLES = 25  # of prompts of temporal flickering, whose filter wants static videos
-FLICKER = "temporal_flickering"
-LONGEST = 255  # bytes of a file name
+SAMPLES = 5  # videos of a prompt
+FILTERED = 25  # of prompts of temporal flickering, from which a filter chooses static ones
+FLICKERING = "temporal_flickering"
+LONGEST = 255  # bytes of a file name, on all usual file systems
 
 
 def plan(
@@ -48,7 +48,7 @@ def plan(
     for (line, original), (_, text) in zip(known, longer, strict=True):
         if original in records:
             continue
-        count = FLICKER_SAMPLES if original in flicker else samples
+        count = FILTERED if original in flicker else samples
         name = f"{len(records):04d}" if numbered else original
         if not numbered:
             _check_name(f"{originals}:{line}", f"{name}-{count - 1}.mp4")
@@ -74,7 +74,7 @@ def _flickering(path: Path) -> set[str]:
     """The prompts of temporal flickering."""
     try:
         made = json.loads(prompts.read_text(path))
-        return {entry["prompt_en"] for entry in made if FLICKER in entry["dimension"]}
+        return {entry["prompt_en"] for entry in made if FLICKERING in entry["dimension"]}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no VBench_full_info.json ({error!r})") from error
 
