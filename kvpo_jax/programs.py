@@ -404,7 +404,8 @@ def _record_programs(
 ) -> dict[str, Callable]:
     """The programs that keep of a rollout what the rewards and the replay read."""
     video, section, steps = config.video, config.replay, len(config.sampler.steps)
-    own, blank = section.context == "own", caches.history_spec.replace(bank=None, kept=0)
+    own, source = section.context == "own", replay.STATES[section.states]
+    blank = caches.history_spec.replace(bank=None, kept=0)
     block_shape = (video.block_frames, video.height, video.width, caches.wan.channels)
     branches_of = partial(sharding.branches_of, mesh=mesh, branches=branches_at_once(config))
 
@@ -417,9 +418,9 @@ def _record_programs(
         if section.context in replay.READS_NOISE:
             shape = (steps + 1, *block_shape)
             noise = [keys.block_noise(key, start, shape)[:, -1] for start in start_frames]
-        if section.states == "anchor":
+        if source.of_anchor:
             anchor = [made.z[:, 0] for made in records]
-        if section.states == "ends":
+        if source.of_ends:
             shape = (replayed_steps(config), *block_shape)
             fresh = [keys.fresh_noise(key, start, shape) for start in start_frames]
         if section.steps_drawn:

@@ -30,6 +30,11 @@ def used(monkeypatch) -> set[str]:
 
         monkeypatch.setitem(registry, "mine", mine)
 
+    def my_states(*arguments):
+        used.add(replay.STATES.field)
+        return replay.anchor_states(*arguments)
+
+    monkeypatch.setitem(replay.STATES, "mine", replay.Source(my_states, of_anchor=True))
     register(flow.SOLVERS, lambda x, v, sigma, sigma_next, noise: x + (sigma_next - sigma) * v)
     register(
         routing.DRAWS,
@@ -49,6 +54,7 @@ def used(monkeypatch) -> set[str]:
 ALTERNATIVES = {
     "sampler.solver",
     "rollout.draw",
+    "replay.states",
     "replay.energy",
     "replay.context",
     "replay.text",

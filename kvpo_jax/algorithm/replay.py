@@ -171,7 +171,8 @@ class Source(NamedTuple):
     Attributes:
       make: (options, schedule, transition, tuples) -> States [P, G, W, N].
       followed: u is the velocity that the branch followed there, and z where it was.
-      of_anchor: z is the same for all branches of a prompt.
+      of_anchor: z is the same for all branches of a prompt, made of `ReplayTuples.anchor`.
+      of_ends: z is made of the branches' end points and of `ReplayTuples.fresh`.
       size: (options, solver steps) -> N.
     """
 
@@ -180,6 +181,7 @@ class Source(NamedTuple):
     ]
     followed: bool = False
     of_anchor: bool = False
+    of_ends: bool = False
     size: Callable[[ml_collections.ConfigDict, int], int] = lambda options, steps: steps
 
 
@@ -270,7 +272,9 @@ STATES: Registry[Source] = Registry(
     {
         "branch": Source(branch_states, followed=True),
         "anchor": Source(anchor_states, of_anchor=True),
-        "ends": Source(end_states, size=lambda options, steps: len(options.times) or steps),
+        "ends": Source(
+            end_states, of_ends=True, size=lambda options, steps: len(options.times) or steps
+        ),
         "transitions": Source(transition_states, size=lambda options, steps: steps - 1),
     },
 )
