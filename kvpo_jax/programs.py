@@ -155,7 +155,8 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
     gradient = Gradient(state.lora, squared=replicated, counted=replicated, metrics=replicated)
     return Programs(
         **_cache_programs(config, mesh, caches),
-        **_block_programs(config, mesh, caches),
+        shared_block=jax.jit(exact(_shared_block(config, mesh, caches)), donate_argnums=3),
+        branch_block=jax.jit(exact(_branch_block(config, mesh, caches)), donate_argnums=4),
         **_recache_programs(config, mesh, caches),
         **_record_programs(config, mesh, caches),
         err=jax.jit(_make_err(config)),
@@ -178,7 +179,22 @@ def build(config: ml_collections.ConfigDict, mesh: Mesh) -> Programs:
 
 
 class _Caches:
-    """How the caches of a run are made, and how they lie on the mesh."""
+    """How the caches of a run are made, and how they lie on the mesh.
+
+    Attributes:
+      config: of the run.
+      mesh: of the run.
+      wan: sizes of the network.
+      context: the mesh axis over which the tokens of a block are split, or None.
+      model: the network.
+      window: the slots of a context.
+      order: int[T], the branch of each trajectory as it lies on the mesh; -1 is an anchor.
+      page_slots: frames that a page holds.
+      history_slots: frames that a history holds.
+      kept: how many of these are frames that were drawn, beside the ring; 0: the ring has them all.
+      history_spec: a KVCache of specs.
+      page_spec: likewise.
+    """
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh, self.wan = config, mesh, wan_config(config)
@@ -293,16 +309,19 @@ def _cache_programs(
     }
 
 
-def _block_programs(
-    config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches
-) -> dict[str, Callable]:
-    """The programs that make blocks. A program takes the key of the noise, a shard the noise."""
-    model, window, order = caches.model, caches.window, caches.order
-    schedule, steps = flow.schedule(config.sampler), len(config.sampler.steps)
-    video, rollout = config.video, config.rollout
-    noise_shape = (steps + 1, video.block_frames, video.height, video.width, caches.wan.channels)
-    explored = explore.EXPLORES[rollout.explore]
-    transition = flow.transition(config.sampler, rollout) if explored.draws else None
+def _noise_shape(config: ml_collections.ConfigDict, caches: _Caches) -> tuple[int, ...]:
+    """[S+1, F, Y, X, C]: the noise that a block of one trajectory takes."""
+    video, passes = config.video, len(config.sampler.steps) + 1
+    return passes, video.block_frames, video.height, video.width, caches.wan.channels
+
+
+def _shared_block(config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches) -> Callable:
+    """The program of a block that the trajectories of a prompt share.
+
+    It takes the key of the noise, and a shard of it the noise.
+    """
+    model, window, schedule = caches.model, caches.window, flow.schedule(config.sampler)
+    noise_shape = _noise_shape(config, caches)
 
     def shared_shard(variables, text, segment, history, frames, noise, start_frame):
         network, text = _bound(model, variables, text, segment)
@@ -310,6 +329,31 @@ def _block_programs(
             network, schedule, text, history, None, frames, noise, start_frame
         )
         return record.x_clean[:, 0], history
+
+    one, prompts, history_spec = sharding.REPLICATED, sharding.PROMPTS, caches.history_spec
+    shared = _with_policy(
+        shared_shard,
+        mesh,
+        in_specs=(sharding.TEXT, one, history_spec, prompts, prompts, one),
+        out_specs=(prompts, history_spec),
+    )
+
+    def shared_block(variables, text, segment, history, key, start_frame):
+        noise = keys.block_noise(key, start_frame, noise_shape)
+        frames = routing.deployment_frames(window, start_frame)
+        frames = jnp.broadcast_to(frames, (len(noise), 1, noise_shape[0], window.slots))
+        return shared(variables, text, segment, history, frames, noise, start_frame)
+
+    return shared_block
+
+
+def _branch_block(config: ml_collections.ConfigDict, mesh: Mesh, caches: _Caches) -> Callable:
+    """The program of a block of the anchor and the branches; otherwise as `_shared_block`."""
+    model, window, order = caches.model, caches.window, caches.order
+    schedule, steps = flow.schedule(config.sampler), len(config.sampler.steps)
+    video, rollout, noise_shape = config.video, config.rollout, _noise_shape(config, caches)
+    explored = explore.EXPLORES[rollout.explore]
+    transition = flow.transition(config.sampler, rollout) if explored.draws else None
 
     def branch_shard(variables, text, segment, history, page, frames, noise, start_frame, draws):
         network, text = _bound(model, variables, text, segment)
@@ -321,28 +365,15 @@ def _block_programs(
         )
 
     one, prompts, each = sharding.REPLICATED, sharding.PROMPTS, sharding.TRAJECTORIES
-    text, record = (sharding.TEXT, one), BlockRecord(z=each, u=each, x_clean=each)
-    shared = _with_policy(
-        shared_shard,
-        mesh,
-        in_specs=(*text, caches.history_spec, prompts, prompts, one),
-        out_specs=(prompts, caches.history_spec),
-    )
     branches = _with_policy(
         branch_shard,
         mesh,
         in_specs=(
-            *(*text, caches.history_spec, caches.page_spec, each),
+            *(sharding.TEXT, one, caches.history_spec, caches.page_spec, each),
             *(prompts if explored.noise is None else each, one, sharding.BRANCHES),
         ),
-        out_specs=(record, caches.page_spec),
+        out_specs=(BlockRecord(z=each, u=each, x_clean=each), caches.page_spec),
     )
-
-    def shared_block(variables, text, segment, history, key, start_frame):
-        noise = keys.block_noise(key, start_frame, noise_shape)
-        frames = routing.deployment_frames(window, start_frame)
-        frames = jnp.broadcast_to(frames, (len(noise), 1, steps + 1, window.slots))
-        return shared(variables, text, segment, history, frames, noise, start_frame)
 
     def branch_block(
         variables, text, segment, history, page, routed_frames, window_blocks, key, start_frame
@@ -364,10 +395,7 @@ def _block_programs(
         arguments = (variables, text, segment, history, page, frames, noise, start_frame)
         return branches(*arguments, explores)
 
-    return {
-        "shared_block": jax.jit(exact(shared_block), donate_argnums=3),
-        "branch_block": jax.jit(exact(branch_block), donate_argnums=4),
-    }
+    return branch_block
 
 
 def _recache_programs(

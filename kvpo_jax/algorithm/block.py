@@ -74,8 +74,7 @@ def generate_block(
 ) -> tuple[BlockRecord, KVCache]:
     """One block of T trajectories of P prompts, and the cache that it was appended to.
 
-    That cache is the page, or without a page the history. Arguments as in `denoise_block`, which
-    these nine are the whole input of: network, solver, text, past, frames, noise, time, draws.
+    That cache is the page, or without a page the history. Arguments as in `denoise_block`.
     """
     if page is None:
         history = cache = kv_cache.admit(history, text)

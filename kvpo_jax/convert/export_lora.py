@@ -36,10 +36,9 @@ from kvpo_jax.runtime import checkpoint, command, sharding, weight_file
 from kvpo_jax.runtime.atomic import replacing, write_json
 from kvpo_jax.runtime.weight_file import Stored, write_safetensors
 from kvpo_jax.runtime.workdir import has_checkpoint, trained_config
-from kvpo_jax.state import policy_of, saved_state
+from kvpo_jax.state import POLICIES, policy_of, saved_state
 from kvpo_jax.types import PyTree
 
-POLICIES = ("online", "ema", "reference")
 FORMATS = (*LORA_NAMES, "merged")
 
 
