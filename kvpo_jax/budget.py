@@ -67,7 +67,7 @@ class Spent:
 
 
 def of_rollout(config: ml_collections.ConfigDict, pivot: int, blocks: int) -> Spent:
-    """Of one prompt: `rollout.rollout` of its first blocks."""
+    """What the rollout of a prompt spends: `rollout.rollout` of its first blocks."""
     video, at_once = config.video, config_lib.branches_at_once(config)
     trajectories = config.rollout.branches // at_once * (at_once + 1)
     recache = config.window.recache_frames // video.block_frames
@@ -79,7 +79,7 @@ def of_rollout(config: ml_collections.ConfigDict, pivot: int, blocks: int) -> Sp
 
 
 def of_replay(config: ml_collections.ConfigDict, wanted: bool) -> Spent:
-    """Of one prompt: the energies of a policy, with their gradient if it is wanted.
+    """What a replay of a prompt spends: a policy's energies, and their gradient if it is wanted.
 
     A loss that is taken state by state has the old and the reference policy's velocities, where it
     reads them, in the same replay.
@@ -110,7 +110,7 @@ def _every_row(_: ml_collections.ConfigDict, extent: replay.Extent) -> replay.Ro
 def of_iteration(
     config: ml_collections.ConfigDict, to_pixel: Callable[[int], int], iteration: int, pivot: int
 ) -> Spent:
-    """Of an iteration, numbered from 0, with this pivot.
+    """What an iteration, numbered from 0, spends with this pivot.
 
     Args:
       config: a checked one. What a continued run may change in it changes no count.
@@ -137,13 +137,13 @@ def of_iteration(
 
 
 def of_next(run: Run, iteration: int) -> Spent:
-    """Of an iteration of a run, numbered from 0."""
+    """What an iteration of a run, numbered from 0, spends."""
     to_pixel = run.backbone.to_pixel
     return of_iteration(run.config, to_pixel, iteration, run.draw_pivot(iteration))
 
 
 def of_first(run: Run, iterations: int) -> Spent:
-    """Of the first iterations of a run: the same whether it was interrupted or not."""
+    """What the first iterations of a run spend, the same whether it was interrupted or not."""
     return sum((of_next(run, iteration) for iteration in range(iterations)), Spent())
 
 

@@ -95,7 +95,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 class _PathParser(flags.ArgumentParser):
-    """Of a flag that is a local path; a leading ~ is the home directory, as in a shell."""
+    """Reads a flag that is a local path; a leading ~ is the home directory, as in a shell."""
 
     def parse(self, argument: str) -> str:
         from kvpo_jax.runtime.config import local_path  # imports JAX, which not every command needs
@@ -134,7 +134,7 @@ def writable(name: str, path: str) -> Path:
 
 
 class _WhichParser(flags.ArgumentParser):
-    """Of a flag that names a checkpoint of a run."""
+    """Reads a flag that names a checkpoint of a run."""
 
     syntactic_help = "the number of an iteration, newest, or best by its held-out reward"
 

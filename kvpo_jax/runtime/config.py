@@ -518,7 +518,30 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         if match := re.match(r"--?config\.reward\.weights\.(\w+)", argument):
             with config.unlocked():
                 config.reward.weights[match[1]] = config.reward.weights.get(match[1], 0.0)
-    names, sections = flat(config), {name.rpartition(".")[0] for name in flat(config)}
+    fields = flat(config)
+    _check_named(arguments, fields)
+    flag = _parsed(config, arguments, fields)
+    given = flag.override_values
+    with flag.value.unlocked() as out:
+        for name, value in given.items():
+            if name == "weights" or name.startswith("paths."):
+                try:
+                    value = local_path(value)
+                except UsageError as error:
+                    raise UsageError(f"config.{name}: {error}") from error
+            out.update_from_flattened_dict({name: _like(name, value, fields[name])})
+        # config.reward.weights belong to the configured scorers. If the flags replace all of those,
+        # drop their weights.
+        if not _names(fields["reward.scorer"]) & _names(out.reward.scorer):
+            weights = out.reward.weights.items()
+            own = {name: weight for name, weight in weights if f"reward.weights.{name}" in given}
+            out.reward.weights = ConfigDict(own)
+    return out.lock()
+
+
+def _check_named(arguments: Sequence[str], fields: Mapping[str, Any]) -> None:
+    """UsageError for a flag that names another configuration, a section, or no field."""
+    sections = {name.rpartition(".")[0] for name in fields}
     for argument in arguments:
         if re.match(r"--?config=", argument):
             raise UsageError(
@@ -527,10 +550,18 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
             )
     for named in named_fields(arguments):
         if named in sections:
-            fields = ", ".join(name for name in names if name.startswith(f"{named}."))
-            raise UsageError(f"config.{named} is a section; its fields are {fields}")
-        if named not in names:
-            raise UsageError(f"there is no field config.{named}{nearest(named, names)}")
+            inside = ", ".join(name for name in fields if name.startswith(f"{named}."))
+            raise UsageError(f"config.{named} is a section; its fields are {inside}")
+        if named not in fields:
+            raise UsageError(f"there is no field config.{named}{nearest(named, fields)}")
+
+
+def _parsed(config: ConfigDict, arguments: Sequence[str], fields: Mapping[str, Any]) -> Any:
+    """The flag `config` after the command line: its `value`, and its `override_values`.
+
+    Raises:
+      UsageError: a value is of another type than its field, or an argument is no field's.
+    """
     values = flags.FlagValues()
     command_line = ["", *arguments]
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command_line)
@@ -544,29 +575,13 @@ def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
         found = re.findall(r"flag --config\.([\w.]+)=(.*?): ", str(error), re.DOTALL)
         name, value = found[0]
         raise UsageError(
-            f"config.{name}={value}: expected {type(names[name]).__name__}, as in {names[name]!r}"
+            f"config.{name}={value}: expected {type(fields[name]).__name__}, as in {fields[name]!r}"
         ) from error
     except flags.Error as error:
         raise UsageError(str(error)) from error
     if left:
         raise UsageError(f"unexpected argument {left[0]!r}")
-    flag: Any = values["config"]
-    given = flag.override_values
-    with flag.value.unlocked() as out:
-        for name, value in given.items():
-            if name == "weights" or name.startswith("paths."):
-                try:
-                    value = local_path(value)
-                except UsageError as error:
-                    raise UsageError(f"config.{name}: {error}") from error
-            out.update_from_flattened_dict({name: _like(name, value, names[name])})
-        # config.reward.weights belong to the configured scorers. If the flags replace all of those,
-        # drop their weights.
-        if not _names(names["reward.scorer"]) & _names(out.reward.scorer):
-            weights = out.reward.weights.items()
-            own = {name: weight for name, weight in weights if f"reward.weights.{name}" in given}
-            out.reward.weights = ConfigDict(own)
-    return out.lock()
+    return values["config"]
 
 
 def _names(listed: str) -> set[str]:
