@@ -168,7 +168,7 @@ class VideoDecoder:
                 continue
             if of_branches is None:
                 of_branches = self._blank(read, at_once, turns, windows)
-            of_branches = jax.block_until_ready(self._filled(of_branches, read, turn))
+            of_branches = sharding.wait(self._filled(of_branches, read, turn))
         fork = self._backbone.to_pixel(pivot * self._frames)
         return Pixels(self._flat(of_branches), self._flat(of_anchor), windows, fork)
 

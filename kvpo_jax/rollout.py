@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import jax
 import ml_collections
 import numpy as np
 
@@ -13,7 +12,7 @@ from kvpo_jax.algorithm import block as block_lib
 from kvpo_jax.algorithm import kv_cache, memory_bank, replay
 from kvpo_jax.algorithm.keys import NoiseKey
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import progress
+from kvpo_jax.runtime import progress, sharding
 from kvpo_jax.runtime.config import branches_at_once, recorded_blocks, segment_of
 from kvpo_jax.types import Array, KVCache, PromptBatch, PyTree, Rollout, TextKV
 
@@ -113,7 +112,7 @@ def stream(
 
 def _wait(latents: Sequence[Array]) -> None:
     """Waits for the block before the newest, so that a loop is one block ahead of what is made."""
-    jax.block_until_ready(latents[-2:-1])
+    sharding.wait(latents[-2:-1])
 
 
 def prefix(

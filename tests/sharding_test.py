@@ -355,3 +355,13 @@ def test_placed_and_constrained_arrays_lie_where_they_should():
         x.sharding.is_fully_replicated and len(x.addressable_shards) == 8
         for x in everywhere.values()
     )
+
+
+def test_nothing_waits_for_what_is_only_traced(monkeypatch):
+    """JAX would look through everything that has been traced, for every array."""
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: waited.append(tree) or tree)
+    tree = {"made": jnp.ones(3)}
+    jax.eval_shape(sharding.wait, tree)
+    assert not waited
+    assert sharding.wait(tree) is tree and waited == [tree]

@@ -321,6 +321,17 @@ def constrain_like(tree: PyTree, mesh: Mesh, specs: PyTree) -> PyTree:
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, named)
 
 
+def wait(tree: PyTree) -> PyTree:
+    """The tree, once its arrays are made; at once where a loop of the host is only traced.
+
+    JAX says of every array that is traced why nothing can wait for it, and looks through all that
+    has been traced so far to say it.
+    """
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree)):
+        return tree
+    return jax.block_until_ready(tree)
+
+
 def trajectories(mesh: Mesh, branches: int) -> np.ndarray:
     """The branch of each of the T trajectories, int[T]; -1 for an anchor.
 
