@@ -349,7 +349,13 @@ def _replays(iteration: Iteration) -> Calls:
         ]
 
     kept = of_loop(loop, run.params, state, iteration.rolled, batch.embeddings, taken=0.0)
-    replayed = (state.lora, run.params, iteration.experience, shape((), bool))
+    # As the loop gives it to the program, from the host, so that the program is not traced again.
+    experience = iteration.experience.replace(
+        advantages=shape(zeros.shape, zeros.dtype),
+        gate_open=shape(zeros.shape[:1], bool),
+        on_policy=shape((), bool),
+    )
+    replayed = (state.lora, run.params, experience, shape((), bool))
     learned = of_loop(run.programs.replay, *replayed)
     return {
         "energies of other policies": sum_of(kept.values()) * (1 / len(cycle)),

@@ -11,6 +11,7 @@ from equipment import ROOT, SMALL, configure, run_command
 from jax.sharding import Mesh
 
 from kvpo_jax import memory, work
+from kvpo_jax.algorithm import replay
 from kvpo_jax.models import layers
 from kvpo_jax.models.attention import Keys, attention
 from kvpo_jax.network import Transfer
@@ -151,12 +152,19 @@ def test_attention_as_cudnn_is_attention():
 # ---------------------------------------------------------------- an iteration
 
 
-def test_calls_of_a_small_run_by_hand():
+def test_calls_of_a_small_run_by_hand(monkeypatch):
     """12 blocks, of which blocks 4 and 8 begin another prompt; 2 of 4 prompts at a time."""
     config = configure("configs/tiny.py", {**SMALL, "train.micro_batch": 2})
     config.model.attention = "xla"
-    devices = jax.devices()[:2]
+    devices, traced, energies = jax.devices()[:2], [], replay.CONTEXTS[config.replay.context]
+
+    def counted_energies(*arguments):
+        traced.append(arguments)
+        return energies(*arguments)
+
+    monkeypatch.setitem(replay.CONTEXTS, config.replay.context, counted_energies)
     done = work.count(config, devices).stages
+    assert len(traced) == 1  # the largest program, with its gradient and without
     iteration = memory.trace_iteration(config, devices)
     decoding = memory.trace_decoding(iteration)
     programs = memory._programs(iteration, decoding)
