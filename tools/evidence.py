@@ -131,7 +131,7 @@ CLAIMS = (
         "3 of 16 blocks (old world)",
     ),
     Claim(
-        "seven perturbed blocks are no better than five (old world)",
+        "seven perturbed blocks are no better and no worse than five (old world)",
         "Table 2",
         "7 of 16 blocks (old world)",
         "5 of 16 blocks (old world)",
@@ -692,20 +692,32 @@ def in_markdown(found: Mapping[str, Any], parts: Sequence[Section]) -> str:
 
 
 def picture(found: Mapping[str, Any]) -> bytes:
-    """A PNG: the gain of every arm, its mean and interval over the dots of its seeds."""
+    """A PNG: the gain of every arm, its mean and interval over the dots of its seeds.
+
+    Section by section, each below its title and with the colour of its world.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes most of a second
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in found["arms"] if arm["seeds"]]
-    figure = Figure((8, 1 + 0.22 * len(arms)), dpi=120, layout="constrained")
+    lines: list[tuple[str, Mapping[str, Any] | None, str]] = []  # name, arm, section
+    for section, (title, _) in SECTIONS.items():
+        about = found["described"]
+        arms = [a for a in found["arms"] if about[a["arm"]]["section"] == section and a["seeds"]]
+        if arms:
+            lines += [(title, None, section), *((arm["arm"], arm, section) for arm in arms)]
+    figure = Figure((8, 1 + 0.22 * len(lines)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for place, arm in enumerate(arms):
-        gain = arm["gain"]
-        trials.draw_gain(axes, place, gain["seeds"], gain["mean"], gain["ci95"], "C0")
+    for place, (_, arm, section) in enumerate(lines):
+        if arm is not None:
+            colour = {"weak vote": "C1", "old world": "C7"}.get(section, "C0")
+            gain = arm["gain"]
+            trials.draw_gain(axes, place, gain["seeds"], gain["mean"], gain["ci95"], colour)
     axes.axvline(0, color="0.6", linewidth=0.8)
     axes.set(xlabel="gain of the held-out reward, with 95 % intervals over seeds")
-    trials.name_gains(axes, [arm["arm"] for arm in arms])
+    trials.name_gains(axes, [name for name, *_ in lines])
+    for label, (_, arm, _) in zip(axes.get_yticklabels(), lines, strict=True):
+        label.set_fontweight("bold" if arm is None else "normal")
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()
