@@ -80,11 +80,20 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // 64) * 64
 
 
-def over_layers(layer: Any, layers: int, in_axes: Any = nn.broadcast) -> Callable[..., Any]:
+def over_layers(
+    layer: Any, layers: int, in_axes: Any = nn.broadcast, initialises: bool = True
+) -> Callable[..., Any]:
     """The class `layer` as a loop over so many layers.
 
-    Its parameters get a leading axis, the layers. `in_axes` says how each argument but the first
-    is split over them, as in `nn.scan`; `nn.broadcast` gives all of them to every layer.
+    Its parameters get a leading axis, the layers.
+
+    Args:
+      layer: a module class.
+      layers: how many.
+      in_axes: how each argument but the first is split over them, as in `nn.scan`; `nn.broadcast`
+        gives all of them to every layer.
+      initialises: whether it may make its parameters. If not, flax traces the layer once instead of
+        twice. Where it makes them, this would draw others from the same key.
     """
     return nn.scan(
         layer,
@@ -92,6 +101,7 @@ def over_layers(layer: Any, layers: int, in_axes: Any = nn.broadcast) -> Callabl
         split_rngs={"params": True, "lora": True},
         length=layers,
         in_axes=in_axes,
+        check_constancy_invariants=initialises,
     )
 
 
