@@ -69,7 +69,7 @@ def parse(text: str, flag: str = "--lora") -> list[Adapter]:
         path = Path(local_path(name))
         if not path.is_file():
             raise UsageError(f"{flag}={text}: there is no file {path}; {SYNTAX}")
-        found.append(Adapter(path, weight, checkpoint.metadata_config(path, "wan_lora")))
+        found.append(Adapter(path, weight, checkpoint.adapter_sizes(path)))
     first, *others = found
     for other in others:
         for name in first.made:

@@ -6,7 +6,7 @@ Everything else of an iteration is the same for the toy and for generators of Wa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -304,12 +304,19 @@ def load_params(path: Path | str, cfg: WanConfig, sharding: Placement = None) ->
 
 
 def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> PyTree:
-    """The collection `lora` of a converted adapter.
+    """The collection `lora` of a converted adapter; UsageError as `check_lora`."""
+    check_lora(path, cfg)
+    return checkpoint.load_weights(path, _placed(abstract_variables(cfg)["lora"], sharding))
+
+
+def check_lora(path: Path | str, cfg: WanConfig) -> None:
+    """Compares the note in a converted adapter's file with the sizes of a generator.
 
     Raises:
-      UsageError: its rank or alpha is not the config's.
+      UsageError: its rank or alpha is not the config's, or it is for a model of another size.
+      OSError: there is no such file.
     """
-    made = checkpoint.metadata_config(path, "wan_lora")
+    made = checkpoint.adapter_sizes(path)
     if (made["rank"], made["alpha"]) != (cfg.lora_rank, cfg.lora_alpha):
         raise UsageError(
             f"{path} has rank {made['rank']} and alpha {made['alpha']}, the config has"
@@ -317,7 +324,6 @@ def load_lora(path: Path | str, cfg: WanConfig, sharding: Placement = None) -> P
             f" --config.lora.rank={made['rank']} --config.lora.alpha={made['alpha']}"
         )
     _check_sizes(path, made, {name: getattr(cfg, name, made[name]) for name in made})
-    return checkpoint.load_weights(path, _placed(abstract_variables(cfg)["lora"], sharding))
 
 
 def _load_first_lora(config: ml_collections.ConfigDict, sharding: Placement) -> PyTree | None:
@@ -423,7 +429,11 @@ def toy_backbone(config: ml_collections.ConfigDict) -> Backbone:
 
 
 def check_size(config: ml_collections.ConfigDict) -> None:
-    """UsageError unless latent frames and texts are of the size of their small world, if any."""
+    """UsageError unless latent frames and texts are of the size of their small world, if any.
+
+    So is a backbone that there is not.
+    """
+    BACKBONES[config.backbone]  # an unknown name is an error
     if config.backbone not in TOYS:
         return
     world, fields = TOYS[config.backbone].world, config_lib.flat(config)
@@ -735,7 +745,14 @@ def check_files(
             if name in ("paths.umt5", "paths.tokenizer"):
                 source += " (or name config.paths.embeddings)"
             raise UsageError(f"{what} needs --config.{name}=..., {source}")
-    for name, source in FILES.items():
+    check_there(config, FILES)
+
+
+def check_there(config: ml_collections.ConfigDict, names: Iterable[str]) -> None:
+    """UsageError for a file that the config names in one of these fields and that is not there."""
+    fields = config_lib.flat(config)
+    for name in names:
+        source = FILES[name]
         if fields[name] and not Path(fields[name]).exists():
             raise UsageError(f"config.{name}={fields[name]}: there is no such file ({source})")
         if fields[name] and Path(fields[name]).is_dir() != (name in FOLDERS):

@@ -253,16 +253,22 @@ def seconds(traffic: Traffic, sizes: Mapping[str, int], wires: Wires) -> float:
 
 
 def _bandwidth(kind: str, axes: tuple[str, ...], sizes: Mapping[str, int], wires: Wires) -> float:
-    """Bytes that a device sends in a second over some axes.
+    """Bytes that a device sends in a second over some axes, in the slowest group of devices.
 
     A ring enters and leaves a node once, so as many rings as a group has devices in a node share
-    their adapters. What is exchanged in pairs leaves a node by the device's own adapter.
+    their adapters. What is exchanged in pairs leaves a node by the device's own adapter. Where a
+    group's size does not divide a node's, some groups are inside a node and others are not.
     """
     devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    first = tuple(slice(None) if axis in axes else 0 for axis in sizes)
-    group = devices[first].reshape(-1)
-    together = int(np.sum(group // wires.node == 0))
-    if together == len(group):
-        return wires.inside
-    rings = 1 if kind in ("all-to-all", "collective-permute") else together
-    return min(wires.inside, rings * wires.between)
+    inner = tuple(list(sizes).index(axis) for axis in axes)
+    size = math.prod(sizes[axis] for axis in axes)
+    groups = np.moveaxis(devices, inner, range(-len(inner), 0)).reshape(-1, size)
+
+    def of_group(group: np.ndarray) -> float:
+        nodes, together = np.unique(group // wires.node, return_counts=True)
+        if len(nodes) == 1:
+            return wires.inside
+        rings = 1 if kind in ("all-to-all", "collective-permute") else min(together)
+        return min(wires.inside, rings * wires.between)
+
+    return min(map(of_group, groups))

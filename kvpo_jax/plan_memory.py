@@ -40,10 +40,11 @@ from kvpo_jax import backbone, fitting, memory, network, planning, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import GB
 from kvpo_jax.memory import Program
+from kvpo_jax.rewards import scorers
 from kvpo_jax.run import make_mesh
 from kvpo_jax.runtime import command, progress, sharding, workdir
 from kvpo_jax.runtime.atomic import write_json
-from kvpo_jax.runtime.config import check_trained
+from kvpo_jax.runtime.config import branches_at_once, check_trained, wan_config
 
 # ---------------------------------------------------------------- devices
 
@@ -137,33 +138,61 @@ def choose_micro_batch(
     return config
 
 
-def speed_of(given: flags.FlagValues) -> planning.Speed:
-    """How fast the devices are and how they are connected, as the flags say.
+# Flag -> what it does, and the flags that mean nothing beside it.
+ALONE = {
+    "table": ("is printed alone", ("devices", "memory_gb", "work", "compile", "target", "json")),
+    "work": ("counts without compiling", ("compile", "target")),
+}
+
+
+def check_flags(given: flags.FlagValues) -> None:
+    """Finds what is wrong with the flags before anything is counted, which takes minutes.
 
     Raises:
-      UsageError: the efficiency is not a share, or a bandwidth is not above 0.
+      UsageError: a number is out of its range, flags do not go together, or --json cannot be
+        written.
     """
+    for name, (what, others) in ALONE.items():
+        if given[name].value and (asked := [x for x in others if given[x].present]):
+            listed = " and ".join(f"--{x}" for x in asked)
+            raise UsageError(f"--{name} {what}; leave {listed} out")
     if not 0 < given.efficiency <= 1:
         raise UsageError(
             f"--efficiency={given.efficiency:g} is a share of the peak, above 0 and up to 1"
         )
-    for name in ("nvlink_gb", "infiniband_gb"):
+    for name, unit in (("memory_gb", "GB"), ("nvlink_gb", "GB/s"), ("infiniband_gb", "GB/s")):
         if not 0 < getattr(given, name) < math.inf:
-            raise UsageError(f"--{name}={getattr(given, name):g} is a number of GB/s, above 0")
+            raise UsageError(f"--{name}={getattr(given, name):g} is a number of {unit}, above 0")
+    if given.json:
+        command.writable("json", given.json)
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Finds what would end a run as it begins, as far as that shows without its larger files.
+
+    Raises:
+      UsageError: the config names what there is not, or an adapter of sizes that are not its own.
+    """
+    check_trained(config)
+    backbone.check_size(config)
+    backbone.check_tasks(config)
+    scorers.check_known(config.reward.scorer)
+    scorers.check_known(config.eval.scorer)
+    backbone.check_there(config, ("weights", "paths.lora"))
+    if config.paths.lora:
+        backbone.check_lora(config.paths.lora, wan_config(config))
+
+
+def speed_of(given: flags.FlagValues) -> planning.Speed:
+    """How fast the devices are and how they are connected, as the flags say."""
     wires = network.Wires(given.node_devices, given.nvlink_gb * GB, given.infiniband_gb * GB)
     return planning.Speed(given.efficiency, wires)
 
 
 def report_work(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
-    """Prints what an iteration computes, and how long that takes.
-
-    Raises:
-      UsageError: see `speed_of`; or something is to be compiled.
-    """
+    """Prints what an iteration computes, and how long that takes."""
     speed = speed_of(given)
     efficiency, wires = speed
-    if given.compile:
-        raise UsageError("--work counts without compiling; leave --compile out")
     devices = jax.devices()[: given.devices]
     config = choose_micro_batch(config, devices, given.memory_gb * GB)
     count = work.count(config, devices)
@@ -187,7 +216,9 @@ def report_work(config: ml_collections.ConfigDict, given: flags.FlagValues) -> N
     print(f"\nmean over the pivots ({count.pivots}); {efficiency:.0%} of TFLOP/s: {peaks}\n")
     _print_sent(sent["sum"], sizes, wires)
     share = 1.0
-    if sizes["branch"] * sizes["context"] > 1 or math.prod(sizes.values()) < given.devices:
+    chunked = branches_at_once(config) < config.rollout.branches
+    splits = chunked or sizes["branch"] * sizes["context"] > 1
+    if splits or math.prod(sizes.values()) < given.devices:
         as_it_is = planning.timed(config, devices, speed, fitting.Proposal({}, 0.0))
         share = planning.needed(config, devices, speed, as_it_is)
         print(
@@ -258,9 +289,9 @@ def report(config: ml_collections.ConfigDict, given: flags.FlagValues) -> None:
         print(f"reward.resident=False: {gb:.2f} GB of rewards are resident only to score")
     peak, estimated = complete.peak(), "" if given.compile else ", estimated without compiling"
     if peak <= limit:
-        print(f"\nfits into {given.memory_gb:.0f} GB: {peak / GB:.2f} at most{estimated}")
+        print(f"\nfits into {given.memory_gb:g} GB: {peak / GB:.2f} at most{estimated}")
     else:
-        print(f"\ndoes not fit into {given.memory_gb:.0f} GB{estimated}; what does?", flush=True)
+        print(f"\ndoes not fit into {given.memory_gb:g} GB{estimated}; what does?", flush=True)
         excess = max(0.0, peak - estimate.peak())  # of the compiler's figures over the estimate
         _propose(asked, devices, limit - excess, excess, speed_of(given))
     if given.json:
@@ -357,20 +388,33 @@ def report_table(config: ml_collections.ConfigDict, given: flags.FlagValues) -> 
     """Prints, for each of CLUSTERS, whether a run fits and how long an iteration then takes.
 
     Raises:
-      UsageError: see `speed_of`; or something else is asked for, too.
+      UsageError: the config can be had on none of them.
     """
-    if given.work or given.compile or given.json:
-        raise UsageError("--table is printed alone; leave --work, --compile and --json out")
     speed, mesh = speed_of(given), " x ".join(sharding.AXES)
     seconds = ("computing, s", "network, s", "needed", "prompts per hour")
     rows = [("devices", "limit, GB", "needs, GB", mesh, *seconds, "settings")]
+    faults = []
     for count, name, gb in progress.steps(CLUSTERS, "clusters"):
         devices = jax.devices()[:count]
-        found = planning.fastest(config, devices, SHARE * gb * GB, speed)
-        cells = _fitting_cells(config, devices, speed, found)
+        try:
+            found = planning.fastest(config, devices, SHARE * gb * GB, speed)
+            cells = _fitting_cells(config, devices, speed, found)
+        except UsageError as error:  # such as a mesh of more devices
+            faults.append(error)
+            cells = _no_cells(str(error))
         rows.append((f"{count} {name}", f"{SHARE * gb:.0f}", *cells))
+    if len(faults) == len(CLUSTERS):
+        raise faults[-1]
     for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]):
         print(f"| {' | '.join(row)} |")
+
+
+Cells = tuple[str, str, str, str, str, str, str]  # of a row of the table behind the limit
+
+
+def _no_cells(reason: str) -> Cells:
+    """Of devices on which a run cannot be had."""
+    return f"no: {reason}", "", "", "", "", "", ""
 
 
 def _fitting_cells(
@@ -378,10 +422,10 @@ def _fitting_cells(
     devices: Sequence[jax.Device],
     speed: planning.Speed,
     found: planning.Fastest,
-) -> tuple[str, str, str, str, str, str, str]:
-    """The cells of a row of the table behind the devices."""
+) -> Cells:
+    """Of the fastest that fits, or of what needs least."""
     if not found.options:
-        return f"no: {found.least.peak / GB:.1f} at least", "", "", "", "", "", ""
+        return _no_cells(f"{found.least.peak / GB:.1f} at least")
     best = found.options[0]
     sizes = [f"mesh.{axis}" for axis in sharding.AXES]
     fields = best.proposal.fields
@@ -406,9 +450,9 @@ def main(arguments: list[str]) -> None:
     # What was compiled for devices that are not there cannot be read again.
     jax.config.update("jax_enable_compilation_cache", given.target == "cpu")
     make = report_table if given.table else report_work if given.work else report
+    check_flags(given)
     config = workdir.resolve(given.config, None, arguments[1:])
-    check_trained(config)
-    backbone.check_size(config)
+    check_config(config)
     with progress.bar("planning"):
         make(config, given)
 

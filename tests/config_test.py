@@ -117,6 +117,10 @@ def test_a_wrong_override_is_named(argument, message):
             "config.model.patch=(1, 0, 2): expected the frames, height and width of a",
         ),
         (
+            "--config.model.patch=(2,2,2)",
+            "config.model.patch=(2, 2, 2): a token has one frame, as in Wan2.1",
+        ),
+        (
             "--config.model.num_heads=5",
             "config.model.dim=96 is not a multiple of 10, twice config.model.num_heads",
         ),

@@ -147,6 +147,11 @@ def test_what_a_ring_sends_and_how_fast():
     assert of("all-to-all", "data", "context")[("data", "context")].bandwidth == 50
     wide = {"data": 32, "fsdp": 1, "branch": 1, "context": 1}
     assert of("all-reduce", "data", sizes=wide)[("data",)].bandwidth == 400
+    # Three devices fit into a node of eight twice, and the next three lie in two nodes.
+    three = {"data": 8, "fsdp": 1, "branch": 1, "context": 3}
+    assert of("all-to-all", "context", sizes=three)[("context",)].bandwidth == 50
+    # Of devices 0, 3, 6, ... 21 each node has two or three.
+    assert of("all-reduce", "data", sizes=three)[("data",)].bandwidth == 100
 
 
 def test_transfers_over_the_same_axes_add_up():

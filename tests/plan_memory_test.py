@@ -13,8 +13,8 @@ from equipment import ROOT, SMALLEST, bare_run, batch_of, configure, run_command
 from kvpo_jax import memory, train
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import make_mesh
+from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime import config as config_lib
-from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import wan_config
 from kvpo_jax.state import init_state
 from kvpo_jax.types import PyTree
@@ -285,9 +285,47 @@ def test_help_shows_usage_and_flags(command):
             "--config.model.channels=16",
             "config.model.channels=16: a latent frame of the toy has 12",
         ),
+        ("--config.backbone=toyy", "config.backbone='toyy' is not one of toy, return, "),
+        ("--config.train.tasks=('x',)", "config.train.tasks=('x',): the prompts of the backbone"),
+        ("--config.reward.scorer=motion,hpsv", "there is no reward 'hpsv': expected hpsv3, "),
+        ("--config.eval.scorer=nothing", "there is no reward 'nothing': expected hpsv3, "),
+        ("--config.weights=none", "config.weights=none: there is no such file (made by: "),
+        ("--config.paths.lora=none", "config.paths.lora=none: there is no such file (made by: "),
+        ("--memory_gb=nan", "--memory_gb=nan is a number of GB, above 0"),
+        ("--memory_gb=0", "--memory_gb=0 is a number of GB, above 0"),
+        # Though nothing may have to be timed.
+        ("--efficiency=2", "--efficiency=2 is a share of the peak, above 0 and up to 1"),
+        ("--json=/", "--json=/ cannot be written; name a file in a folder of yours"),
     ],
 )
-def test_a_mistake_is_one_line(argument, message):
+def test_a_mistake_is_one_line_before_anything_is_planned(argument, message):
     done = run_command(TOOL, "--config=configs/tiny.py", argument)
-    assert done.returncode == 1
-    assert done.stderr == f"error: {message}\n"
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_an_adapter_of_another_rank_is_a_mistake(tmp_path):
+    path = tmp_path / "lora.safetensors"
+    for note, message in (
+        ({"rank": 4, "alpha": 4.0}, "has rank 4 and alpha 4.0, the config has lora.rank=8 and"),
+        ({"rank": 8, "alpha": 8.0, "dim": 64}, "is for a model of another size: it has dim 64,"),
+        ({"alpha": 4.0}, "says rank=None of its adapter, which is none: make it with"),
+    ):
+        checkpoint.save_weights(path, {}, {"kind": "wan_lora", "config": json.dumps(note)})
+        done = run_command(TOOL, "--config=configs/tiny.py", f"--config.paths.lora={path}")
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: {path} {message}"), done.stderr
+
+
+def test_flags_that_mean_nothing_are_a_mistake():
+    def said(*flags):
+        done = run_command(TOOL, "--config=configs/tiny.py", *flags)
+        assert (done.returncode, done.stdout) == (1, "")
+        return done.stderr
+
+    table = "error: --table is printed alone; leave"
+    assert said("--table", "--devices=4", "--json=x.json") == f"{table} --devices and --json out\n"
+    assert said("--table", "--memory_gb=80", "--work") == f"{table} --memory_gb and --work out\n"
+    assert said("--work", "--target=h200") == (
+        "error: --work counts without compiling; leave --target out\n"
+    )

@@ -1,12 +1,13 @@
 """The fastest mesh that fits: against what was counted of each; one shard against all."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import pytest
 from equipment import SMALL_RUN, configure
 
-from kvpo_jax import fitting, memory, planning, work
+from kvpo_jax import fitting, memory, plan_memory, planning, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import with_fields
 from kvpo_jax.runtime import sharding
@@ -105,6 +106,33 @@ def test_the_fastest_that_fits_and_what_is_said_if_nothing_does(two):
     # In a ring of two each sends the gradient of LoRA once: rank 2 of 8 and of 2 Linears.
     lora = 4 * 2 * (8 * (16 + 16) + 2 * (16 + 32))
     assert option.sending == pytest.approx(lora / 450e9)
+
+
+def test_the_table_says_what_fits_where(two, monkeypatch, capsys):
+    """A row for each number of devices, also where the mesh that is asked for needs more."""
+    clusters = ((1, "small GPU", 1e-6), (1, "GPU", 0.5), (2, "GPUs", 0.5))
+    monkeypatch.setattr(plan_memory, "CLUSTERS", clusters)
+    flags = {"efficiency": 0.5, "node_devices": 8, "nvlink_gb": 450.0, "infiniband_gb": 50.0}
+
+    def rows(config):
+        plan_memory.report_table(config, SimpleNamespace(**flags))
+        lines = capsys.readouterr().out.splitlines()
+        table = [line for line in lines if line.startswith("|")]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
+
+    header, _, small, one, both = rows(two)
+    assert len(header) == len(small) == len(one) == len(both) == 9
+    assert small[:3] == ["1 small GPU", "0", "no: 0.0 at least"] and not any(small[3:])
+    [option] = planning.fastest(two, jax.devices()[:2], 1e9, SPEED).options
+    assert both[:2] == ["2 GPUs", "0"] and both[3:6] == ["2 x 1 x 1 x 1", "0", "0.0"]
+    assert both[6] in ("98%", "99%", "100%", "101%", "102%")  # nothing is done twice
+    assert both[7:] == [f"{3600 * 2 / option.seconds:.0f}", ""]
+    assert one[3:7] == ["1 x 1 x 1 x 1", "0", "0.0", "100%"]
+    _, _, _, one, both = rows(with_fields(two, {"mesh.data": 2}))
+    assert one[2] == "no: mesh.data=2 x mesh.branch=1 needs 2 of 1 devices"
+    assert both[3] == "2 x 1 x 1 x 1"
+    with pytest.raises(UsageError, match="mesh.data=3 does not divide 2 prompts"):
+        rows(with_fields(two, {"mesh.data": 3}))
 
 
 def test_no_mesh_is_a_mistake(two):

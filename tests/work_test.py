@@ -323,7 +323,7 @@ def test_the_shipped_config(tmp_path):
         ("--infiniband_gb=nan", "--infiniband_gb=nan is a number of GB/s, above 0"),
         ("--infiniband_gb=inf", "--infiniband_gb=inf is a number of GB/s, above 0"),
         ("--compile", "--work counts without compiling; leave --compile out"),
-        ("--table", "--table is printed alone; leave --work, --compile and --json out"),
+        ("--table", "--table is printed alone; leave --work out"),
     ],
 )
 def test_what_cannot_be_counted_is_a_mistake(flag, said):

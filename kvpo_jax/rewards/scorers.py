@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvpo_jax.errors import UsageError
+from kvpo_jax.errors import UsageError, nearest
 from kvpo_jax.rewards import (
     aesthetic,
     clip,
@@ -99,6 +99,17 @@ OF_FRAMES = ("hpsv3", "clip", "dino", "aesthetic")
 def names_of(names: str) -> list[str]:
     """The names in a list that commas separate."""
     return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def check_known(names: str) -> None:
+    """UsageError for a name in a list that no scorer has; nothing is imported, and no server asked.
+
+    So whatever has a colon is taken to be a "module:function" or an address.
+    """
+    for name in names_of(names):
+        if not (name in SCORERS or name in OF_VIDEOS or ":" in name):
+            ours = (*SCORERS, *OF_VIDEOS)
+            raise UsageError(f"there is no reward {name!r}: {_expected()}{nearest(name, ours)}")
 
 
 def components_of(names: str) -> list[str] | None:
@@ -329,20 +340,24 @@ def sources(names: str) -> dict[str, Path]:
     return {name: Path(file) for name, file in files.items() if file is not None}
 
 
+def _expected() -> str:
+    """What the name of a scorer can be, for an error message."""
+    return f"expected {', '.join((*SCORERS, *OF_VIDEOS))}, module:function or http://host:port"
+
+
 def _loader(name: str) -> Callable[[Paths], Scorer]:
     """How a scorer is loaded; "module:function" is imported at once."""
     if name in SCORERS:
         return SCORERS[name]
-    known = f"expected {', '.join((*SCORERS, *OF_VIDEOS))}, module:function or http://host:port"
     try:
         scorer = getattr(_module_of(name), name.partition(":")[2])
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"there is no reward {name!r}: {known} ({error})") from error
+        raise UsageError(f"there is no reward {name!r}: {_expected()} ({error})") from error
     except Exception as error:  # whatever the module does while it is imported
         text = "; ".join(map(str.strip, traceback.format_exception_only(error)))
         raise UsageError(f"reward {name} cannot be imported: {text}") from error
     if not callable(scorer):
-        raise UsageError(f"reward {name} is a {type(scorer).__name__}: {known}")
+        raise UsageError(f"reward {name} is a {type(scorer).__name__}: {_expected()}")
 
     def score(pixels: Array, prompts: Sequence[str]) -> Mapping[str, Array]:
         try:

@@ -449,6 +449,22 @@ def generator_sizes(path: Path | str) -> dict[str, Any]:
     return {name: tuple(x) if isinstance(x, list) else x for name, x in sizes.items()}
 
 
+def adapter_sizes(path: Path | str) -> dict[str, Any]:
+    """What kvpo-convert wrote into an adapter's file: rank, alpha, and its generator's sizes.
+
+    Raises:
+      OSError, UsageError: as `metadata_config`; or it says no rank or alpha.
+    """
+    sizes = metadata_config(path, "wan_lora")
+    for name, kind in (("rank", int), ("alpha", int | float)):
+        if not isinstance(size := sizes.get(name), kind) or size <= 0:
+            raise UsageError(
+                f"{path} says {name}={size!r} of its adapter, which is none: make it with"
+                " kvpo-convert"
+            )
+    return sizes
+
+
 # ---------------------------------------------------------------- names
 
 

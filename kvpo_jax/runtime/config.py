@@ -663,6 +663,8 @@ def _check_model(config: ConfigDict, fields: Mapping[str, Any]) -> None:
         raise UsageError(
             f"config.model.patch={model.patch}: expected the frames, height and width of a token"
         )
+    if model.patch[0] > 1:
+        raise UsageError(f"config.model.patch={model.patch}: a token has one frame, as in Wan2.1")
     for name, divisor, what in (
         # Rotary positions turn pairs of channels.
         ("model.dim", 2 * model.num_heads, "twice config.model.num_heads"),
