@@ -41,6 +41,7 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from kvpo_jax import adapters as adapters_lib
 from kvpo_jax import backbone as backbone_lib
@@ -308,6 +309,18 @@ class Video(NamedTuple):
     blocks: int
 
 
+def mesh_of_videos(config: ml_collections.ConfigDict, at_once: int) -> Mesh:
+    """The mesh for so many videos at once, no more than this process has devices.
+
+    Each has a device, or config.mesh.context of them. Where the devices do not suffice, it is the
+    largest number that divides both config.mesh.context and the devices of a video. Likewise
+    config.mesh.fsdp videos share the weights.
+    """
+    shards = math.gcd(at_once, config.mesh.fsdp)
+    context = math.gcd(jax.local_device_count() // at_once, config.mesh.context)
+    return sharding.make_mesh(at_once // shards, 1, at_once, 1, fsdp=shards, context=context)
+
+
 def load_run(
     config: ml_collections.ConfigDict,
     checkpoint: Path | None,
@@ -329,22 +342,18 @@ def load_run(
       policy_name: which one of the run, see `state.policy_of`.
       sentences: the only ones that will be encoded.
       which: checkpoint of the run.
-      at_once: videos. Each has a device, or config.mesh.context of them, if there are so many. With
-        config.mesh.fsdp the devices of so many videos share the weights.
+      at_once: videos, see `mesh_of_videos`.
     """
-    shards = math.gcd(at_once, config.mesh.fsdp)
-    context = math.gcd(jax.local_device_count() // at_once, config.mesh.context)
-    mesh = sharding.make_mesh(at_once // shards, 1, at_once, 1, fsdp=shards, context=context)
-    run = run_lib.load(config, mesh, sentences)
+    run = run_lib.load(config, mesh_of_videos(config, at_once), sentences)
     if adapters:
         policy = adapters_lib.load(adapters, wan_config(config))
     elif checkpoint is not None:
-        state = saved_state(checkpoint, config, mesh, which)
+        state = saved_state(checkpoint, config, run.mesh, which)
         progress.say(f"iteration {int(state.iteration)} of {checkpoint}")
         policy = policy_of(state, policy_name)
     else:
         policy = run.initial_lora()
-    return run, run.variables(sharding.place_weights(policy, mesh))
+    return run, run.variables(sharding.place_weights(policy, run.mesh))
 
 
 def find_config(

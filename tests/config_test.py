@@ -186,6 +186,9 @@ def test_a_value_that_cannot_be_meant_is_named(argument, message):
 def test_what_is_trained_has_the_positions_of_the_video():
     config = overridden("--config.window.positions=relative", "--config.video.blocks=342")
     config_lib.check(config)  # so long a video can be made, and no longer one be trained on
+    assert config_lib.position_span(config) == 3 + 9 + 3  # sink, local slots and block
+    config.window.recache_frames = 18
+    assert config_lib.position_span(config) == 18 and config_lib.position_span(TINY) == 0
     with pytest.raises(UsageError, match="window.positions='relative' is of generation and eval"):
         config_lib.check_trained(config)
     with pytest.raises(UsageError, match="train with 'absolute'"):

@@ -168,6 +168,22 @@ def test_a_video_of_several_devices_is_that_of_one(world):
     np.testing.assert_allclose(*pixels, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("at_once", "fsdp", "context", "shape"),
+    [
+        (1, 1, 4, (1, 1, 1, 4)),
+        (1, 2, 3, (1, 1, 1, 1)),  # 3 divides no 8 devices
+        (2, 2, 4, (1, 2, 1, 4)),
+        (3, 2, 4, (3, 1, 1, 2)),  # each of three videos has two of eight
+        (8, 4, 2, (2, 4, 1, 1)),
+    ],
+)
+def test_the_devices_of_videos(at_once, fsdp, context, shape):
+    config = config_lib.load("configs/tiny.py").copy_and_resolve_references()
+    config.mesh.update(fsdp=fsdp, context=context)
+    assert generate.mesh_of_videos(config, at_once).devices.shape == shape
+
+
 def test_relative_positions_have_no_end():
     """1035 frames, with a bank and two prompt switches, from a history of six. Until the window of
     nine frames leaves one out, they are those of absolute positions.

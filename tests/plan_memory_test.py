@@ -204,8 +204,9 @@ SMALL_RUN = {
     "train.micro_batch": 2,
     "eval.prompts": 4,
     "eval.batch": 2,
-    "mesh.data": 2,
+    "mesh.fsdp": 2,
     "mesh.branch": 2,
+    "mesh.context": 2,
 }
 
 
@@ -223,13 +224,15 @@ def assert_same_arrays(planned: PyTree, real: PyTree) -> None:
 
 
 def test_the_plan_has_the_arrays_of_a_run():
-    """Two chunks of two branches, with a memory bank, on 2 x 2 devices."""
+    """Two chunks of two branches, with a memory bank, on 2 x 2 x 2 devices: half of a weight, and
+    half of the heads of a cache on each.
+    """
     config = configure("configs/tiny.py", SMALL_RUN)
-    mesh = make_mesh(config, jax.devices()[:4])
-    planned = memory.trace_iteration(config, jax.devices()[:4])
+    mesh = make_mesh(config, jax.devices())
+    planned = memory.trace_iteration(config, jax.devices())
 
     make = jax.jit(partial(init_variables, wan_config(config)))
-    variables = sharding.place(make(jax.random.key(0)), mesh)
+    variables = sharding.place_weights(make(jax.random.key(0)), mesh)
     run = bare_run(config, mesh, variables["params"])
     state = init_state(config, mesh, variables["lora"])
     embeddings = np.zeros(planned.explored.batch.embeddings.shape, np.float32)
@@ -248,6 +251,7 @@ def test_the_plan_has_the_arrays_of_a_run():
     assert_same_arrays(planned.rolled, rolled)
     assert_same_arrays(planned.experience, experience)
     history = run.programs.blank(2)
+    assert memory.bytes_of(history.k) == history.k.nbytes / 4  # of a prompt, and half of its heads
     assert_same_arrays(planned.explored.history, history)
     assert_same_arrays(planned.pages, run.programs.fork(history))
 

@@ -7,9 +7,10 @@ import jax
 import pytest
 from equipment import SMALL_RUN, configure
 
-from kvpo_jax import fitting, memory, plan_memory, planning, work
+from kvpo_jax import fitting, memory, network, plan_memory, planning, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import with_fields
+from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
 
 SPEED = planning.Speed()
@@ -62,6 +63,7 @@ def test_what_one_shard_does_is_what_all_do(config):
     config, devices = with_fields(config, fields), jax.devices()[:4]
     alone, mesh = fitting.of_one_shard(config, devices)
     assert mesh.size == 4 and alone.train.prompts_per_iteration == 2
+    assert (alone.train.micro_batch, alone.eval.prompts, alone.eval.batch) == (1, 2, 1)
     assert memory.estimate(memory.plan(config, devices)).peak() == fitting.peak(config, devices)
     whole, own = (
         work.sum_of(work.count(*run, lambda pivots: pivots[:1]).stages.values())
@@ -69,6 +71,19 @@ def test_what_one_shard_does_is_what_all_do(config):
     )
     assert (whole.flops, whole.seconds, whole.sent) == (own.flops, own.seconds, own.sent)
     assert whole.sent
+
+
+def test_of_weights_that_are_cut_a_shard_has_as_few_parts_as_can_be(config):
+    """What it computes does not depend on how many there are, and few devices are traced sooner."""
+    fields = {"train.prompts_per_iteration": 12, "mesh.branch": 1, "eval.prompts": 12}
+    for fsdp, parts in (1, 1), (4, 2), (3, 3):
+        sizes = {"mesh.data": 12 // fsdp // 3 or 1, "mesh.fsdp": fsdp}
+        whole = with_fields(config, {**fields, **sizes})
+        alone, mesh = fitting.of_one_shard(whole, jax.devices() * 2, cut_least=True)
+        assert mesh.shape["fsdp"] == fsdp and sizes_of(config_lib.flat(alone)) == (1, parts, 1, 1)
+        each = 12 // (sizes["mesh.data"] * fsdp)  # prompts of a device
+        assert alone.train.prompts_per_iteration == alone.train.micro_batch == parts * each
+        assert fitting.of_one_shard(whole, jax.devices() * 2)[0].mesh.fsdp == fsdp
 
 
 # ---------------------------------------------------------------- the fastest
@@ -106,6 +121,22 @@ def test_the_fastest_that_fits_and_what_is_said_if_nothing_does(two):
     # In a ring of two each sends the gradient of LoRA once: rank 2 of 8 and of 2 Linears.
     lora = 4 * 2 * (8 * (16 + 16) + 2 * (16 + 32))
     assert option.sending == pytest.approx(lora / 450e9)
+    slower = planning.Speed(SPEED.efficiency / 2, network.Wires(node=1, between=45e9))
+    timed = planning.timed(two, both, slower, option.proposal)
+    assert timed.computing == pytest.approx(2 * option.computing)
+    assert timed.sending == pytest.approx(10 * option.sending)
+
+
+def test_what_makes_an_iteration_slower_is_tried_where_nothing_else_fits(two, monkeypatch):
+    one = jax.devices()[:1]
+    monkeypatch.setattr(planning, "SLOWER", ("train.micro_batch",))
+    monkeypatch.setattr(planning, "AS_FAST", ())
+    apart, own = (
+        fitting.peak(with_fields(two, {"train.micro_batch": size}), one) for size in (1, 2)
+    )
+    for limit, fields in (own, {}), (apart, {"train.micro_batch": 1}):
+        best = planning.fastest(two, one, limit, SPEED).options[0].proposal
+        assert best.fields == {**dict.fromkeys(MESH, 1), **fields}
 
 
 def test_the_table_says_what_fits_where(two, monkeypatch, capsys):

@@ -203,6 +203,13 @@ def test_make_mesh_of_weights_in_shards(data, fsdp, branch, prompts, branches, e
     assert sharding.prompt_shards(mesh) == expected[0] * fsdp
 
 
+def test_devices_lie_side_by_side_over_context_then_branch_then_fsdp():
+    """So a node has the tokens of a block, then the branches of a prompt, then a weight."""
+    mesh = sharding.make_mesh(1, 2, 2, 2, fsdp=2, context=2)
+    numbers = np.vectorize(lambda device: device.id)(mesh.devices)
+    np.testing.assert_array_equal(numbers, [[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]])
+
+
 def test_what_a_mesh_is_for_is_said():
     said = [sharding.describe(sharding.make_mesh(0, 0, p, g), p, g) for p, g in ((4, 8), (5, 7))]
     assert said[0] == "8 devices: 4 prompts over 4, 8 branches over 2"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from equipment import ROOT, SMALL, configure, run_command
+from equipment import ROOT, SMALL, SMALL_RUN, configure, run_command
 from jax.sharding import Mesh
 
 from kvpo_jax import memory, work
@@ -208,6 +208,36 @@ def test_a_block_that_is_split_over_tokens_exchanges_heads():
     assert work.of_program(traced.jaxpr.jaxpr).sent == {
         Transfer("all-to-all", ("context",)): 5 * 2 * 4 * 4 * (2 * 12 / 2 * 16),
         Transfer("all-gather", ("context",)): 5 * 4 * (2 * 12 * 48),
+    }
+
+
+def test_weights_in_shards_are_gathered_in_every_pass():
+    """All that a pass reads, with LoRA, five times for a block. In a replay LoRA once, whose
+    gradient is cut once, and the backward pass gathers weights again.
+    """
+    fields = {**SMALL_RUN, "mesh.data": 1, "mesh.fsdp": 2, "mesh.branch": 1, "replay.chunk": 2}
+    config = configure("configs/tiny.py", {**fields, "rollout.branches": 2, "train.micro_batch": 2})
+    iteration = memory.trace_iteration(config, jax.devices()[:2])
+    lora, params, prompts = iteration.state.lora, iteration.run.params, iteration.explored
+
+    def of_block(tree):  # bytes of all but the text's
+        return sum(4 * x.size for n in tree if "text" not in n for x in jax.tree.leaves(tree[n]))
+
+    gathered = Transfer("all-gather", ("fsdp",))
+    whole = sum(4 * x.size for x in jax.tree.leaves(lora))
+    arguments = (prompts.text, 0, prompts.history, prompts.noise, memory.START)
+    block = iteration.run.programs.shared_block.trace(iteration.run.variables(lora), *arguments)
+    passes = 5 * (of_block(params) + of_block(lora))
+    assert work.of_program(block.jaxpr.jaxpr).sent == {gathered: passes}
+    replay = iteration.run.programs.replay.trace(
+        lora, params, iteration.experience, shape(dtype=bool)
+    )
+    forward, both = (work.of_program(replay.jaxpr.jaxpr, taken).sent for taken in (0.0, 1.0))
+    assert forward.keys() == {gathered} and both[gathered] > 1.5 * forward[gathered]
+    assert both == {
+        gathered: both[gathered],
+        Transfer("reduce-scatter", ("fsdp",)): whole,
+        Transfer("all-reduce", ("data", "branch")): whole / 2,
     }
 
 
