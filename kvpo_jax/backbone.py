@@ -21,7 +21,6 @@ from kvpo_jax import programs
 from kvpo_jax.data import prompts, return_world, text, toy_world
 from kvpo_jax.errors import MissingPackageError, Registry, UsageError, nearest
 from kvpo_jax.models import umt5, wan_vae
-from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.wan import WanConfig, abstract_variables
 from kvpo_jax.rewards import composite, preprocess, scorers
 from kvpo_jax.runtime import checkpoint, pictures, sharding
@@ -495,7 +494,7 @@ def stored_embeddings(config: ml_collections.ConfigDict) -> Embeddings:
 def text_encoder(config: ml_collections.ConfigDict) -> Callable[[Sequence[str]], np.ndarray]:
     """sentences -> token embeddings, made with UMT5 on the fly."""
     shape = (config.model.text_len, config.model.text_dim)
-    cfg = umt5.UMT5Config(**checkpoint.metadata_config(config.paths.umt5, "umt5"))
+    cfg = checkpoint.noted_config(config.paths.umt5, "umt5", umt5.UMT5Config)
     tokenize = text.tokenizer(config.paths.tokenizer, config.model.text_len)
     load = cache(lambda: checkpoint.load_weights(config.paths.umt5, umt5.abstract_params(cfg)))
     encode = programs.text_encoder(cfg)
@@ -515,7 +514,7 @@ def vae_config(config: ml_collections.ConfigDict) -> wan_vae.VAEConfig:
     """The VAE of config.paths.vae, or Wan2.1's without a file, in config.decoder.dtype."""
     vae, path = wan_vae.VAEConfig(), config.paths.vae
     if path:
-        vae = config_from_dict(wan_vae.VAEConfig, checkpoint.metadata_config(path, "wan_vae"))
+        vae = checkpoint.noted_config(path, "wan_vae", wan_vae.VAEConfig)
     return dataclasses.replace(vae, dtype=config.decoder.dtype)
 
 

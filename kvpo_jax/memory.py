@@ -27,7 +27,6 @@ from kvpo_jax.algorithm import keys
 from kvpo_jax.backbone import Backbone
 from kvpo_jax.decoder import VideoDecoder, length, make_step, spec_of, split_rows
 from kvpo_jax.models import qwen2_vl, reward_model, umt5, vit, wan_vae
-from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.models.reward_model import PAD_TOKENS, RewardConfig, VideoAlignConfig
 from kvpo_jax.models.wan import abstract_variables
 from kvpo_jax.rewards import (
@@ -491,8 +490,7 @@ def reward_of(config: ml_collections.ConfigDict, name: str) -> Published:
     published = PUBLISHED[name]
     if not (path := config.paths[name]):
         return published
-    values = checkpoint.metadata_config(path, name)
-    return published._replace(cfg=config_from_dict(type(published.cfg), values))
+    return published._replace(cfg=checkpoint.noted_config(path, name, type(published.cfg)))
 
 
 def trace_clips(iteration: Iteration, decoding: Decoding) -> PyTree:
@@ -599,7 +597,7 @@ def _text_encoder(run: Run) -> PyTree:
     paths = run.config.paths
     if run.config.backbone in backbone_lib.TOYS or paths.embeddings or not paths.umt5:
         return {}
-    cfg = umt5.UMT5Config(**checkpoint.metadata_config(paths.umt5, "umt5"))
+    cfg = checkpoint.noted_config(paths.umt5, "umt5", umt5.UMT5Config)
     return placed(umt5.abstract_params(cfg), run.mesh)
 
 

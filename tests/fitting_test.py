@@ -186,6 +186,18 @@ def test_working_memory_is_that_of_nested_loops():
     whole = jax.make_jaxpr(program)(jnp.ones((8, 6))).jaxpr
     assert memory.working_bytes(whole) == 0  # of all devices together: not said of one
 
+    def gathering(x, w):  # half of [6, 10] in bfloat16 on each device
+        def layer(x, _):
+            return x, x @ jax.lax.all_gather(w, "data", axis=0, tiled=True)  # in float32
+
+        return jax.lax.scan(layer, x, length=3)[1]
+
+    cut = (Spec("data"), Spec("data"))
+    sharded = jax.shard_map(gathering, mesh=mesh, in_specs=cut, out_specs=Spec(None, "data"))
+    arguments = (jnp.ones((8, 6)), jnp.ones((6, 10), jnp.bfloat16))
+    expected = 4 * 3 * product + 4 * product + 2 * 6 * 10  # x is read, and not made anew
+    assert memory.working_bytes(jax.make_jaxpr(sharded)(*arguments).jaxpr) == expected
+
 
 def test_prompts_that_wait_for_further_epochs_are_counted(config, device):
     """What the replay reads of three prompts, while the fourth is explored."""

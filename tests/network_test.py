@@ -126,6 +126,30 @@ ENTRY %main (x: f32[4]) -> f32[4] {
     assert network.of_compiled(known, SIZES) == {every: 5 * 16}
 
 
+@pytest.mark.parametrize(
+    "branches",
+    [
+        "branch_computations={%none, %half, %whole}",
+        "true_computation=%whole, false_computation=%none",
+    ],
+)
+def test_of_a_compiled_condition_the_most_is_counted(branches):
+    text = """
+%none (x: f32[4]) -> f32[4] {
+  %y = f32[4]{0} negate(%x)
+}
+%half (x: f32[4]) -> f32[4] {
+  %y = bf16[4]{0} all-reduce(%x), replica_groups=[1,8]<=[8]
+}
+%whole (x: f32[4]) -> f32[4] {
+  %y = f32[4]{0} all-reduce(%x), replica_groups=[1,8]<=[8]
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %z = f32[4]{0} conditional(%i, %x, %x), """
+    every = Transfer("all-reduce", ("data", "fsdp", "context"))
+    assert network.of_compiled(text + branches, SIZES) == {every: 16}
+
+
 # ---------------------------------------------------------------- in seconds
 
 

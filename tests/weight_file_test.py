@@ -14,6 +14,8 @@ import safetensors.numpy
 
 from kvpo_jax.backbone import TOYS
 from kvpo_jax.errors import UsageError
+from kvpo_jax.models.umt5 import UMT5Config
+from kvpo_jax.models.vit import CLIPConfig
 from kvpo_jax.runtime import checkpoint, weight_file
 
 WEIGHTS = {
@@ -112,6 +114,22 @@ def test_a_kind_without_a_config_is_an_error(tmp_path, config):
     checkpoint.save_weights(tmp_path / "w.safetensors", WEIGHTS, {"kind": "wan", **config})
     with pytest.raises(UsageError, match="w.safetensors says no config of its wan"):
         checkpoint.metadata_config(tmp_path / "w.safetensors", "wan")
+
+
+@pytest.mark.parametrize(
+    "kind, config, note, reason",
+    [
+        ("umt5", UMT5Config, {"width": 8}, "there is no field 'width'"),
+        ("umt5", UMT5Config, {"dim": "8"}, "dim='8' is no int"),
+        ("clip", CLIPConfig, {}, "missing 1 required"),
+        ("clip", CLIPConfig, {"text": 3}, "3 has no fields"),
+    ],
+)
+def test_a_note_of_other_fields_than_its_kinds_is_an_error(tmp_path, kind, config, note, reason):
+    path = tmp_path / "w.safetensors"
+    checkpoint.save_weights(path, WEIGHTS, {"kind": kind, "config": json.dumps(note)})
+    with pytest.raises(UsageError, match=f"w.safetensors says no config of its {kind} .*{reason}"):
+        checkpoint.noted_config(path, kind, config)
 
 
 @pytest.mark.parametrize("name", [name for name, toy in TOYS.items() if toy.weights])

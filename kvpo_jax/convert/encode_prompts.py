@@ -53,7 +53,7 @@ def encode_prompts(
     cleaned = {
         text.clean(sentence): sentence for sequence in sequences for sentence in sequence.sentences
     }
-    cfg = umt5.UMT5Config(**checkpoint.metadata_config(weights, "umt5"))
+    cfg = checkpoint.noted_config(weights, "umt5", umt5.UMT5Config)
     cfg = dataclasses.replace(cfg, dtype=dtype or cfg.dtype)
     ids, mask = text.tokenizer(tokenizer, max_length)(list(cleaned.values()))
     if ids.max() >= cfg.vocab:

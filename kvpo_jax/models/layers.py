@@ -61,10 +61,20 @@ def config_from_dict(kind: type[T], values: Mapping[str, Any]) -> T:
     Args:
       kind: a dataclass of numbers, strings, tuples of them and other such dataclasses.
       values: its fields.
+
+    Raises:
+      TypeError: a field is missing, is none of these, or is of another type.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{values!r} has no fields")
     types = typing.get_type_hints(kind)
 
     def field(name: str, value: Any) -> Any:
+        if name not in types:
+            raise TypeError(f"there is no field {name!r}")
+        number = float | int if types[name] is float else types[name]
+        if types[name] in (int, float, str) and not isinstance(value, number):
+            raise TypeError(f"{name}={value!r} is no {types[name].__name__}")
         if dataclasses.is_dataclass(types[name]):
             return config_from_dict(types[name], value)
         return tuple(value) if isinstance(value, list) else value

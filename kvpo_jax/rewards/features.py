@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax.models import vit
-from kvpo_jax.models.layers import config_from_dict, exact
+from kvpo_jax.models.layers import exact
 from kvpo_jax.rewards import learned, preprocess
 from kvpo_jax.rewards.composite import Shared
 from kvpo_jax.runtime import checkpoint, sharding
@@ -69,7 +69,7 @@ def load(
     Raises:
       UsageError: the file is of another kind or not whole.
     """
-    cfg = config_from_dict(config, checkpoint.metadata_config(path, kind))
+    cfg = checkpoint.noted_config(path, kind, config)
     mesh = mesh or learned.local_mesh()
     params = learned.load_params(path, vit.abstract_params(cfg), mesh)
     return Tower(params, cfg, mesh, batch)

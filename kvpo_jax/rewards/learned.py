@@ -118,7 +118,7 @@ def load(
       ValueError: the file is of another kind, not whole, or does not belong to the tokenizer.
       FileNotFoundError: there is no tokenizer.
     """
-    cfg = layers.config_from_dict(config, checkpoint.metadata_config(path, kind))
+    cfg = checkpoint.noted_config(path, kind, config)
     folder = tokenizer_path or tokenizer_folder(path)
     encode, ids = tokenizer(folder, cfg.tokens)
     if (known := _special_ids(cfg)) != ids:

@@ -16,7 +16,7 @@ import os
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
 from kvpo_jax.errors import SaveError, UsageError, shortened
+from kvpo_jax.models.layers import config_from_dict
 from kvpo_jax.runtime import progress, sharding, sums, weight_file
 from kvpo_jax.types import PyTree
+
+T = TypeVar("T")
 
 # ---------------------------------------------------------------- train state
 
@@ -432,6 +435,21 @@ def metadata_config(path: Path | str, kind: str) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError) as error:
         raise UsageError(
             f"{path} says no config of its {kind} ({error!r}): make it with kvpo-convert"
+        ) from error
+
+
+def noted_config(path: Path | str, kind: str, config: type[T]) -> T:
+    """`metadata_config` as the dataclass of its kind.
+
+    Raises:
+      OSError, UsageError: as `metadata_config`; or the note has not the fields of `config`.
+    """
+    values = metadata_config(path, kind)
+    try:
+        return config_from_dict(config, values)
+    except TypeError as error:
+        raise UsageError(
+            f"{path} says no config of its {kind} ({error}): make it with kvpo-convert"
         ) from error
 
 
