@@ -234,8 +234,8 @@ def test_a_block_of_a_window_depends_on_differences_of_frames_alone(variables, i
     """Frames far beyond the table of positions, and all positions moved by 20."""
     frame = jnp.array([[2994, -1, 2995, 2998, 2999], [2996, 2997, 2999, -1, -1]])
 
-    def velocity(frame, start, span):
-        context = inputs.context.replace(frame=frame, sink=0, span=span)
+    def velocity(frame, start, span, sink=0):
+        context = inputs.context.replace(frame=frame, sink=sink, span=span)
         given = inputs.replace(context=context, start_frame=jnp.full(BATCH, start))
         return forward(variables, given)[0]
 
@@ -245,6 +245,14 @@ def test_a_block_of_a_window_depends_on_differences_of_frames_alone(variables, i
     np.testing.assert_allclose(velocity(frame, 3000, 32), ours, atol=1e-5, rtol=0)
     moved = velocity(frame.at[:, 0].add(-1), 3000, 12)
     assert all(relative_l2(moved[row], ours[row]) > 1e-4 for row in range(BATCH))
+    # As in a video that ends with its first window: the block too, and behind a sink that stays.
+    first = 12 - FRAMES
+    early = velocity(jnp.where(frame < 0, -1, frame - 3000 + first), first, 12)
+    np.testing.assert_array_equal(early, ours)
+    behind = frame.at[:, 0].set(1)
+    ours = velocity(behind, 3000, 12, sink=2)
+    early = velocity(jnp.where(behind < 2, behind, behind - 3000 + first), first, 12, sink=2)
+    np.testing.assert_array_equal(early, ours)
 
 
 def test_attention_is_bidirectional_within_the_block(variables, inputs):
