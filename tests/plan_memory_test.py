@@ -1,5 +1,6 @@
 """The memory plan, against sizes that can be worked out by hand and against a run."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from equipment import ROOT, SMALLEST, bare_run, batch_of, configure, run_command
 
 from kvpo_jax import memory, train
+from kvpo_jax.models import wan_vae
 from kvpo_jax.models.wan import init_variables
 from kvpo_jax.run import make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
@@ -254,6 +256,26 @@ def test_the_plan_has_the_arrays_of_a_run():
     assert memory.bytes_of(history.k) == history.k.nbytes / 4  # of a prompt, and half of its heads
     assert_same_arrays(planned.explored.history, history)
     assert_same_arrays(planned.pages, run.programs.fork(history))
+
+
+def test_devices_of_context_remember_their_rows_of_a_frame(tmp_path):
+    """Two rows of four; of three devices each has room for two."""
+    note = dataclasses.asdict(wan_vae.VAEConfig(base_dim=4, num_res_blocks=0))
+    checkpoint.save_weights(tmp_path / "vae", {}, {"kind": "wan_vae", "config": json.dumps(note)})
+    fields = {**SMALL_RUN, "backbone": "longlive", "model.channels": 16, "model.num_heads": 3}
+    fields |= {"model.dim": 18, "video.width": 6, "paths.vae": tmp_path / "vae"}
+    fields |= {f"mesh.{axis}": 1 for axis in sharding.AXES}
+
+    def decoding(devices):
+        config = configure("configs/tiny.py", {**fields, "mesh.context": devices})
+        return memory.trace_decoding(memory.trace_iteration(config, jax.devices()[:devices]))
+
+    one, three = decoding(1), decoding(3)
+    for name in ("memory", "heldout_memory"):
+        whole, rows = (memory.bytes_of(getattr(x, name)) for x in (one, three))
+        assert rows == whole / 2 > 0
+    # What programs other than the decoder's read is whole.
+    assert memory.bytes_of(three.pixels) == memory.bytes_of(one.pixels)
 
 
 # ---------------------------------------------------------------- the command
