@@ -359,10 +359,8 @@ class Wan(nn.Module):
         cfg, axis = self.cfg, self.context_axis
         batch, frames, height, width, _ = x.shape
         pt, ph, pw = cfg.patch
-        tokens, heads = (
-            cfg.tokens_per_frame(height, width),
-            cfg.num_heads // tokens_lib.devices(axis),
-        )
+        tokens = cfg.tokens_per_frame(height, width)
+        heads = cfg.num_heads // tokens_lib.devices(axis)
         chex.assert_shape(x, (None, None, None, None, cfg.channels))
         chex.assert_shape(sigma, (batch,))
         chex.assert_shape(start_frame, (batch,))
