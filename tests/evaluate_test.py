@@ -1,6 +1,7 @@
 """Scores of video files by the command, and rewards by name."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -315,12 +316,13 @@ def test_a_run_is_evaluated_on_another_machine(tmp_path, capsys):
 def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
     fields = {"eval.prompts": 4, "eval.batch": 2, "mesh.data": 1, "mesh.branch": 1}
     run = run_lib.load(configure("configs/tiny.py", fields))
-    made = evaluate.evaluate(run, run.initial_lora())
+    lora = run.initial_lora()
+    made = evaluate.evaluate(run, lora)
     assert made.blocks.shape == (4, 12) and made.pixels.size == 0
     assert made.components.keys() >= set(scorers.COMPONENTS["stream"])
     batch = backbone.prompt_batch(run.backbone, run.mesh, "heldout", 0, np.arange(2))
     windows = backbone.windows_read(run.config, run.backbone.to_pixel)
-    latents = evaluate._latents(run, run.initial_lora(), batch)
+    latents = evaluate._latents(run, lora, batch)
     pixels = run.decoder.videos(latents, windows)
     videos = np.asarray(pixels.videos[:, 0])
     lag = np.asarray(latents[:2, 0]).reshape(2, 36, -1)
@@ -341,8 +343,9 @@ def test_the_reward_of_a_block_is_that_of_its_frames_with_its_own_sentence():
             assert made.blocks[prompt, block] == pytest.approx(expected, rel=1e-5)
     own = {"reward.scorer": f"{__name__}:brightness", "reward.weights.brightness": 1}
     for silent in ({"eval.by_block": False}, own):
-        run = run_lib.load(configure("configs/tiny.py", {**fields, **silent}))
-        assert evaluate.evaluate(run, run.initial_lora()).blocks.shape == (4, 0)
+        config = configure("configs/tiny.py", {**fields, **silent})
+        other = dataclasses.replace(run, config=config, backbone=backbone.load(config))
+        assert evaluate.evaluate(other, lora).blocks.shape == (4, 0)
 
 
 def test_gains_before_and_from_the_first_pivot_by_hand():

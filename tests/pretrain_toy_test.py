@@ -60,6 +60,7 @@ def walk(config, model, params, videos, noisy, sigma):
     # A program for every kind of pass: without them it is a thousand small ones.
     network = jax.jit(partial(model.apply, {"params": params}))
     encode = jax.jit(partial(model.apply, {"params": params}, method=Wan.encode_text))
+    switch = jax.jit(partial(block_lib.switch_prompt, network, global_sink=True))
     read, append, f = jax.jit(kv_cache.read), jax.jit(kv_cache.append), config.video.block_frames
     frames, (height, width) = config.video.blocks * f, (config.video.height, config.video.width)
     clean = videos.latents.reshape(PROMPTS, frames, *videos.latents.shape[3:])
@@ -73,9 +74,7 @@ def walk(config, model, params, videos, noisy, sigma):
         if start in config.video.switch_frames:
             first = start - config.window.recache_frames
             again = clean[:, None, first:start]
-            cache = block_lib.switch_prompt(
-                network, text, videos.changed[:, m], cache, None, again, first, global_sink=True
-            )
+            cache = switch(text, videos.changed[:, m], cache, None, again, first)
         context = read(videos.contexts[:, None, b], cache)
         starts = jnp.full(PROMPTS, start, jnp.int32)
         velocities = [
