@@ -288,7 +288,7 @@ def test_the_records_are_those_of_the_last_epoch(uninterrupted):
 @pytest.fixture(scope="module")
 def experience(weights):
     """One rollout, by the initial policy on one device, and everything that an update needs."""
-    return make_experience(make_config(weights))
+    return make_experience(run_lib.load(make_config(weights)))
 
 
 def moved(state):
@@ -311,9 +311,9 @@ class World(NamedTuple):
     experience: Experience
 
 
-def make_experience(config, first=0) -> World:
-    """An Experience of the config's prompts at once, from number `first` on."""
-    run = run_lib.load(config)
+def make_experience(run, first=0) -> World:
+    """An Experience of the run's prompts at once, from number `first` on."""
+    config = run.config
     state = state_lib.init_state(config, run.mesh, run.initial_lora())
     unit = sharding.place(np.float32(4e-3), run.mesh)  # about the spread of these energies
     state = state.replace(energy_unit=unit)
@@ -448,7 +448,7 @@ def test_one_device_is_two_or_eight(experience, weights, data, fsdp, branch, con
         "mesh__branch": branch,
         "mesh__context": context,
     }
-    run, state, batch_ = make_experience(make_config(weights, **mesh))
+    run, state, batch_ = make_experience(run_lib.load(make_config(weights, **mesh)))
     assert run.mesh.size == data * fsdp * branch * context
     np.testing.assert_allclose(batch_.tuples.z, batch.tuples.z, atol=1e-5)
 
@@ -481,10 +481,10 @@ def test_the_gradients_of_micro_batches_add_up(experience, weights):
     run, state, batch = experience
     lora = moved(state).lora
     whole, _ = gradient(run, lora, batch)
-    config, total, each = make_config(weights, train__micro_batch=1), None, []
-    shares = programs.build(config, run.mesh)
+    run, total, each = run_lib.load(make_config(weights, train__micro_batch=1)), None, []
+    shares = run.programs
     for first in range(PROMPTS):
-        own = make_experience(config, first).experience
+        own = make_experience(run, first).experience
         share, _ = shares.replay(lora, run.params, own, np.asarray(True))
         each.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(share.lora)]))
         total = share if total is None else shares.accumulate(total, share)
