@@ -647,16 +647,15 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
     initial = jax.tree.map(lambda a, b: (a + b) / 2, old, theta)
     model = Wan(cfg)
     network = partial(model.apply, {"params": old})
-    texts = [
-        model.apply({"params": old}, jnp.asarray(data[f"prompt_embeds.{m}"]), method="encode_text")
-        for m in range(2)
-    ]
+    encode = jax.jit(partial(model.apply, {"params": old}, method="encode_text"))
+    texts = [encode(jnp.asarray(data[f"prompt_embeds.{m}"])) for m in range(2)]
     routed_frames = jnp.asarray(data["selected"])
     branches = len(routed_frames)
     cache = partial(empty_cache, cfg, slots=capacity, tokens=tokens, sink=sink)
 
     # The rollout.
     step = jax.jit(partial(block_lib.denoise_block, network, schedule))
+    recache, append = jax.jit(partial(block_lib.recache, network)), jax.jit(kv_cache.append)
     history, page, at_fork = cache((1,)), None, None
     start_noise, videos, records = blocks_of(data["init_noise"], frames), [], []
     for block, noise in enumerate(data["step_noise"]):
@@ -667,19 +666,17 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             videos = [jnp.repeat(v, trajectories, axis=1) for v in videos]
         if first == switch:
             recent = jnp.concatenate(videos[-4:], axis=2)
-            kv = block_lib.recache(
-                network, texts[1], history, page, recent, first - recent.shape[2]
-            )
-            page = kv_cache.append(page, kv, first - recent.shape[2])
+            kv = recache(texts[1], history, page, recent, first - recent.shape[2])
+            page = append(page, kv, first - recent.shape[2])
         noise = jnp.concatenate([start_noise[block][None], latent(noise)])[None]
         is_perturbed = fork <= first < perturb_end
         drawn = routed_frames[: trajectories - 1]
         context = branch_contexts(window, drawn, first, is_perturbed, noise.shape[1])
         record, kv = step(texts[int(first >= switch)], history, page, context, noise, first)
         if page is None:
-            history = kv_cache.append(history, kv, first)
+            history = append(history, kv, first)
         else:
-            page = kv_cache.append(page, kv, first)
+            page = append(page, kv, first)
         videos.append(record.x_clean)
         if fork <= first < switch:
             records.append(record)
@@ -799,7 +796,7 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
         }
     )
     optimiser = state_lib.make_optimiser(trained)
-    params, ema, state = theta, theta, optimiser.init(theta)
+    params, ema, state = theta, theta, jax.jit(optimiser.init)(theta)
     table = wan_table(cfg.num_layers)
 
     def pick(tree, name):
@@ -809,6 +806,12 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
 
     def named(tree):
         return flax.traverse_util.flatten_dict(tree, sep="/")
+
+    @jax.jit
+    def improved(params, ema, state, grads):
+        updates, state = optimiser.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, optax.incremental_update(params, ema, 1 - hyper["ema_decay"]), state
 
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     for epoch, log in enumerate(facts["epoch_logs"]):
@@ -826,9 +829,7 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
             np.testing.assert_allclose(
                 pick(named(grads), parameter), theirs, atol=1e-4 * np.abs(theirs).max()
             )
-        updates, state = optimiser.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        ema = optax.incremental_update(params, ema, 1 - hyper["ema_decay"])
+        params, ema, state = improved(params, ema, state, grads)
     for kind, tree in (("param", params), ("ema", ema)):
         for name in (n for n in data.files if n.startswith(f"{kind}_after.")):
             parameter = name.removeprefix(f"{kind}_after.")
