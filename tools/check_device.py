@@ -347,7 +347,17 @@ def in_process(name: str, size: str, deadline: float) -> dict[str, Any]:
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
         if name == "golden":
             selected = ["-m", "golden", "-k", SIZES[size].golden, "tests/golden_test.py"]
-            program = ["-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", *selected]
+            program = [
+                "-m",
+                "pytest",
+                "-q",
+                "-rfE",
+                "-o",
+                "addopts=",
+                "-p",
+                "no:cacheprovider",
+                *selected,
+            ]
             environment["KVPO_TEST_PLATFORM"] = "cpu" if size == "tiny" else "cuda"
         try:
             done = subprocess.run(
