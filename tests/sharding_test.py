@@ -111,6 +111,7 @@ def eight_devices(request, one_device) -> Run:
 
 
 def test_rollouts_do_not_depend_on_the_mesh(one_device, eight_devices):
+    """To 1e-6 of the largest number of an array."""
     bank = one_device.rollout.replay.page.bank
     assert bank.frame.min() >= 0 and not np.array_equal(bank.frame[0], bank.frame[1])
     for (path, ours), theirs in zip(
@@ -120,7 +121,8 @@ def test_rollouts_do_not_depend_on_the_mesh(one_device, eight_devices):
     ):
         name = jax.tree_util.keystr(path)
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype, name
-        np.testing.assert_allclose(ours, theirs, atol=2e-6, rtol=0, err_msg=name)
+        allowed = min(2e-6, 1e-6 * np.abs(theirs).max(initial=0))
+        np.testing.assert_allclose(ours, theirs, atol=allowed, rtol=0, err_msg=name)
     # Were all branches the same, their order would not show.
     branches = one_device.rollout.branches
     assert all(
