@@ -435,7 +435,9 @@ def test_the_update_raises_the_probability_of_better_branches(experience):
 
 
 @pytest.mark.parametrize(
-    ("data", "fsdp", "branch", "context"), [(1, 1, 1, 2), (1, 2, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+    ("data", "fsdp", "branch", "context"),
+    # Each axis with a gradient of its own, and every pair of axes.
+    [(1, 1, 1, 2), (1, 2, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (2, 1, 1, 2)],
 )
 def test_one_device_is_two_or_eight(experience, weights, data, fsdp, branch, context):
     """The same rollout, and from it energies, gradient, norms and LoRA, to 1e-6."""
