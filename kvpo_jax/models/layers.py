@@ -90,20 +90,11 @@ def padded_length(tokens: int) -> int:
     return -(-tokens // 64) * 64
 
 
-def over_layers(
-    layer: Any, layers: int, in_axes: Any = nn.broadcast, initialises: bool = True
-) -> Callable[..., Any]:
+def over_layers(layer: Any, layers: int, in_axes: Any = nn.broadcast) -> Callable[..., Any]:
     """The class `layer` as a loop over so many layers.
 
-    Its parameters get a leading axis, the layers.
-
-    Args:
-      layer: a module class.
-      layers: how many.
-      in_axes: how each argument but the first is split over them, as in `nn.scan`; `nn.broadcast`
-        gives all of them to every layer.
-      initialises: whether it may make its parameters. If not, flax traces the layer once instead of
-        twice. Where it makes them, this would draw others from the same key.
+    Its parameters get a leading axis, the layers. `in_axes` says how each argument but the first
+    is split over them, as in `nn.scan`; `nn.broadcast` gives all of them to every layer.
     """
     return nn.scan(
         layer,
@@ -111,7 +102,6 @@ def over_layers(
         split_rngs={"params": True, "lora": True},
         length=layers,
         in_axes=in_axes,
-        check_constancy_invariants=initialises,
     )
 
 

@@ -303,12 +303,10 @@ class Wan(nn.Module):
             policy = policy or _but_gathered
         if policy is not None:
             block = nn.remat(Block, prevent_cse=False, policy=policy)
-        initialises = self.is_initializing()
-        self.text_kv = over_layers(text_layer, cfg.num_layers, nn.broadcast, initialises)(cfg)
+        self.text_kv = over_layers(text_layer, cfg.num_layers)(cfg)
         # index and text differ from layer to layer; e0, rope, context, own_mask and end do not.
         in_axes = (0, 0, *[nn.broadcast] * 5)
-        blocks = over_layers(block, cfg.num_layers, in_axes, initialises)
-        self.blocks = blocks(cfg, self.context_axis)
+        self.blocks = over_layers(block, cfg.num_layers, in_axes)(cfg, self.context_axis)
         self.head = _plain_linear(cfg, cfg.channels * math.prod(cfg.patch))
         self.head_modulation = self.param(
             "head_modulation", nn.initializers.normal(cfg.dim**-0.5), (2, cfg.dim), jnp.float32
