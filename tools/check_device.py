@@ -347,17 +347,8 @@ def in_process(name: str, size: str, deadline: float) -> dict[str, Any]:
         environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ}
         if name == "golden":
             selected = ["-m", "golden", "-k", SIZES[size].golden, "tests/golden_test.py"]
-            program = [
-                "-m",
-                "pytest",
-                "-q",
-                "-rfE",
-                "-o",
-                "addopts=",
-                "-p",
-                "no:cacheprovider",
-                *selected,
-            ]
+            options = "-q -rfE -o addopts= -p no:cacheprovider".split()
+            program = ["-m", "pytest", *options, *selected]
             environment["KVPO_TEST_PLATFORM"] = "cpu" if size == "tiny" else "cuda"
         try:
             done = subprocess.run(
