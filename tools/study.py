@@ -156,7 +156,7 @@ def _weak(name: str, settings: str, fields: Mapping[str, Any], tier: int = 2) ->
 
 def _old(name: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
     versus = "KVPO (old world)"
-    return Arm(f"{name} (old world)", "old world", TOY, "toy", fields, tier, 3, versus)
+    return Arm(f"{name} (old world)", "old world", TOY, "toy", fields, tier, 5, versus)
 
 
 def _rival(method: str, tier: int = 3) -> Arm:
@@ -168,7 +168,7 @@ ARMS = (
     Arm("noise + l2", "exploration", settings="noise_l2", fields={**NOISE, **L2}, tier=1),
     Arm("CHR + l2", "surrogate", settings="chr_l2", fields=L2, tier=1),
     Arm("shuffled", "controls", fields=SHUFFLED, tier=1),
-    Arm("no exploration", "exploration", RETURN, "chr_l2", {**NONE, **L2}, 1, 2),
+    Arm("no exploration", "exploration", RETURN, "chr_l2", {**NONE, **L2}, 1),
     Arm("CHR and noise + TVE", "exploration", fields=BOTH, tier=1),
     Arm("beta 0", "beta", fields=_beta(0), tier=1),
     Arm("AWM", "surrogate", settings="awm", spec=f"{RETURN}:strong+awm", tier=1),
@@ -180,7 +180,7 @@ ARMS = (
     _weak("shuffled", "tve", SHUFFLED),
     Arm("KVPO on outvoted", "transfer", fields=OUTVOTED, tier=2),
     Arm("noise + l2 on outvoted", "transfer", RETURN, "noise_l2", {**NOISE, **L2, **OUTVOTED}, 2),
-    Arm("negated", "controls", fields=NEGATED, tier=2, seeds=2),
+    Arm("negated", "controls", fields=NEGATED, tier=2),
     Arm("CHR + clean latent", "surrogate", RETURN, "latent", {"replay.energy": "latent"}, 2),
     Arm("CHR and noise + l2", "exploration", settings="chr_l2", fields={**BOTH, **L2}, tier=2),
     Arm("transition noise + l2", "exploration", RETURN, "noise_l2", {**DRAWN, **L2}, 2),
@@ -212,7 +212,7 @@ ARMS = (
         {**NOISE, **L2, "reward.noise": 0.01}, 4),
     *(_rival(name, 4) for name in ("dance_grpo", "cm_grpo", "rwr")),
     *(Arm(f"{n} of 16 blocks (old world)", "old world", TOY, "toy",
-          {"rollout.window_blocks": n, "video.blocks": 16}, 4, 3, "3 of 16 blocks (old world)")
+          {"rollout.window_blocks": n, "video.blocks": 16}, 4, 5, "3 of 16 blocks (old world)")
       for n in (3, 5, 7)),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}
