@@ -238,7 +238,8 @@ def test_the_most_important_arms_run_first_and_seed_by_seed():
         ("KVPO", 0),
         ("no exploration", 0),
         ("shuffled", 0),
-        ("KVPO", 2),  # no exploration has two seeds alone
+        ("KVPO", 2),
+        ("no exploration", 2),
         ("shuffled", 2),
         ("1 steps", 0),
         ("1 steps", 2),

@@ -5,8 +5,8 @@
     python tools/study.py --search=tve,noise_l2 [--seeds=100,101]  # settings, on development seeds
     python tools/study.py --render --output=docs     # the pages again, from evidence.json alone
 
-An arm is a configuration, some fields over it, and a number of seeds: ARMS. All arms of a world
-spend the same passes (train.budget_passes, docs/runs.md). They run tier by tier, and in a tier seed
+An arm is a configuration, and some fields over it: ARMS. All arms of a world spend the same passes
+(train.budget_passes, docs/runs.md). They run tier by tier, and in a tier seed
 by seed, the most important first. After each run DIR has evidence.json, evidence.md and
 evidence.html anew, so the study can be stopped at any time; the same command goes on with it.
 Every run's directory, with its page, is kept below --runs.
@@ -119,7 +119,6 @@ class Arm:
       settings: key of SETTINGS.
       fields: over the settings.
       tier: 1 is run first.
-      seeds: how many it has, from 0.
       versus: the arm that it is compared with.
     """
 
@@ -129,7 +128,6 @@ class Arm:
     settings: str = "tve"
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tier: int = 3
-    seeds: int = 5
     versus: str = "KVPO"
 
 
@@ -151,12 +149,12 @@ def _beta(factor: float) -> Mapping[str, Any]:
 
 def _weak(name: str, settings: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
     versus = "KVPO (weak vote)"
-    return Arm(f"{name} (weak vote)", "weak vote", WEAK, settings, fields, tier, 5, versus)
+    return Arm(f"{name} (weak vote)", "weak vote", WEAK, settings, fields, tier, versus)
 
 
 def _old(name: str, fields: Mapping[str, Any], tier: int = 2) -> Arm:
     versus = "KVPO (old world)"
-    return Arm(f"{name} (old world)", "old world", TOY, "toy", fields, tier, 5, versus)
+    return Arm(f"{name} (old world)", "old world", TOY, "toy", fields, tier, versus)
 
 
 def _rival(method: str, tier: int = 3) -> Arm:
@@ -212,7 +210,7 @@ ARMS = (
         {**NOISE, **L2, "reward.noise": 0.01}, 4),
     *(_rival(name, 4) for name in ("dance_grpo", "cm_grpo", "rwr")),
     *(Arm(f"{n} of 16 blocks (old world)", "old world", TOY, "toy",
-          {"rollout.window_blocks": n, "video.blocks": 16}, 4, 5, "3 of 16 blocks (old world)")
+          {"rollout.window_blocks": n, "video.blocks": 16}, 4, "3 of 16 blocks (old world)")
       for n in (3, 5, 7)),
 )  # fmt: skip
 BY_NAME = {arm.name: arm for arm in ARMS}
@@ -347,7 +345,7 @@ def ordered(arms: Sequence[Arm], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
         for tier in sorted({arm.tier for arm in arms})
         for seed in seeds
         for arm in arms
-        if arm.tier == tier and (seed < arm.seeds or seed >= DEVELOPMENT)
+        if arm.tier == tier
     ]
 
 
