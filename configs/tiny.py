@@ -173,7 +173,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     h.token_file = ""  # has the token of the servers; empty: KVPO_REWARD_TOKEN of the environment
 
     c.train = t = ConfigDict()
-    t.iterations = 40
+    t.iterations = 30
     # Ends a run before it would have spent more passes (kvpo_jax/budget.py); 0 = no limit.
     t.budget_passes = 0
     t.prompts_per_iteration = 4  # P
