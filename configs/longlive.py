@@ -59,7 +59,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     # has the strength 0.05 that trains the toy.
     c.objective.update(tau=100.0, tau_unit="running_std", beta=5.0)
 
-    c.eval.batch = 0  # as many as in training
+    c.eval.every = c.train.video_every = 20
     c.eval.by_block = False  # it would score four times as many frames
 
     c.reward.scorer = "hpsv3,videoalign"  # VQ, and MQ and TA (paper §3.4)

@@ -41,4 +41,5 @@ def get_config(preset: str = "strong") -> ConfigDict:
     c.rollout.window_blocks = 2
     c.objective.beta = 0.05
     c.train.update(prompts_per_iteration=16, learning_rate=4e-3, iterations=60)
+    c.eval.every = c.train.video_every = 20
     return c

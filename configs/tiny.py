@@ -173,7 +173,7 @@ def get_config(preset: str = "paper") -> ConfigDict:
     h.token_file = ""  # has the token of the servers; empty: KVPO_REWARD_TOKEN of the environment
 
     c.train = t = ConfigDict()
-    t.iterations = 30
+    t.iterations = 24
     # Ends a run before it would have spent more passes (kvpo_jax/budget.py); 0 = no limit.
     t.budget_passes = 0
     t.prompts_per_iteration = 4  # P
@@ -197,11 +197,11 @@ def get_config(preset: str = "paper") -> ConfigDict:
     t.keep = 2  # checkpoints kept, the newest
     # Kept besides: the best by the online policy's held-out reward. An evaluation then saves one.
     t.keep_best = 1
-    t.video_every = 20  # iterations between videos of the branches; 0 = a run writes none
+    t.video_every = 12  # iterations between videos of the branches; 0 = a run writes none
 
     c.eval = ConfigDict()
     c.eval.prompts = 32  # held-out prompt sequences; of a prompt file at most train.held_out
-    c.eval.every = 20  # iterations between evaluations
+    c.eval.every = 12  # iterations between evaluations
     c.eval.batch = 0  # videos generated at once; 0 = as many as prompts in training, so that one
     # program serves both
     c.eval.by_block = True  # also the reward of every block alone, by the package's own scorers
