@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
+from kvpo_jax.errors import UsageError
+
 # ---------------------------------------------------------------- transfers
 
 
@@ -110,7 +112,7 @@ def of_compiled(text: str, sizes: Mapping[str, int]) -> Traffic:
       sizes: of the mesh that it was compiled for, by axis.
 
     Raises:
-      ValueError: a loop of unknown length sends something.
+      UsageError: a loop of unknown length sends something.
     """
     computations, entry = _computations(text)
     known: dict[str, Traffic] = {}
@@ -137,7 +139,10 @@ def of_compiled(text: str, sizes: Mapping[str, int]) -> Traffic:
         if name == "while" and inner:
             trips = _TRIPS.search(line)
             if trips is None:
-                raise ValueError("a loop of unknown length sends something: it cannot be counted")
+                raise UsageError(
+                    "what a compiled loop of unknown length sends cannot be counted; XLA's double"
+                    " buffering makes such loops: leave it out of XLA_FLAGS"
+                )
             return times(inner, int(trips[1]))
         return inner
 
