@@ -19,7 +19,6 @@ from collections.abc import Callable
 import ml_collections
 
 from kvpo_jax import backbone as backbone_lib
-from kvpo_jax import fitting
 from kvpo_jax.algorithm import losses, replay
 from kvpo_jax.errors import UsageError
 from kvpo_jax.run import Run
@@ -164,6 +163,6 @@ def limited(run: Run) -> Run:
                     f"config.train.budget_passes={train.budget_passes}: the first iteration takes"
                     f" {spent.passes}; allow more, or 0 for no limit"
                 )
-            config = fitting.with_fields(run.config, {"train.iterations": iteration})
+            config = config_lib.with_fields(run.config, {"train.iterations": iteration})
             return dataclasses.replace(run, config=config)
     return run

@@ -7,7 +7,7 @@ that fits. `propose` lowers further settings, and says what `kvpo-plan` prints.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,18 +20,11 @@ from kvpo_jax.models.wan import REMAT
 from kvpo_jax.run import make_mesh
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
-from kvpo_jax.runtime.config import branches_at_once, prompts_at_once, recorded_blocks
+from kvpo_jax.runtime.config import branches_at_once, prompts_at_once, recorded_blocks, with_fields
 
 GB = 1e9
 
 # ---------------------------------------------------------------- the estimate of a setting
-
-
-def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """A copy of a config with other values of some fields, dotted name -> value."""
-    out = config.copy_and_resolve_references()
-    out.update_from_flattened_dict(fields)
-    return out.lock()
 
 
 def peak(config: ConfigDict, devices: Sequence[jax.Device]) -> float:

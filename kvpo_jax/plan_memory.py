@@ -44,7 +44,7 @@ from kvpo_jax.rewards import scorers
 from kvpo_jax.run import make_mesh
 from kvpo_jax.runtime import command, progress, sharding, workdir
 from kvpo_jax.runtime.atomic import write_json
-from kvpo_jax.runtime.config import branches_at_once, check_trained, wan_config
+from kvpo_jax.runtime.config import branches_at_once, check_trained, wan_config, with_fields
 
 # ---------------------------------------------------------------- devices
 
@@ -312,7 +312,7 @@ def _propose(
     """Prints the fastest that fits, or what it takes that anything does; see `advice`."""
     found = planning.fastest(config, devices, limit, speed)
     if not found.options:
-        lowest = fitting.with_fields(config, found.least.fields)
+        lowest = with_fields(config, found.least.fields)
         other = fitting.propose(lowest, devices, limit)
         fields = {**found.least.fields, **other.fields}
         print(advice(fitting.Proposal(fields, other.peak), limit, excess))

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from kvpo_jax import fitting, network, work
 from kvpo_jax.errors import UsageError
-from kvpo_jax.fitting import SAME_GRADIENT, Proposal, with_fields
+from kvpo_jax.fitting import SAME_GRADIENT, Proposal
 from kvpo_jax.runtime import progress, sharding
-from kvpo_jax.runtime.config import branches_at_once, prompts_at_once
+from kvpo_jax.runtime.config import branches_at_once, prompts_at_once, with_fields
 
 # ---------------------------------------------------------------- how long it takes
 

@@ -30,7 +30,7 @@ def device():
 
 
 def with_micro_batch(config, size):
-    return fitting.with_fields(config, {"train.micro_batch": size})
+    return config_lib.with_fields(config, {"train.micro_batch": size})
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,9 @@ def test_all_prompts_if_they_fit_and_the_smallest_if_none_does(config, device, n
 
 
 def test_a_micro_batch_that_does_not_divide_over_the_devices_is_passed_over(config):
-    two = fitting.with_fields(config, {"mesh.data": 2, "eval.batch": 2})
+    two = config_lib.with_fields(config, {"mesh.data": 2, "eval.batch": 2})
     assert fitting.choose_micro_batch(two, jax.devices()[:2], 1.0).config.train.micro_batch == 2
-    three = fitting.with_fields(config, {"mesh.data": 3})
+    three = config_lib.with_fields(config, {"mesh.data": 3})
     with pytest.raises(ValueError, match="mesh.data=3 does not divide 4 prompts at a time"):
         fitting.choose_micro_batch(three, jax.devices()[:3], 1.0)
 
@@ -131,7 +131,7 @@ def test_a_setting_that_later_ones_made_needless_is_raised_again(
     rank = {"lora.rank": lambda c: [1] if c.lora.rank > 1 else []}
     monkeypatch.setattr(fitting, "SAME_GRADIENT", rank)
     monkeypatch.setattr(fitting, "OTHER_RUN", {"train.micro_batch": smaller})
-    assert fitting.peak(fitting.with_fields(config, {"lora.rank": 1}), device) < needs[4]
+    assert fitting.peak(config_lib.with_fields(config, {"lora.rank": 1}), device) < needs[4]
     proposal = fitting.propose(config, device, needs[2])
     assert proposal == fitting.Proposal({"train.micro_batch": 2}, needs[2])
 
@@ -202,7 +202,7 @@ def test_working_memory_is_that_of_nested_loops():
 def test_prompts_that_wait_for_further_epochs_are_counted(config, device):
     """What the replay reads of three prompts, while the fourth is explored."""
     fields = {"train.micro_batch": 1, "train.epochs": 2}
-    planned = memory.plan(fitting.with_fields(config, fields), device)
+    planned = memory.plan(config_lib.with_fields(config, fields), device)
     kept = planned.parts["kept of other prompts for further epochs"]
     sizes = memory.estimate(planned).sizes
     of_one = (
@@ -223,11 +223,11 @@ def test_a_text_encoder_on_the_fly_is_counted(tmp_path, config, device):
     metadata = {"kind": "umt5", "config": json.dumps(cfg)}
     safetensors.numpy.save_file({"a": np.zeros(1)}, path, metadata)
     wan = {"backbone": "longlive", "model.channels": 16, "paths.umt5": str(path)}
-    planned = memory.plan(fitting.with_fields(config, wan), device)
+    planned = memory.plan(config_lib.with_fields(config, wan), device)
     parameters = umt5.abstract_params(umt5.UMT5Config(**cfg))
     numbers, norms = sum(x.size for x in jax.tree.leaves(parameters)), (2 * 2 + 1) * 8
     # bfloat16, and float32 for the norms.
     assert memory.bytes_of(planned.parts["text encoder"]) == 2 * numbers + 2 * norms
     assert all("text encoder" in names for names in planned.stages.values())
-    stored = fitting.with_fields(config, {**wan, "paths.embeddings": "folder"})
+    stored = config_lib.with_fields(config, {**wan, "paths.embeddings": "folder"})
     assert "text encoder" not in memory.plan(stored, device).parts

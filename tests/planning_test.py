@@ -9,9 +9,9 @@ from equipment import SMALL_RUN, configure
 
 from kvpo_jax import fitting, memory, network, plan_memory, planning, work
 from kvpo_jax.errors import UsageError
-from kvpo_jax.fitting import with_fields
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
+from kvpo_jax.runtime.config import with_fields
 
 SPEED = planning.Speed()
 MESH = [f"mesh.{axis}" for axis in sharding.AXES]

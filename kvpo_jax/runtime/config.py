@@ -507,6 +507,13 @@ def named_fields(arguments: Sequence[str]) -> list[str]:
     return [match[1] for match in matches if match]
 
 
+def with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with other values of some fields, dotted name -> value."""
+    out = config.copy_and_resolve_references()
+    out.update_from_flattened_dict(fields)
+    return out.lock()
+
+
 def override(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
     """A copy of `config` with the flags `--config.FIELD=VALUE` of the command line `arguments` (no
     program name).
