@@ -514,9 +514,11 @@ def make_energies(
     caches = caches or _Caches(config, mesh)
     model, schedule = caches.model, flow.schedule(config.sampler)
     energies, read_text = replay.CONTEXTS[config.replay.context], replay.TEXTS[config.replay.text]
-    first_settled, first_shared = settled_from(config), own_starts(config)
     draws = explore.EXPLORES[config.rollout.explore].draws
     transition = flow.transition(config.sampler, config.rollout) if draws else None
+    setting = replay.Setting(
+        config.replay, schedule, transition, settled_from(config), own_starts(config)
+    )
     kind = losses.KINDS[config.objective.kind]
     of_state = kind.of_state and losses.bind(kind, config.replay, config.objective)
     replay.ENERGIES[config.replay.energy]  # an unknown name is an error now, not while tracing
@@ -533,9 +535,8 @@ def make_energies(
         # The energies of a branch keep its gradient for themselves, so LoRA is whole for them.
         lora = sharding.unboxed(sharding.vary(lora, caches.context))
         wanted = sharding.vary(wanted)
-        arguments = (policy, config.replay, schedule, lora, frozen, tuples, wanted)
         if of_state is None:
-            return energies(*arguments, first_settled, first_shared, transition)
+            return energies(policy, setting, lora, frozen, tuples, wanted)
         if tuples.peers is not None:
             others = others.replace(advantages=sharding.vary_over_branch(others.advantages))
             tuples = tuples.replace(peers=sharding.vary_over_branch(tuples.peers))
@@ -543,7 +544,9 @@ def make_energies(
         old, reference = sharding.unboxed(loras)
         on_policy = sharding.vary(others.on_policy)
         others = others.replace(old=old, reference=reference, on_policy=on_policy)
-        return replay.state_losses(*arguments, transition, of_state, others, losses.SEEN)
+        return replay.state_losses(
+            policy, setting, lora, frozen, tuples, wanted, of_state, others, losses.SEEN
+        )
 
     one, prompts = sharding.REPLICATED, sharding.PROMPTS
     own = config.replay.context == "own"

@@ -383,7 +383,8 @@ def test_longlive_replay(golden_dir, sizes, cfg, schedule, case, tag):
         def policy(text, params):
             return (partial(model.apply, {"params": params}), text)
 
-        energies, _ = replay.self_rolled_energies(policy, settings, schedule, params, text, tuples)
+        setting = replay.Setting(settings, schedule)
+        energies, _ = replay.self_rolled_energies(policy, setting, params, text, tuples)
         return -energies[:, 0]
 
     params = load_params(golden_dir / "longlive_weights_theta.npz", cfg) if "theta" in tag else base
@@ -767,9 +768,8 @@ def test_rollout_train(golden_dir, sizes, cfg, schedule):
         def policy(text, params):
             return (partial(model.apply, {"params": params}), text)
 
-        energies, _ = replay.self_rolled_energies(
-            policy, replay_settings, schedule, params, text, tuples
-        )
+        setting = replay.Setting(replay_settings, schedule)
+        energies, _ = replay.self_rolled_energies(policy, setting, params, text, tuples)
         return energies[:, 0]
 
     evaluated = jax.jit(energies)

@@ -63,7 +63,8 @@ def transition(kernel: str) -> flow.Transition:
 
 def states_of(source: str, recorded: ReplayTuples, kernel: str = "cps", **fields) -> replay.States:
     options, _ = sections(**fields)
-    return replay.STATES[source].make(options, schedule(), transition(kernel), recorded)
+    setting = replay.Setting(options, schedule(), transition(kernel))
+    return replay.STATES[source].make(setting, recorded)
 
 
 def replica(states: replay.States, advantages: jax.Array, seed: int = 3) -> replay.Replica:
@@ -232,7 +233,8 @@ def test_the_loss_is_the_mean_over_the_drawn_steps_of_each_prompt(steps, grad_st
     recorded = recorded.replace(steps=None if steps is None else jnp.asarray(steps))
     advantages = normals(4, P, G)
     others = replay.Others(advantages, jnp.asarray(True), None, None)
-    arguments = policy, options, schedule(), {}, (), recorded, False, None, loss, others, ("level",)
+    setting = replay.Setting(options, schedule())
+    arguments = policy, setting, {}, (), recorded, False, loss, others, ("level",)
     losses_found, seen = replay.state_losses(*arguments)
     levels = SIGMA[np.asarray(expected)]
     of_prompt = (levels**2).mean(axis=1, keepdims=True)
@@ -364,7 +366,7 @@ def neighbours(anchors: int = 2) -> replay.Replica:
     """Of the states of some branches, with all branches' clean latents."""
     recorded = replay.with_peers(schedule(), tuples(), anchors)
     assert recorded.z.shape[1] == anchors
-    states = replay.branch_states(None, schedule(), None, recorded)
+    states = replay.replay_states(schedule(), recorded)
     advantages = normals(4, P, G)
     advantages -= advantages.mean(axis=1, keepdims=True)
     shape = states.sigma.shape

@@ -163,7 +163,7 @@ def test_memflow_rollout_forks_its_bank_and_replays_it():
     other = roll(routed_frames=run.programs.draw(jax.random.key(1), jnp.arange(2), 15))
     assert not np.array_equal(other.branches[:, 0], other.branches[:, 1])
 
-    schedule = flow.schedule(config.sampler)
+    setting = replay.Setting(config.replay, flow.schedule(config.sampler), settled_from=2)
 
     def policy(variables, _):
         return (partial(Wan(cfg).apply, variables), text)
@@ -171,9 +171,7 @@ def test_memflow_rollout_forks_its_bank_and_replays_it():
     @jax.jit
     def replayed(tuples):
         """With the steps from the third on as those that need no gradient in the first block."""
-        return replay.anchor_energies(
-            policy, config.replay, schedule, {}, variables, tuples, settled_from=2
-        )
+        return replay.anchor_energies(policy, setting, {}, variables, tuples)
 
     def energies(tuples):
         return replayed(tuples)[0]

@@ -141,9 +141,9 @@ MODEL = WanConfig(
 @partial(jax.jit, static_argnums=(0, 5))
 def energies(settings, schedule, policy, text, tuples, own_starts=0):
     constants = policy["params"], text
-    return replay.CONTEXTS[settings.context](
-        as_policy, settings, schedule, policy["lora"], constants, tuples, own_starts=own_starts
-    )[0]
+    setting = replay.Setting(settings, schedule, own_starts=own_starts)
+    energies_of = replay.CONTEXTS[settings.context]
+    return energies_of(as_policy, setting, policy["lora"], constants, tuples)[0]
 
 
 def as_policy(constants, lora, model=MODEL):
@@ -458,12 +458,10 @@ def test_steps_that_read_what_the_replay_reads_need_no_gradient(world, chunk):
         def weighted(lora):
             total, floor = replay.anchor_energies(
                 as_policy,
-                settings,
-                world.schedule,
+                replay.Setting(settings, world.schedule, settled_from=settled_from),
                 lora,
                 (world.variables["params"], world.text),
                 world.tuples.replace(u=u),
-                settled_from=settled_from,
             )
             return jnp.sum(total * jnp.linspace(-1.0, 2.0, total.size).reshape(total.shape)), (
                 total,
@@ -599,7 +597,7 @@ def test_gradient_agrees_with_finite_differences(world):
         tuples, text, policy, behaviour = map(
             double, (world.tuples, world.text, world.policy, world.variables)
         )
-        schedule, settings = double(world.schedule), Hashable(world.settings())
+        setting = replay.Setting(Hashable(world.settings()), double(world.schedule))
         in_double = partial(as_policy, model=dataclasses.replace(MODEL, dtype="float64"))
         advantages = jnp.asarray([[1.0, -0.5, -0.5], [-1.2, 0.2, 1.0]], jnp.float64)
         objective_config = ml_collections.ConfigDict(world.config.objective)
@@ -607,7 +605,7 @@ def test_gradient_agrees_with_finite_differences(world):
 
         def energies_of(lora):
             return replay.anchor_energies(
-                in_double, settings, schedule, lora, (policy["params"], text), tuples
+                in_double, setting, lora, (policy["params"], text), tuples
             )[0]
 
         old = jax.jit(energies_of)(behaviour["lora"])

@@ -25,8 +25,30 @@ from kvpo_jax.types import Array, BlockRecord, KVCache, MemoryBank, PyTree, Repl
 
 # (frozen, lora) -> the network of that policy, and the text that it reads, float[L, P, M, K, H, D].
 Policy = Callable[[PyTree, PyTree], tuple[Network, TextKV]]
-# (policy, options, schedule, lora, frozen, tuples, wanted, settled_from, own_starts, transition) ->
-# (energies, floor); see `anchor_energies`.
+
+
+class Setting(NamedTuple):
+    """What all replays of a run have in common.
+
+    Attributes:
+      options: section `replay` of the config.
+      schedule: as in the rollout.
+      transition: of drawn steps, where these are replayed.
+      settled_from: the first solver step that is not routed, where theta equals old in every
+        gradient. From it on the branches read in the first block what the replay reads, so that
+        their residual and its gradient are 0, and none is computed. None: every step has one.
+      own_starts: in the first so many blocks each branch begins with noise of its own; in the
+        others one velocity serves the first step of all (`shared_energies`).
+    """
+
+    options: ml_collections.ConfigDict
+    schedule: flow.Schedule
+    transition: flow.Transition | None = None
+    settled_from: int | None = None
+    own_starts: int = 0
+
+
+# (policy, setting, lora, frozen, tuples, wanted) -> (energies, floor); see `anchor_energies`.
 Energies = Callable[..., tuple[Array, Array | None]]
 
 
@@ -169,51 +191,49 @@ class Source(NamedTuple):
     """Where the states of a replay come from.
 
     Attributes:
-      make: (options, schedule, transition, tuples) -> States [P, G, W, N].
+      make: (setting, tuples) -> States [P, G, W, N].
       followed: u is the velocity that the branch followed there, and z where it was.
       of_anchor: z is the same for all branches of a prompt, made of `ReplayTuples.anchor`.
       of_ends: z is made of the branches' end points and of `ReplayTuples.fresh`.
       size: (options, solver steps) -> N.
     """
 
-    make: Callable[
-        [ml_collections.ConfigDict, flow.Schedule, flow.Transition | None, ReplayTuples], States
-    ]
+    make: Callable[[Setting, ReplayTuples], States]
     followed: bool = False
     of_anchor: bool = False
     of_ends: bool = False
     size: Callable[[ml_collections.ConfigDict, int], int] = lambda options, steps: steps
 
 
-def branch_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+def branch_states(setting: Setting, tuples: ReplayTuples) -> States:
     """KVPO: the states of the branches, and the velocities that they followed."""
-    return replay_states(schedule, tuples)
+    return replay_states(setting.schedule, tuples)
 
 
-def anchor_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+def anchor_states(setting: Setting, tuples: ReplayTuples) -> States:
     """Eq. 21: the states of the anchor, and the velocities from them to the branch's clean latent.
 
     sigma^2 |v - u|^2 is then the distance of clean latents (energy = "latent").
     """
     assert tuples.anchor is not None
     p, g, w, s = tuples.z.shape[:4]
-    sigma = schedule.sigma[:s]
+    sigma = setting.schedule.sigma[:s]
     z = jnp.broadcast_to(tuples.anchor[:, None], tuples.z.shape)
-    clean = clean_latents(schedule, tuples)[:, :, :, None]
+    clean = clean_latents(setting.schedule, tuples)[:, :, :, None]
     return _states(tuples, z, (z - clean) / sigma[:, None, None, None, None], sigma)
 
 
-def times(options: ml_collections.ConfigDict, schedule: flow.Schedule) -> Array:
+def times(setting: Setting) -> Array:
     """The levels float[N] at which end points are replayed: options.times, or the solver's."""
-    given = options.times
-    return jnp.asarray(given, schedule.sigma.dtype) if given else schedule.sigma[:-1]
+    given, sigma = setting.options.times, setting.schedule.sigma
+    return jnp.asarray(given, sigma.dtype) if given else sigma[:-1]
 
 
-def end_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+def end_states(setting: Setting, tuples: ReplayTuples) -> States:
     """Forward process: the branches' clean latents, noised anew; the velocities noise - clean."""
     assert tuples.fresh is not None
-    clean = clean_latents(schedule, tuples)[:, :, :, None]
-    sigma, noise = times(options, schedule), tuples.fresh[:, None]
+    clean = clean_latents(setting.schedule, tuples)[:, :, :, None]
+    sigma, noise = times(setting), tuples.fresh[:, None]
     z = flow.add_noise(clean, noise, sigma[:, None, None, None, None])
     return _states(tuples, z, noise - clean, sigma)
 
@@ -244,17 +264,18 @@ STEP_WEIGHTS: Registry[Callable[[Array, Array, Array], Array]] = Registry(
 )
 
 
-def transition_states(options, schedule, transition, tuples: ReplayTuples) -> States:
+def transition_states(setting: Setting, tuples: ReplayTuples) -> States:
     """The states before each drawn step, and the velocities whose mean is the state after it.
 
     A drawn step is z' = m(z, v) + std eps, with m linear in v: m = a z + b v. So z' - m(z, v) is
     b (u - v), and the log-probability of z' is -b^2 / (2 std^2) |u - v|^2 and a constant, which is
     the weight here. As in all published code it is of the mean over elements, not of the sum.
-    options.step_weight says what the loss of a step counts.
+    replay.step_weight says what the loss of a step counts.
     """
+    transition, levels = setting.transition, setting.schedule.sigma
     assert transition is not None
     s = tuples.z.shape[3]
-    sigma, after = schedule.sigma[: s - 1], schedule.sigma[1:s]
+    sigma, after = levels[: s - 1], levels[1:s]
     kept, std = transition.kept * after, transition.drawn * after
     of_state, of_velocity = 1 - after + kept, kept * (1 - sigma) - (1 - after) * sigma
 
@@ -263,7 +284,7 @@ def transition_states(options, schedule, transition, tuples: ReplayTuples) -> St
 
     z, reached = tuples.z[:, :, :, :-1], tuples.z[:, :, :, 1:]
     u = (reached - spread(of_state) * z) / spread(of_velocity)
-    share = STEP_WEIGHTS[options.step_weight](sigma - after, std, of_velocity)
+    share = STEP_WEIGHTS[setting.options.step_weight](sigma - after, std, of_velocity)
     return _states(tuples, z, u, sigma, jnp.square(of_velocity) / (2 * jnp.square(std)), share)
 
 
@@ -303,9 +324,8 @@ def clean_energy(velocity: Array, u: Array, sigma: Array, options) -> Array:
 
     The error of the clean latent is sigma (v - u).
     """
-    error = jnp.mean(jnp.square(velocity - u), axis=(1, 2, 3, 4))
     floor = jnp.square(jnp.maximum(sigma, options.sigma_floor))
-    return jnp.square(sigma) * error / (2 * floor)
+    return jnp.square(sigma) * velocity_energy(velocity, u, sigma, options) / (2 * floor)
 
 
 def latent_energy(velocity: Array, u: Array, sigma: Array, options) -> Array:
@@ -428,43 +448,33 @@ def split_steps(
 
 def anchor_energies(
     policy: Policy,
-    options: ml_collections.ConfigDict,
-    schedule: flow.Schedule,
+    setting: Setting,
     lora: PyTree,
     frozen: PyTree,
     tuples: ReplayTuples,
     wanted: Array | bool = True,
-    settled_from: int | None = None,
-    own_starts: int = 0,
-    transition: flow.Transition | None = None,
 ) -> tuple[Array, Array | None]:
     """Paper: Eq. 5 under the anchor's own cache, all blocks and steps at once.
 
-    Gradients flow to lora from the first `options.grad_steps` steps, and to `frozen` only without
+    Gradients flow to lora from the first `replay.grad_steps` steps, and to `frozen` only without
     chunks.
 
     Args:
       policy: see Policy; it must not close over arrays.
-      options: section `replay` of the config.
-      schedule: as in the rollout.
+      setting: of the run.
       lora: of the policy.
       frozen: what else the policy needs.
       tuples: what the rollout recorded.
       wanted: bool[], whether the gradient will be read.
-      settled_from: the first solver step that is not routed, where theta equals old in every
-        gradient. From it on the branches read in the first block what the replay reads, so that
-        their residual and its gradient are 0, and none is computed. None: every step has one.
-      own_starts: in the first so many blocks each branch begins with noise of its own; in the
-        others one velocity serves the first step of all (`shared_energies`).
-      transition: of drawn steps, where these are replayed.
 
     Returns:
       Energies float[P, G], and what rounding makes of the zeros, float[P, G], or None.
     """
-    states = STATES[options.states].make(options, schedule, transition, tuples)
+    options = setting.options
+    states = STATES[options.states].make(setting, tuples)
     context = _anchor_context(tuples)
     p, g, w, n = states.sigma.shape
-    steps = split_steps(options, w, n, settled_from, own_starts)
+    steps = split_steps(options, w, n, setting.settled_from, setting.own_starts)
     constant = jax.lax.stop_gradient((lora, frozen))
     flat = chunked.fold(states, 4, p, g, w * n)
 
@@ -508,22 +518,19 @@ def _own_context(tuples: ReplayTuples, page: KVCache, states: States) -> tuple[C
 
 def own_energies(
     policy: Policy,
-    options: ml_collections.ConfigDict,
-    schedule: flow.Schedule,
+    setting: Setting,
     lora: PyTree,
     frozen: PyTree,
     tuples: ReplayTuples,
     wanted: Array | bool = True,
-    settled_from: int | None = None,
-    own_starts: int = 0,
-    transition: flow.Transition | None = None,
 ) -> tuple[Array, None]:
     """Energies under what each branch itself had written when it was rolled out.
 
     Arguments and result as in `anchor_energies`, but no step is settled or shared. Under it a state
     that a branch followed has no energy, so it is of use for other states (STATES) alone.
     """
-    states = STATES[options.states].make(options, schedule, transition, tuples)
+    options = setting.options
+    states = STATES[options.states].make(setting, tuples)
     context, states = _own_context(tuples, tuples.page, states)
     p, g, w, n = states.sigma.shape
     flat, learned = chunked.fold(states, 4, p, g, w * n), np.arange(w * n) % n < options.grad_steps
@@ -538,15 +545,11 @@ def own_energies(
 
 def self_rolled_energies(
     policy: Policy,
-    options: ml_collections.ConfigDict,
-    schedule: flow.Schedule,
+    setting: Setting,
     lora: PyTree,
     frozen: PyTree,
     tuples: ReplayTuples,
     wanted: Array | bool = True,
-    settled_from: int | None = None,
-    own_starts: int = 0,
-    transition: flow.Transition | None = None,
 ) -> tuple[Array, None]:
     """Release: from the second block on, each branch reads what the replaying model wrote.
 
@@ -559,10 +562,11 @@ def self_rolled_energies(
     the steps that carry no gradient. Pass 2 is of the steps that do, for all blocks at once: they
     read the finished page instead of one snapshot per block.
     """
+    options = setting.options
     p, g, w, s = tuples.z.shape[:4]
     learned = min(options.grad_steps, s)
-    states = replay_states(schedule, tuples)
-    page, energies = _roll_pages(policy, options, schedule, lora, frozen, tuples)
+    states = replay_states(setting.schedule, tuples)
+    page, energies = _roll_pages(policy, setting, lora, frozen, tuples)
     context, states = _own_context(tuples, page, states)
     learned_states = chunked.fold(states[:, :, :, :learned], 4, p, g, w * learned)
     energies += branch_energies(policy, options, lora, frozen, context, learned_states, wanted)
@@ -579,17 +583,13 @@ def _branch_context(tuples: ReplayTuples, page: KVCache, block: int) -> Context:
 
 
 def _roll_pages(
-    policy: Policy,
-    options: ml_collections.ConfigDict,
-    schedule: flow.Schedule,
-    lora: PyTree,
-    frozen: PyTree,
-    tuples: ReplayTuples,
+    policy: Policy, setting: Setting, lora: PyTree, frozen: PyTree, tuples: ReplayTuples
 ) -> tuple[KVCache, Array]:
     """Pass 1 of `self_rolled_energies`: what the branches write, and float[P, G], the energies of
     the steps without gradient.
     """
     assert tuples.noise is not None
+    options, schedule = setting.options, setting.schedule
     p, g, w, s = tuples.z.shape[:4]
     learned = min(options.grad_steps, s)
     states = replay_states(schedule, tuples)
@@ -693,13 +693,11 @@ def with_peers(schedule: flow.Schedule, tuples: ReplayTuples, anchors: int) -> R
 
 def state_losses(
     policy: Policy,
-    options: ml_collections.ConfigDict,
-    schedule: flow.Schedule,
+    setting: Setting,
     lora: PyTree,
     frozen: PyTree,
     tuples: ReplayTuples,
     wanted: Array | bool,
-    transition: flow.Transition | None,
     loss: StateLoss,
     others: Others,
     seen: Sequence[str],
@@ -710,7 +708,8 @@ def state_losses(
     state stands for several branches. Those without gradient are left out, and those that were not
     drawn (tuples.steps).
     """
-    states = STATES[options.states].make(options, schedule, transition, tuples)
+    options = setting.options
+    states = STATES[options.states].make(setting, tuples)
     if options.context == "own":
         context, states = _own_context(tuples, tuples.page, states)
     else:
@@ -791,7 +790,7 @@ class Rows(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """What is replayed for one prompt; the last two as in `anchor_energies`."""
+    """What is replayed for one prompt; the last two as in `Setting`."""
 
     branches: int
     blocks: int
