@@ -287,8 +287,8 @@ def test_fields_that_are_newer_than_a_run_take_their_defaults_and_it_says_so(tmp
 @pytest.mark.parametrize(
     "field, value, expected",
     [
-        ("train.iterations", 3.5, "expected int, as in 40"),
-        ("train.iterations", "5", "expected int, as in 40"),
+        ("train.iterations", 3.5, "expected int, as in 24"),
+        ("train.iterations", "5", "expected int, as in 24"),
         ("train.learning_rate", None, "expected float, as in 0.001"),
         ("objective.shuffle_advantages", 1, "expected bool, as in False"),
         ("sampler.steps", 1.0, "expected tuple, as in"),

@@ -243,7 +243,7 @@ def test_the_numbers_are_the_records(text):
     assert read.table("What differs from the preset") == [
         ["objective.beta", "0.05", "0.25"],
         ["rollout.branches", "8", "2"],
-        ["train.iterations", "40", "3"],
+        ["train.iterations", "24", "3"],
         ["train.prompts_per_iteration", "4", "2"],
         ["video.switch_frames", "(12, 24)", "(18,)"],
     ]
