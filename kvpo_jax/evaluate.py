@@ -1,13 +1,13 @@
 """Held-out rewards of a run, or the scores of video files.
 
-    python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--iteration=40] [--config.eval.prompts=64]
+    python -m kvpo_jax.evaluate --workdir=runs/tiny-... [--iteration=24] [--config.eval.prompts=64]
     python -m kvpo_jax.evaluate --videos=DIR --prompts=FILE --rewards=motion \\
         [--hpsv3=FILE] [--videoalign=FILE] [--clip=FILE] [--dino=FILE] [--aesthetic=FILE]
     python -m kvpo_jax.evaluate --export=vbench|vbench_long|custom --prompts=FILE --output=DIR \\
         [--extended=FILE] [--flickering=FILE] [--samples=5] [--seed=0] [--workdir=RUN]
     python -m kvpo_jax.evaluate --import=DIR
     python -m kvpo_jax.evaluate --suite=short|long --prompts=FILE --output=DIR --checkpoint=RUN \\
-        [--policy=reference|online|ema] [--iteration=40] [--lora=A:1.0,B:0.5] [--extended=FILE] \\
+        [--policy=reference|online|ema] [--iteration=24] [--lora=A:1.0,B:0.5] [--extended=FILE] \\
         [--samples=5] [--seed=0] [--num_frames=N] [--against=DIR] [--segment_clips]
 
 The first compares reference, online and EMA policy on the same prompts and noise, and with --lora

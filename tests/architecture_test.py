@@ -8,12 +8,15 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from equipment import configure
+from equipment import SMALL, configure, random_weights
 
 from kvpo_jax import backbone, programs, train
+from kvpo_jax import run as run_lib
+from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import explore, flow, losses, objective, replay, routing
 from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import config as config_lib
+from kvpo_jax.runtime.process import Clock
 
 DOC = Path(__file__).parents[1] / "docs" / "architecture.md"
 
@@ -48,6 +51,23 @@ def used(monkeypatch) -> set[str]:
     register(objective.ADVANTAGES, lambda options, weights, scores, local: scores.branches)
     register(objective.GATES, lambda gate_open, log_pi: jnp.ones(()))
     register(objective.TAU_UNITS, lambda energies, energy_unit: energies.max())
+
+    def my_noise(options, shared, own):
+        used.add(explore.EXPLORES.field)
+        first = explore.initial_noise(options, shared, own)[:, :, :1]
+        return jnp.concatenate([first, explore.step_noise(options, shared, own)[:, :, 1:]], axis=2)
+
+    def my_loss(options, distance, at):
+        used.add(losses.KINDS.field)
+        loss = at.states.advantage * distance(at.theta, at.states.u)
+        return loss, dict.fromkeys(losses.SEEN, 0 * loss)
+
+    mine = explore.Explore(noise=my_noise, common_start=False, draws=True)
+    monkeypatch.setitem(explore.EXPLORES, "mine", mine)
+    monkeypatch.setitem(losses.KINDS, "mine", losses.Kind(my_loss))
+    register(explore.MIXES, lambda shared, own, scale: 0.6 * shared + 0.8 * own)
+    register(flow.KERNELS, lambda sigma, strength: (0.8 + 0 * sigma[1:], 0.6 + 0 * sigma[1:]))
+    register(replay.STEP_WEIGHTS, lambda drop, std, of_velocity: 1 + drop)
     return used
 
 
@@ -64,6 +84,27 @@ ALTERNATIVES = {
 }
 
 
+# Those that drawn steps read, with a loss of their own.
+OF_DRAWN = {
+    "rollout.explore",
+    "rollout.noise_mix",
+    "rollout.kernel",
+    "replay.step_weight",
+    "objective.kind",
+}
+FIELDS = {
+    "reward.scorer": f"{__name__}:score",
+    "reward.weights.brightness": 1.0,
+    "eval.scorer": "",
+    "train.iterations": 1,
+    "train.prompts_per_iteration": 1,
+    "rollout.branches": 3,
+    "eval.prompts": 2,
+    "eval.batch": 2,
+    "video.blocks": 9,
+}
+
+
 def test_alternatives_from_outside_make_a_run(used, tmp_path, monkeypatch):
     made = []
 
@@ -72,24 +113,24 @@ def test_alternatives_from_outside_make_a_run(used, tmp_path, monkeypatch):
         return backbone.toy_backbone(config)
 
     monkeypatch.setitem(backbone.BACKBONES, "mine", backbone.Kind(my_backbone))
-    fields = {
-        **dict.fromkeys(ALTERNATIVES, "mine"),
-        "backbone": "mine",
-        "reward.scorer": f"{__name__}:score",
-        "reward.weights.brightness": 1.0,
-        "eval.scorer": "",
-        "train.iterations": 1,
-        "train.prompts_per_iteration": 1,
-        "rollout.branches": 3,
-        "eval.prompts": 2,
-        "eval.batch": 2,
-        "video.blocks": 9,
-    }
-    config = configure("configs/tiny.py", fields)
+    fields = {**dict.fromkeys(ALTERNATIVES, "mine"), "backbone": "mine"}
+    config = configure("configs/tiny.py", FIELDS | fields)
     config_lib.check(config)
     summary = train.train_and_evaluate(config, tmp_path)
     assert used == ALTERNATIVES and made == ["mine"]
     assert set(summary["components"]["online"]) == {"brightness"}
+
+
+def test_alternatives_of_drawn_steps_from_outside_make_an_update(used, tmp_path):
+    spec, fields = "configs/tiny.py:flow_grpo", {**FIELDS, **SMALL}
+    weights = random_weights(tmp_path / "generator.safetensors", configure(spec, SMALL))
+    fields |= {**dict.fromkeys(OF_DRAWN, "mine"), "weights": weights, "mesh.branch": 1}
+    run = run_lib.load(configure(spec, fields))
+    config_lib.check(run.config)
+    state = state_lib.init_state(run.config, run.mesh, run.initial_lora())
+    _, metrics, [group] = train.improve(run, state, 0, Clock())
+    assert used == OF_DRAWN and metrics["update_norm"] > 0
+    assert group.judged.scores.branches.std() > 1e-4
 
 
 def score(pixels, prompts):

@@ -3,10 +3,11 @@
     python tools/compare.py --methods=paper,release --seeds=3 --budget=400000 \\
         [--config=configs/tiny.py] [--output=DIR] [--config.FIELD=VALUE ...]
 
-A method is a preset of the configuration file. --budget is train.budget_passes of every run: a
-method whose iterations cost less makes more of them (docs/runs.md). Without a budget
-every run makes train.iterations. The same command continues a comparison: finished runs are not
-made again, an interrupted one goes on, a failed one is tried again; with a larger budget all go on.
+A method is a preset of the configuration file, one of docs/methods.md, or PRESET+METHOD. --budget
+is train.budget_passes of every run: a method whose iterations cost less makes more of them
+(docs/runs.md). Without a budget every run makes train.iterations. The same command continues a
+comparison: finished runs are not made again, an interrupted one goes on, a failed one is tried
+again; with a larger budget all go on.
 
 DIR has the runs, comparison.md, comparison.json, comparison.png and report.html, the page of all
 runs (`python -m kvpo_jax.report`). All policies are judged on the same held-out prompts, from the
@@ -243,7 +244,7 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "methods",
         None,
-        "presets, separated by commas; others are compared with the first",
+        "presets or methods, separated by commas; others are compared with the first",
         required=True,
     )
     flags.DEFINE_integer("seeds", 3, "seeds of each", lower_bound=1)

@@ -51,7 +51,7 @@ from kvpo_jax.runtime.atomic import write_json
 SEEDS = (0, 1, 2, 3, 4)  # of the study
 DEVELOPMENT = 100  # the first development seed
 ENDLESS = 1_000_000  # iterations of a run that its budget ends
-# Passes of a run: 60 iterations of KVPO with W = 2 and P = 16, about 40 in the drifting world.
+# Passes of a run: 60 iterations of KVPO with W = 2 and P = 16, 47 of it in the drifting world.
 BUDGETS = {"return": 355_200, "toy": 115_000}
 
 # ---------------------------------------------------------------- settings that were searched

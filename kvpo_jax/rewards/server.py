@@ -6,7 +6,7 @@
 
 In a checkout, `python tools/reward_server.py` is the same. A function of yours is one like `score`
 of kvpo_jax/rewards/motion.py. It is bound to this machine; elsewhere it needs a token, in
---token-file or the environment variable KVPO_REWARD_TOKEN, which the run is given in the same way.
+--token_file or the environment variable KVPO_REWARD_TOKEN, which the run is given in the same way.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ def listen(host: str, port: int, token: str) -> socket.socket:
         local = False
     if not local and not token:
         raise UsageError(
-            f"--host={host} can be reached from other machines: put a token in --token-file=FILE or"
+            f"--host={host} can be reached from other machines: put a token in --token_file=FILE or"
             f" in ${remote.TOKEN}, here and where the run is"
         )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
