@@ -23,7 +23,7 @@ from kvpo_jax.run import Run
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
 from kvpo_jax.runtime.config import wan_config
-from kvpo_jax.types import PromptBatch, PyTree, Rollout, TextKV
+from kvpo_jax.types import BlockKV, PromptBatch, PyTree, Rollout, TextKV
 
 PROMPTS, BRANCHES, STEPS = 2, 4, 4
 BLOCKS, FRAMES, SWITCHES = 12, 3, (12, 24)
@@ -436,6 +436,30 @@ def test_a_switch_concerns_the_prompts_that_change(world):
     np.testing.assert_array_equal(switched[1], plain[1])
     np.testing.assert_array_equal(switched[0, :12], plain[0, :12])
     assert differs(switched[0, 12:15], plain[0, 12:15])
+
+
+@pytest.mark.parametrize(
+    ("start", "old", "keys"), [(0, [], 5), (1, [0], 4), (2, [0, 1], 3), (3, [0, 1, 2], 2)]
+)
+def test_recached_frames_read_the_whole_sink(start, old, keys):
+    """Of five frames by one: what lies before them is read from the history, the rest of it is made
+    anew with them; besides it the youngest two are keys.
+    """
+    shape = kv_cache.KVShape(1, 1, 1, 2)
+    history = kv_cache.empty(shape, (1,), 12, 3, jnp.float32)
+    for frame in range(start + 5):
+        kv = BlockKV(*2 * (jnp.full((1, 1, 1, 1, 1, 2), float(frame)),))
+        history = kv_cache.append(history, kv, frame)
+    seen = {}
+
+    def network(x, sigma, text, context, start_frame, own_keys):
+        seen.update(context=context, own=own_keys)
+        return x, None
+
+    latents, text = jnp.zeros((1, 1, 5, 1, 1, 2)), jnp.zeros((1, 1, 1))
+    block.recache(network, text, history, None, latents, jnp.asarray(start))
+    assert sorted(int(f) for f in seen["context"].frame.ravel() if f >= 0) == old
+    assert int(seen["own"].sum()) == keys
 
 
 @pytest.mark.parametrize("blocks, sink", [(4, False), (8, True)])

@@ -183,11 +183,12 @@ def recache(
     """Keys and values of the last frames under a new prompt, from one forward pass (LongLive).
 
     The clean latents float[P, T, R, Y, X, C] of frames start_frame ... start_frame + R - 1 attend
-    to the sink and to the youngest R - sink of themselves; the oldest are queries only. If the sink
-    lies within the R frames (a switch at frame R), it is made anew as well.
+    to the sink and to the youngest R - sink of themselves; the oldest are queries only. What of the
+    sink lies within the R frames (all of it in a switch at frame R) is made anew as well.
     """
     p, t, frames = latents.shape[:3]
-    sink = jnp.where(start_frame >= history.sink, jnp.arange(history.sink), -1)
+    sink = jnp.arange(history.sink)
+    sink = jnp.where(sink < start_frame, sink, -1)
     context = kv_cache.read(jnp.broadcast_to(sink, (p, t, history.sink)), history, page)
     index = jnp.arange(frames)
     own_keys = (index >= history.sink) | (start_frame + index < history.sink)
