@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from kvpo_jax import memory
+from kvpo_jax.algorithm import objective
 from kvpo_jax.errors import UsageError
 from kvpo_jax.models.wan import REMAT
 from kvpo_jax.run import make_mesh
@@ -92,12 +93,22 @@ def fitted(config: ConfigDict) -> ConfigDict:
     the memory of the devices is not known, as on a CPU, all prompts are taken at once.
 
     Raises:
-      UsageError: no micro-batch can be divided over the devices.
+      UsageError: no micro-batch can be divided over the devices, or the advantages would depend on
+        the devices.
     """
     limit = None if config.train.micro_batch else sharding.device_memory()
     if limit is None:
         return config
     chosen = choose_micro_batch(config, jax.devices(), limit)
+    advantage, size = config.objective.advantage, chosen.config.train.micro_batch
+    if advantage in objective.OVER_PROMPTS and size < (
+        prompts := config.train.prompts_per_iteration
+    ):
+        raise UsageError(
+            f"config.objective.advantage={advantage!r} is over the prompts that are taken together,"
+            f" and the devices take {size} of {prompts}: set config.train.micro_batch={size},"
+            " and leave it so, or lower config.train.prompts_per_iteration"
+        )
     if sharding.is_main():
         print(chosen.reason, flush=True)
     return chosen.config

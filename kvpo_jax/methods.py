@@ -28,12 +28,22 @@ def _most_steps(config: ConfigDict) -> int:
     return max(1, round(0.6 * (len(config.sampler.steps) - 1)))
 
 
+def _all_steps(config: ConfigDict) -> int:
+    """Every state of a block has a gradient; the release's preset has one in two of them."""
+    return len(config.sampler.steps)
+
+
 def _times(factor: float) -> Callable[[ConfigDict], float]:
     return lambda config: factor * config.objective.beta
 
 
 # Losses of a state have no anchor to beat, and no policy over the group.
-STATE_BY_STATE = {"objective.gate": "none", "objective.beta": 0.0, "replay.energy": "velocity"}
+STATE_BY_STATE = {
+    "objective.gate": "none",
+    "objective.beta": 0.0,
+    "replay.energy": "velocity",
+    "replay.grad_steps": _all_steps,
+}
 DRAWN = {
     **STATE_BY_STATE,
     "rollout.explore": "transition",
@@ -153,6 +163,7 @@ METHODS: dict[str, Fields] = {
         "objective.mix": 0.1,
         "replay.energy": "latent",
         "replay.times": (1.0, 0.75, 0.5, 0.25),
+        "replay.grad_steps": 4,
         "replay.steps_drawn": 1,
         "objective.beta": 1e-4,
         "objective.advantage": "batch_std",
@@ -166,6 +177,7 @@ METHODS: dict[str, Fields] = {
         "replay.states": "ends",
         "replay.context": "own",
         "replay.energy": "velocity",
+        "replay.grad_steps": _all_steps,
     },
     # Reward-weighted regression, of end points.
     "rwr": {**ENDS, "objective.kind": "regression", "objective.advantage": "softmax"},

@@ -20,7 +20,7 @@ from kvpo_jax import fitting, network, work
 from kvpo_jax.errors import UsageError
 from kvpo_jax.fitting import SAME_GRADIENT, Proposal
 from kvpo_jax.runtime import progress, sharding
-from kvpo_jax.runtime.config import branches_at_once, prompts_at_once, with_fields
+from kvpo_jax.runtime.config import prompts_at_once, split_branches, with_fields
 
 # ---------------------------------------------------------------- how long it takes
 
@@ -118,7 +118,7 @@ def meshes(config: ConfigDict, devices: int, node: int) -> list[dict[str, int]]:
         axis: config.mesh[axis] for axis, left in LEFT_OPEN.items() if config.mesh[axis] != left
     }
     divisors = partial(fitting.divisors, below=devices + 1)
-    branches = divisors(given.get("branch", branches_at_once(config)))
+    branches = divisors(given.get("branch", split_branches(config)))
     contexts = divisors(given.get("context", config.model.num_heads))
 
     def cuts(rows: int, inner: int) -> set[int]:

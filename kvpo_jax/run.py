@@ -99,7 +99,7 @@ def make_mesh(
     config: ml_collections.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
     """The mesh of a run: the config's sizes, or those that use the most devices."""
-    prompts, branches = config_lib.prompts_at_once(config), config_lib.branches_at_once(config)
+    prompts, branches = config_lib.prompts_at_once(config), config_lib.split_branches(config)
     data, fsdp, branch, context = (config.mesh[axis] for axis in sharding.AXES)
     return sharding.make_mesh(data, branch, prompts, branches, devices, fsdp=fsdp, context=context)
 

@@ -323,6 +323,11 @@ def test_what_may_differ_when_a_run_is_continued():
         config_lib.check_resumable(TINY, overridden("--config.seed=1"))
     with pytest.raises(ValueError, match="config.new: the run was started with None, not with 1"):
         config_lib.check_resumable(TINY, ConfigDict({**TINY, "new": 1}))
+    config_lib.check_resumable(TINY, overridden("--config.train.micro_batch=2"))
+    over_prompts = overridden("--config.objective.advantage=batch_std")
+    two = config_lib.with_fields(over_prompts, {"train.micro_batch": 2})
+    with pytest.raises(ValueError, match="config.train.micro_batch: the run was started with 0,"):
+        config_lib.check_resumable(over_prompts, two)
 
 
 def test_run_directories(tmp_path, monkeypatch):

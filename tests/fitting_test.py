@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
 from kvpo_jax import fitting, memory, plan_memory
+from kvpo_jax.errors import UsageError
 from kvpo_jax.models import umt5
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import sharding
@@ -78,6 +79,11 @@ def test_where_no_limit_is_known_a_run_takes_all_prompts(config, needs, monkeypa
     assert fitting.fitted(given) is given and not capsys.readouterr().out
     assert fitting.fitted(config) == with_micro_batch(config, 2)
     assert capsys.readouterr().out.startswith("train.micro_batch=2 of 4: ")
+    over_prompts = config_lib.with_fields(config, {"objective.advantage": "batch_std"})
+    with pytest.raises(UsageError, match="the devices take 2 of 4: set config.train.micro_batch=2"):
+        fitting.fitted(over_prompts)
+    monkeypatch.setattr(sharding, "device_memory", lambda: needs[4])
+    assert fitting.fitted(over_prompts).train.micro_batch == 4
 
 
 # ---------------------------------------------------------------- further settings

@@ -116,6 +116,12 @@ ONE_STEP = {"sampler.steps": (1.0,), "replay.grad_steps": 1, "rollout.perturbed_
         ("flow_grpo", {"rollout.explore": "init_noise"}, "draws none; set it to transition"),
         ("flow_grpo", {"replay.states": "ends"}, "'ratio' needs config.replay.states=transitions"),
         ("flow_grpo", ONE_STEP, "nothing to draw"),
+        (
+            "flow_grpo",
+            {"replay.energy": "latent"},
+            "a probability by config.replay.energy=velocity",
+        ),
+        ("nft", {"replay.grad_steps": 5}, "grad_steps=5, but config.sampler.steps and"),
         ("nft", {"replay.states": "branch"}, "'nft' needs config.replay.states=ends"),
         ("nft", {"replay.times": (1.0, 0.0)}, "expected levels above 0, up to 1"),
         ("nft", {"replay.context": "self_rolled"}, "own is another context of each branch"),
@@ -194,6 +200,30 @@ def test_every_method_trains_and_resumes_bit_for_bit(together, generator, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, after, continued)
     same = jax.tree.map(lambda a, b: bool((a == b).all()), after.old, after.lora)
     assert all(jax.tree.leaves(same)) == (not config.train.old_decay)
+    assert run.programs.compilations()["replay"] == 1  # in all epochs
+
+
+def test_every_level_of_a_method_is_learnt_on_the_releases_preset():
+    """Which has gradients in the first two of four steps."""
+    for method, levels in {"nft": 4, "astrolabe": 1, "awm": 4, "neighbor_grpo": 4}.items():
+        config = config_lib.load(f"configs/tiny.py:release+{method}")
+        config_lib.check(config)
+        assert config_lib.learned_steps(config) == levels
+        assert config.replay.grad_steps == 4
+    more = {"replay.times": (1.0, 0.8, 0.6, 0.4, 0.3, 0.2), "replay.grad_steps": 6}
+    config = make_config("nft", **{n.replace(".", "__"): value for n, value in more.items()})
+    assert config_lib.learned_steps(config) == 6
+
+
+def test_branches_that_are_replayed_are_divided_too():
+    """Eight are rolled out, and the states of four are compared with all."""
+    given = configure("configs/tiny.py:ar_copo", {"mesh.branch": 8, "mesh.data": 1})
+    with pytest.raises(UsageError, match="mesh.branch=8 does not divide 4 branches"):
+        run_lib.make_mesh(given)
+    alone = configure("configs/tiny.py:ar_copo", {"train.prompts_per_iteration": 1})
+    assert run_lib.make_mesh(alone).shape["branch"] == 4
+    kvpo = configure("configs/tiny.py:kvpo", {"train.prompts_per_iteration": 1})
+    assert run_lib.make_mesh(kvpo).shape["branch"] == 8
 
 
 def test_the_old_policy_follows():

@@ -209,6 +209,9 @@ ADVANTAGES: Registry[Advantages] = Registry(
     },
 )
 
+# Those that compare all prompts that are taken together (config.train.micro_batch).
+OVER_PROMPTS = ("batch_std", "max_group_std")
+
 
 def compute_advantages(
     options: ml_collections.ConfigDict,

@@ -337,6 +337,15 @@ def branches_at_once(config: ConfigDict) -> int:
     return config.rollout.branch_chunk or config.rollout.branches
 
 
+def split_branches(config: ConfigDict) -> int:
+    """What the devices over branches divide: the branches that are rolled out or replayed together.
+
+    Where states are compared with all branches, few branches are replayed.
+    """
+    peers, count = losses.KINDS[config.objective.kind].peers, branches_at_once(config)
+    return math.gcd(count, config.objective.anchors) if peers else count
+
+
 def heldout_at_once(config: ConfigDict, shards: int) -> int:
     """Held-out videos generated at once: eval.batch, or as many as there are prompts in training.
 
@@ -701,11 +710,13 @@ def _check_model(config: ConfigDict, fields: Mapping[str, Any]) -> None:
             f"config.window.cache_frames={config.window.cache_frames}"
         )
     steps = len(config.sampler.steps)
-    for name in ("rollout.perturbed_steps", "replay.grad_steps"):
-        if fields[name] > steps:
-            raise UsageError(
-                f"config.{name}={fields[name]}, but config.sampler.steps has only {steps}"
-            )
+    levels = max(steps, replayed_steps(config))
+    for name, most, where in (
+        ("rollout.perturbed_steps", steps, "config.sampler.steps has"),
+        ("replay.grad_steps", levels, "config.sampler.steps and config.replay.times have"),
+    ):
+        if fields[name] > most:
+            raise UsageError(f"config.{name}={fields[name]}, but {where} only {most}")
 
 
 def _check_video(config: ConfigDict, fields: Mapping[str, Any]) -> None:
@@ -780,6 +791,11 @@ def _check_method(config: ConfigDict) -> None:
     if config.replay.states == "transitions" and not config.rollout.stochasticity:
         raise UsageError(
             f"{states} have no probability with config.rollout.stochasticity=0, which draws nothing"
+        )
+    if config.replay.states == "transitions" and config.replay.energy != "velocity":
+        raise UsageError(
+            f"{states} have a probability by config.replay.energy=velocity, not"
+            f" {config.replay.energy!r}"
         )
     if section.kind == "ratio" and config.replay.states != "transitions":
         raise UsageError(f"{objective_kind} needs config.replay.states=transitions, not {states}")
@@ -865,7 +881,16 @@ def another_run(saved: ConfigDict, given: ConfigDict) -> list[str]:
         if "reward.scorer" in fields:
             fields["reward.scorer"] = without_addresses(fields["reward.scorer"])
     names = sorted(before.keys() | now.keys())
-    return [n for n in names if before.get(n) != now.get(n) and not n.startswith(RESUMABLE)]
+    own = (
+        ("train.micro_batch",)
+        if before.get("objective.advantage") in objective.OVER_PROMPTS
+        else ()
+    )
+    return [
+        n
+        for n in names
+        if before.get(n) != now.get(n) and (n in own or not n.startswith(RESUMABLE))
+    ]
 
 
 def check_resumable(saved: ConfigDict, given: ConfigDict) -> None:
