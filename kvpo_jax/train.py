@@ -277,7 +277,7 @@ def learn_from(
     A function of its own, so that a rollout is freed before the next: no caller may keep `asked`.
     The experience, gigabytes at full size, is returned for further epochs only.
     """
-    on_policy = is_on_policy(run.config, iteration)
+    on_policy, compares = is_on_policy(run.config, iteration), compares_energies(run.config)
     batch, rolled, answers, films = asked
     del asked
     with clock.time("reward"):
@@ -299,7 +299,8 @@ def learn_from(
         )
         if run.config.train.epochs == 1:
             return total, group, None
-        return total, group, experience.replace(energies_old=old, on_policy=np.asarray(False))
+        again = experience.replace(on_policy=np.asarray(False))
+        return total, group, again.replace(energies_old=old) if compares else again
 
 
 def prompts_of(run: Run, iteration: int, numbers: np.ndarray) -> PromptBatch:
@@ -314,15 +315,17 @@ def calibrate(run: Run, state: TrainState, clock: Clock) -> TrainState:
     It is the spread of that iteration's own energies. They are known only when all its
     micro-batches have been rolled out, so these are rolled out once more than they are learnt from.
     """
-    old = []
-    for numbers in micro_batches(run.config):
+
+    def of(numbers: np.ndarray) -> np.ndarray:  # so that a rollout is freed before the next
         with clock.time("rollout"):
             batch = prompts_of(run, 0, numbers)
             rolled = explore(run, state.old, batch, 0, run.draw_pivot(0), windows=())
         with clock.time("update"), progress.bar("energies"):
             experience = unjudged(run, state, rolled, batch, on_policy=True)
-            old.append(np.asarray(energies(run, state.old, experience)))
-    spread = np.asarray(objective.mean_spread(np.concatenate(old)))
+            return np.asarray(energies(run, state.old, experience))
+
+    old = np.concatenate([of(numbers) for numbers in micro_batches(run.config)])
+    spread = np.asarray(objective.mean_spread(old))
     return state.replace(energy_unit=sharding.place(spread, run.mesh))
 
 
@@ -459,7 +462,9 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
 
     # Of evaluating the state's policies, if that has been done.
     results: dict[str, Heldout] | None = None
-    good = state  # the last state whose update was finite and that has not failed to make videos
+    # The last state whose update was finite, and on the host the one before it, which may be the
+    # last that makes finite videos.
+    good = state
     with (
         progress.bar("training", iterations, steady=False) as advance,
         stop_signal() as stop,
@@ -470,11 +475,11 @@ def train(run: Run, workdir: Path, profile: bool = False) -> dict[str, Any] | No
         before = kept_reference(run, workdir, made)
         trace = workdir / "profile" if profile else None
         for iteration in until_stopped(first, iterations, stop, trace):
-            before_good, good = good, state
+            before_good, good = sharding.on_host(good, state), state
             try:
                 state, metrics, groups = improve(run, state, iteration, clock)
             except DivergedError:
-                good = before_good
+                good = before_good()
                 raise
             record = {**jax.device_get(metrics), **group_metrics(groups, run.programs.group_means)}
             record["pivot"] = run.draw_pivot(iteration)

@@ -526,8 +526,8 @@ def test_micro_batches_are_one_batch(weights, tmp_path, epochs):
 
 
 def test_an_earlier_micro_batch_is_forgotten(weights, tmp_path, monkeypatch):
-    """While rewards are made there is one history, that of the rollout; on held-out prompts there
-    is none.
+    """While rewards are made there is one history, that of the rollout; on held-out prompts and
+    before a rollout there is none.
     """
     config = make_config(
         weights, train__micro_batch=1, train__iterations=2, eval__batch=1, eval__prompts=2
@@ -538,7 +538,13 @@ def test_an_earlier_micro_batch_is_forgotten(weights, tmp_path, monkeypatch):
     def histories():
         return sum(x.shape == shape for x in jax.live_arrays()) // 2  # keys and values
 
-    before, counted = histories(), {"train": [], "heldout": []}
+    before, counted = histories(), {"rollout": [], "train": [], "heldout": []}
+    explore = train.explore
+
+    def counting_explore(*arguments, **named):
+        counted["rollout"].append(histories() - before)
+        return explore(*arguments, **named)
+
     ask_group, segment_rewards = backbone_lib.ask_group, composite.segment_rewards
 
     def counting_ask_group(*arguments):
@@ -550,9 +556,12 @@ def test_an_earlier_micro_batch_is_forgotten(weights, tmp_path, monkeypatch):
             counted["heldout"].append(histories() - before)
         return segment_rewards(*arguments)
 
+    monkeypatch.setattr(train, "explore", counting_explore)
     monkeypatch.setattr(backbone_lib, "ask_group", counting_ask_group)
     monkeypatch.setattr(composite, "segment_rewards", counting_segment_rewards)
     train.train_and_evaluate(config, tmp_path)
+    # Two iterations, and once more to measure the unit of tau.
+    assert counted["rollout"] == [0] * 3 * PROMPTS
     assert counted["train"] == [1] * 2 * PROMPTS
     assert set(counted["heldout"]) == {0}
 

@@ -122,7 +122,7 @@ def make_mesh(
     if branch and branches % branch:
         raise UsageError(
             f"mesh.branch={branch} does not divide {branches} branches at a time"
-            " (rollout.branch_chunk)"
+            " (rollout.branch_chunk, objective.anchors)"
         )
 
     def divisors(size, count):
@@ -306,6 +306,27 @@ def unboxed(tree: PyTree) -> PyTree:
 def place(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
     """The tree on the mesh, every leaf with the same spec."""
     return jax.tree.map(partial(put, sharding=NamedSharding(mesh, spec)), tree)
+
+
+def on_host(tree: PyTree, now: PyTree) -> Callable[[], PyTree]:
+    """() -> the tree as it is and where it is; until then it takes no device's memory.
+
+    Arrays that `now` has, too, are not copied: they stay there.
+    """
+    there = {id(x) for x in jax.tree.leaves(now)}
+
+    def kept(x: Array) -> Callable[[], Array]:
+        if id(x) in there:
+            return lambda: x
+        shape, sharding = x.shape, x.sharding
+        shards = {str(shard.index): shard.data for shard in x.addressable_shards}  # no replicas
+        parts = {index: np.array(data) for index, data in shards.items()}
+        return lambda: jax.make_array_from_callback(shape, sharding, lambda i: parts[str(i)])
+
+    leaves, structure = jax.tree.flatten(tree)
+    copies = {id(x): kept(x) for x in leaves}
+    order = [id(x) for x in leaves]
+    return lambda: jax.tree.unflatten(structure, [copies[name]() for name in order])
 
 
 def constrain(tree: PyTree, mesh: Mesh, spec: Spec = REPLICATED) -> PyTree:
