@@ -96,7 +96,7 @@ def of_replay(config: ml_collections.ConfigDict, wanted: bool) -> Spent:
         learned, plain = replay.ROWS.get(config.replay.context, _every_row)(config.replay, extent)
     else:
         learned, _ = replay.own_rows(config.replay, extent)
-        old, reference = not config_lib.always_on_policy(config), config.objective.beta > 0
+        old, reference = config_lib.replays_old(config), config.objective.beta > 0
         plain = learned * (old + reference)
     again = learned if wanted else 0
     return Spent(plain + learned + REMATERIALISED * again, BACKWARD * again)

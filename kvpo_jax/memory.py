@@ -45,11 +45,11 @@ from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run, make_mesh
 from kvpo_jax.runtime import checkpoint, sharding
 from kvpo_jax.runtime.config import (
-    always_on_policy,
     branches_at_once,
     compares_energies,
     heldout_at_once,
     prompts_at_once,
+    replays_old,
     rolls_ahead,
     wan_config,
 )
@@ -234,7 +234,7 @@ def _trace_experience(
         energies_ref=of_group,
         energy_unit=state.energy_unit,
         on_policy=placed(shape((), bool), run.mesh),
-        old=None if together or always_on_policy(config) else state.old,
+        old=state.old if not together and replays_old(config) else None,
         reference=None if together or not config.objective.beta else state.reference,
     )
 

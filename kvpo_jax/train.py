@@ -37,7 +37,6 @@ from kvpo_jax.rollout import rollout
 from kvpo_jax.run import Run
 from kvpo_jax.runtime import checkpoint, progress, sharding
 from kvpo_jax.runtime.config import (
-    always_on_policy,
     check_trained,
     compares_energies,
     has_energy_unit,
@@ -46,6 +45,7 @@ from kvpo_jax.runtime.config import (
     is_synced,
     micro_batches,
     old_decay,
+    replays_old,
     rolls_ahead,
 )
 from kvpo_jax.runtime.metrics import Group, Recorder, check_finite, group_metrics
@@ -160,7 +160,7 @@ def remember(
     )
     if not compares_energies(run.config):
         return experience.replace(
-            old=None if always_on_policy(run.config) else state.old,
+            old=state.old if replays_old(run.config) else None,
             reference=state.reference if run.config.objective.beta else None,
         )
     reference = energies(run, state.reference, experience)

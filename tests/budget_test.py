@@ -83,6 +83,19 @@ def test_what_a_continued_run_may_change_changes_no_count():
         assert one == two
 
 
+def test_the_old_policy_is_replayed_where_a_loss_reads_it():
+    """Off policy: once for each of the states that have a gradient, of 8 branches and 3 blocks."""
+    for method, more in {"rwr": 0, "flow_grpo": 8 * 3 * 3, "nft": 8 * 3 * 4}.items():
+        on, off = (
+            budget.of_replay(configure(f"configs/tiny.py:{method}", fields), True).passes
+            for fields in (
+                {"train.rollouts_per_sync": 1, "train.old_decay": 0.0},
+                {"train.rollouts_per_sync": 2},
+            )
+        )
+        assert off - on == more
+
+
 def test_a_context_that_states_no_rows_is_taken_to_replay_every_state_once(monkeypatch):
     monkeypatch.setitem(replay.CONTEXTS, "mine", replay.anchor_energies)
     config = configure("configs/tiny.py", {"replay.context": "mine"})

@@ -37,10 +37,12 @@ class Kind(NamedTuple):
     Attributes:
       of_state: the loss of each state; None: one of the group's energies, `objective.loss`.
       peers: a state is compared with all branches, so that few branches have to be replayed.
+      reads_old: the velocities of the policy of the rollout are read.
     """
 
     of_state: Loss | None
     peers: bool = False
+    reads_old: bool = True
 
 
 def bind(
@@ -177,7 +179,7 @@ KINDS: Registry[Kind] = Registry(
         "gibbs": Kind(None),
         "neighbours": Kind(neighbours_loss, peers=True),
         "ratio": Kind(ratio_loss),
-        "regression": Kind(regression_loss),
+        "regression": Kind(regression_loss, reads_old=False),
         "nft": Kind(nft_loss),
     },
 )

@@ -465,6 +465,11 @@ def always_on_policy(config: ConfigDict) -> bool:
     )
 
 
+def replays_old(config: ConfigDict) -> bool:
+    """Whether a loss that is taken state by state has the velocities of pi_old in its replay."""
+    return losses.KINDS[config.objective.kind].reads_old and not always_on_policy(config)
+
+
 def settled_from(config: ConfigDict) -> int | None:
     """The first solver step that is not routed, if every gradient is on policy; None if not."""
     routes = explore.EXPLORES[config.rollout.explore].routes
