@@ -1,5 +1,6 @@
 """Pretraining: one pass is the walk with a cache, and a file says how it was made."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -144,6 +145,22 @@ def test_a_generator_is_made_from_one_command(tmp_path):
     assert "commit" in metadata and metadata["seed"] == "0" and float(metadata["minutes"]) >= 0
     config = config_lib.load(str(spec))
     backbone_lib.load_params(output, WanConfig(**config.model))
+
+
+def test_the_average_of_the_weights_is_what_is_saved():
+    """After one step: with a decay of 0 the weights as they are then, and of 0.9 a tenth of the way
+    there.
+    """
+    config = configure("configs/return.py", {**SMALL, "model.num_layers": 1})
+    recipe = dataclasses.replace(RECIPE, steps=1, batch=1)
+    begin = pretrain_toy.initial_params(WanConfig(**config.model), 1, RECIPE.seed)
+    last, average = (
+        pretrain_toy.train(config, dataclasses.replace(recipe, ema=ema))[0] for ema in (0.0, 0.9)
+    )
+    for name in ("bias", "kernel"):  # of the head, from which the others learn nothing at first
+        first, moved, between = (tree["head"][name] for tree in (begin, last, average))
+        assert jnp.abs(moved - first).max() > 1e-3
+        np.testing.assert_allclose(between - first, 0.1 * (moved - first), rtol=1e-3, atol=1e-8)
 
 
 def test_a_loss_that_is_not_finite_stops_it():

@@ -87,6 +87,27 @@ def test_a_video_file_has_nearly_the_pixels_that_were_sent(served):
     np.testing.assert_allclose(light, [200 / 255, 50 / 255], atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "format", "said"),
+    [
+        (np.uint8, "npz", {"white": 255}),
+        (np.float32, "npz", {"white": 1}),
+        (np.uint8, "mp4", {"codec": remote.CODEC}),
+    ],
+)
+def test_a_request_says_how_its_clips_are_read(dtype, format, said):
+    """What a server of somebody else's goes by: what white is, frames per second, the codec."""
+    clips = np.ones((2, 3, 16, 16, 3), dtype)
+    with zipfile.ZipFile(io.BytesIO(remote.pack(clips, ["a", "b"], format, 8))) as file:
+        request = json.loads(file.read(remote.REQUEST))
+    assert {name: request.get(name) for name in ("white", "codec")} == {
+        "white": None,
+        "codec": None,
+        **said,
+    }
+    assert (request["fps"], request["format"], request["prompts"]) == (8, format, ["a", "b"])
+
+
 def test_a_fault_of_a_function_is_named_at_once(served):
     url, token = served
     there = remote.Server(url, settings(token_file=token, retries=50, backoff=9.0))

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import study
+import trials
 import vividness
 from equipment import ROOT, run_command
 
 from kvpo_jax.data import toy_world
 from kvpo_jax.errors import UsageError
+from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime import workdir as workdir_lib
 from kvpo_jax.runtime.statistics import heldout_summary
 
@@ -211,7 +213,12 @@ def test_every_arm_is_a_valid_run(tmp_path):
         trial = study.trial_of(arm, 0, tmp_path, [], 0)
         assert trial.config.train.budget_passes == study.BUDGETS[study.world_of(arm)]
         assert arm.versus in study.BY_NAME
+        config = config_lib.flat(trial.config)
+        assert {name: config[name] for name in arm.fields} == dict(arm.fields)
     assert len({arm.name for arm in arms}) == len(arms) and len(arms) > len(study.ARMS) + 10
+    for name, beta in {"beta 0": 0.0, "KVPO": 0.05, "2 beta": 0.1, "CHR + l2": 1.5}.items():
+        trial = study.trial_of(study.BY_NAME[name], 0, tmp_path, [], 0)
+        assert trial.config.objective.beta == pytest.approx(beta)
 
 
 def test_every_claim_is_about_arms_that_are_run():
@@ -252,6 +259,24 @@ def test_a_search_changes_one_setting_and_is_judged_on_other_prompts():
     own = {"eval.prompts", *study.BY_NAME["noise + l2"].fields}
     assert [len(fields.keys() - own) for fields in points] == [0, *[1] * (len(points) - 1)]
     assert {"objective.beta", "train.learning_rate"} <= set().union(*points)
+
+
+def test_a_search_is_judged_on_prompts_that_the_study_does_not_have():
+    """The study has the first 32: they gain 0.1 here, and the others 0.3."""
+    arm = study.searched("tve")[1]
+    outvoted, sink_wins = STORIES
+    values = [0.5] * 64
+    components = {policy: dict.fromkeys(study.PARTS, values) for policy in ("reference", "online")}
+    evaluation = {
+        "prompt": 32 * [sink_wins] + 32 * [outvoted],
+        "reward": {"reference": values, "online": values},
+        "components": components,
+    }
+    trial = study.trial_of(arm, 100, Path("runs"), [], 0)
+    gains = np.repeat([0.1, 0.3], 32)
+    row = study.search_row(arm, 100, trials.Result(trial, gains=gains, evaluation=evaluation))
+    assert row["gain"] == pytest.approx(0.3) and list(row["tasks"]) == ["outvoted"]
+    assert row["tasks"]["outvoted"]["stories"] == 32
 
 
 def test_tasks_are_those_of_the_held_out_stories():

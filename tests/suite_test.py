@@ -274,6 +274,11 @@ def test_intervals_and_pairs_by_hand():
     # Differences are -1 and 2.
     assert made["against"]["a"] == {"difference": 0.5, "ci95": [-1.0, 2.0], "win_rate": 0.5}
     assert made["segments"]["a"][1] == {"mean": 4.0, "ci95": None, "prompts": 1}
+    # Of three prompts the evaluation is better than the other on the last alone.
+    apart = [rows((x,), (x,)) + [{**rows((x,))[0], "prompt": 2}] for x in (0.0, 1.0)]
+    now, before = apart
+    now[2] = {**now[2], "scores": {"a": 2.0}}
+    assert suite.results_of(now, before)["against"]["a"]["win_rate"] == pytest.approx(1 / 3)
     assert suite.results_of(rows((0.0, 2.0)))["scores"]["a"]["ci95"] is None
     short = {"prompt": 0, "sample": 0, "scores": {"a": 1.0}, "segments": {"a": [1.0, None, 2.0]}}
     _, second, third = suite.results_of([short])["segments"]["a"]
@@ -309,6 +314,43 @@ def test_an_evaluation_is_continued_with_the_same_only(world, whole, asked, fiel
         evaluated(world, "whole", fields=fields, **asked)
     assert "\n" not in str(error.value)
     assert contents(whole) == before
+
+
+def test_other_weights_and_another_checkpoint_are_another_evaluation(world, whole, tmp_path):
+    """Of the same names and sizes: what they are made of is in the manifest."""
+    base = tmp_path / "weights.safetensors"
+    config = configure("configs/tiny.py", SMALL)
+    params = jax.tree.map(lambda x: x + 0.1, fresh_variables(config)["params"])
+    checkpoint.save_weights(base, params, {})
+    before = contents(whole)
+    with pytest.raises(UsageError, match="was begun with files.config.weights"):
+        evaluated(world, "whole", fields={"weights": base})
+    assert contents(whole) == before
+    online, reference = (
+        suite.Policy(name, world[0] / "run", 3, ()).record() for name in ("online", "reference")
+    )
+    assert online["sum"] and online["sum"] != reference["sum"]
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("suite", "short", "was made with suite 'short', not 'long'"),
+        ("prompts", {"prompts": "x"}, "was made with prompts.prompts 'x', not"),
+        ("samples", 1, "was made with samples 1, not 2"),
+        ("video", {"fps": 99}, "was made with video.fps 99, not"),
+        ("scoring", {"clip_frames": 7}, "was made with scoring.clip_frames 7, not 0"),
+    ],
+)
+def test_only_evaluations_of_the_same_are_compared(world, whole, name, other, message):
+    changed = world[0] / f"other_{name}"
+    changed.mkdir()
+    manifest = records.object_in(whole / "manifest.json")
+    manifest[name] = {**manifest[name], **other} if isinstance(other, dict) else other
+    (changed / "manifest.json").write_text(json.dumps(manifest))
+    (changed / "scores.jsonl").write_text((whole / "scores.jsonl").read_text())
+    with pytest.raises(UsageError, match=message):
+        evaluated(world, "compared", against=str(changed))
 
 
 def test_only_what_is_alike_and_finished_is_compared(world, whole, unlike):

@@ -270,6 +270,23 @@ def test_aggregates_of_published_kind_of_numbers():
     assert "Semantic" not in got and "Total" not in got
 
 
+def test_semantic_dimensions_are_normalised_as_published():
+    """The half of what VBench's NORMALIZE_DIC has as lowest and highest; most are 0 and 1."""
+    halves = {
+        "scene": 0.8222 / 2,
+        "appearance_style": (0.0009 + 0.2855) / 2,
+        "temporal_style": 0.364 / 2,
+        "overall_consistency": 0.364 / 2,
+    }
+    plain = "object_class multiple_objects human_action color spatial_relationship".split()
+    values = {**halves, **dict.fromkeys(plain, 0.5)}
+    values |= {name: d.high for name, d in vbench.DIMENSIONS.items() if d.quality}
+    got = vbench.aggregates(values)
+    assert got["Semantic"] == pytest.approx(0.5, abs=1e-9)
+    values["temporal_style"] = 0.364
+    assert vbench.aggregates(values)["Semantic"] == pytest.approx(0.5 + 0.5 / 9)
+
+
 def test_a_missing_dimension_does_not_count_as_0(tmp_path):
     every = {name: {"a cat": [0.5], "a dog": [0.7]} for name in vbench.DIMENSIONS}
     del every["scene"], every["color"]
