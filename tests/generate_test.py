@@ -17,25 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from equipment import (
+    SMALL,
     SMALLEST,
     bare_run,
     batch_of,
     configure,
     fresh_variables,
     random_variables,
+    random_weights,
     run_command,
     save_lora,
 )
 
 from kvpo_jax import adapters, diversity, generate, rollout
 from kvpo_jax import run as run_lib
+from kvpo_jax import state as state_lib
 from kvpo_jax.algorithm import keys
 from kvpo_jax.data import prompts, toy_world
 from kvpo_jax.data.prompts import PromptSequence
 from kvpo_jax.errors import UsageError
 from kvpo_jax.run import Run
-from kvpo_jax.runtime import atomic, sharding
+from kvpo_jax.runtime import atomic, checkpoint, sharding, workdir
 from kvpo_jax.runtime import config as config_lib
 from kvpo_jax.runtime.video import enlarge
 from kvpo_jax.types import PyTree
@@ -564,6 +568,49 @@ def test_a_run_generates_with_the_configuration_of_its_checkpoint(tmp_path):
         checkpoint=str(tmp_path), config=None, iteration="newest", output="videos"
     )
     assert generate.find_config(given, [], {"ema": False}) == trained
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run whose second online policy is its first average: an adapter that changes videos."""
+    folder = tmp_path_factory.mktemp("run")
+    weights = random_weights(folder / "weights.safetensors", configure("configs/tiny.py", SMALL))
+    config = configure("configs/tiny.py", {**SMALL, "weights": weights})
+    plain = fresh_variables(config)["lora"]
+    moved = jax.tree.map(lambda x: x + 0.3, plain)
+    state = state_lib.init_state(config, run_lib.make_mesh(config), plain)
+    with checkpoint.manager(folder / "checkpoints", 2) as checkpoints:
+        for iteration, (lora, ema) in enumerate([(plain, moved), (moved, plain)], start=1):
+            saved = state.replace(lora=lora, ema=ema)
+            checkpoint.save(checkpoints, iteration, saved, {"config": config.to_dict()})
+    workdir.start_run(config, folder)
+    return folder
+
+
+def test_commands_take_the_checkpoint_and_the_policy_that_they_are_told(trained, tmp_path):
+    def made(*flags: str) -> bytes:
+        done = run(
+            f"--checkpoint={trained}", f"--output={tmp_path}", "--prompt=a red disk moves left",
+            "--num_frames=3", *flags,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "000_a_red_disk_moves_left.mp4").read_bytes()
+
+    assert made() == made("--iteration=1", "--ema") != made("--iteration=1")
+
+    def exported(*flags: str) -> dict[str, np.ndarray]:
+        output = tmp_path / "lora.safetensors"
+        arguments = (f"--workdir={trained}", f"--output={output}", "--format=diffusers", *flags)
+        done = run_command("-m", "kvpo_jax.convert.export_lora", *arguments)
+        assert done.returncode == 0, done.stderr
+        return safetensors.numpy.load_file(output)
+
+    newest, first, average = (
+        exported(), exported("--iteration=1"), exported("--iteration=1", "--policy=ema")
+    )  # fmt: skip
+    for name, x in newest.items():
+        np.testing.assert_array_equal(x, average[name])
+        assert not np.array_equal(x, first[name])
 
 
 def test_what_is_no_folder_and_no_run_is_named(tmp_path):

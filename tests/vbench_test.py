@@ -187,6 +187,22 @@ def scripts(tmp_path, made):
     return {path.name: path.read_text() for path in (tmp_path / "out").glob("*.sh")}
 
 
+@pytest.mark.parametrize(
+    ("flags", "said", "other"),
+    [
+        (["--workdir={folder}", "--iteration=2"], "--checkpoint={folder} --iteration=2", "--lora"),
+        (["--lora=a.safetensors:0.5"], "--lora=a.safetensors:0.5", "--checkpoint"),
+    ],
+)
+def test_the_policy_that_is_exported_is_the_one_that_generates(tmp_path, flags, said, other):
+    (tmp_path / "p.txt").write_text("a red disk moves left")
+    given = [f"--prompts={tmp_path / 'p.txt'}", f"--output={tmp_path / 'out'}", "--export=custom"]
+    done = run(*given, *(flag.format(folder=tmp_path) for flag in flags))
+    assert done.returncode == 0, done.stderr
+    script = (tmp_path / "out" / "generate.sh").read_text()
+    assert said.format(folder=tmp_path) in script and other not in script
+
+
 def test_every_dimension_has_a_command_of_its_mode(tmp_path):
     short = scripts(tmp_path / "short", export(filtered=["a dog"]))
     lines = short["run_vbench.sh"].splitlines()
