@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from equipment import SMALL_RUN, configure
+from equipment import SMALL_RUN, configure, run_command
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
@@ -99,6 +99,26 @@ def test_a_proposal_fits_when_it_is_fed_back(config, device, needs):
     given = config_lib.override(config, arguments)
     config_lib.check(given)
     assert fitting.peak(given, device) == proposal.peak
+
+
+@pytest.mark.slow
+def test_the_command_proposes_what_fits_when_it_is_fed_back(needs):
+    """Between what two and four prompts need; and below what anything does."""
+    flags = ["--config=configs/tiny.py", *(f"--config.{n}={v}" for n, v in PLANNED.items())]
+
+    def planned(limit, *more):
+        memory_gb = f"--memory_gb={limit / fitting.GB:.6f}"
+        done = run_command("-m", "kvpo_jax.plan_memory", "--devices=1", memory_gb, *flags, *more)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    limit, all_at_once = (needs[2] + needs[4]) / 2, "--config.train.micro_batch=4"
+    said = planned(limit, all_at_once)
+    assert "does not fit into" in said and "it fits with the same gradient" in said
+    proposed = said.rpartition("with: ")[2].split()
+    assert proposed and all(flag.startswith("--config.") for flag in proposed)
+    assert "\nfits into" in planned(limit, *proposed)
+    assert "nothing that was tried fits" in planned(0.02 * needs[1])
 
 
 @pytest.mark.parametrize(
