@@ -20,6 +20,7 @@ from kvpo_jax.errors import UsageError
 from kvpo_jax.runtime import media, page, video
 from kvpo_jax.runtime.films import Film, films_in
 from kvpo_jax.runtime.records import read_run
+from kvpo_jax.runtime.statistics import heldout_summary
 
 PROMPTS = [["a red disk moves left", "a <b>blue</b> cross & more"], ["one", "two"]]
 FIELDS = {
@@ -251,6 +252,18 @@ def test_the_numbers_are_the_records(text):
     reward = next(t for t in read.all("svg", "curve") if t["aria-label"].startswith("Reward over"))
     for line in ("branches: from 0.4 to 0.6", "anchor: from 0.35 to 0.55", "EMA: from 0.45 to 0.5"):
         assert line in reward["aria-label"]
+
+
+def test_the_numbers_to_see_first_are_the_summarys(tmp_path):
+    """Of the online policy, and not of the average."""
+    run = write_run(tmp_path / "run", videos=False)
+    heldout = heldout_summary(*map(np.asarray, ([0.4, 0.5], [0.5, 0.7], [0.4, 0.6])))
+    (run / "summary.json").write_text(json.dumps({"heldout": heldout, "seconds": {"total": 61}}))
+    page.write([run], tmp_path / "index.html")
+    read = Reader((tmp_path / "index.html").read_text())
+    reward, gain, wins = (tag.text.strip() for tag in read.all("dd")[:3])
+    assert reward == "0.60000.4500 before" and wins == "100%of 2 prompts"
+    assert gain.startswith("+0.150095 % [-0.4853, ")
 
 
 def test_a_run_of_the_world_return_has_a_table_of_tasks(run, tmp_path):
