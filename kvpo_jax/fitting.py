@@ -100,10 +100,9 @@ def fitted(config: ConfigDict) -> ConfigDict:
     if limit is None:
         return config
     chosen = choose_micro_batch(config, jax.devices(), limit)
-    advantage, size = config.objective.advantage, chosen.config.train.micro_batch
-    if advantage in objective.OVER_PROMPTS and size < (
-        prompts := config.train.prompts_per_iteration
-    ):
+    advantage, prompts = config.objective.advantage, config.train.prompts_per_iteration
+    size = prompts_at_once(chosen.config)
+    if advantage in objective.OVER_PROMPTS and size < prompts:
         raise UsageError(
             f"config.objective.advantage={advantage!r} is over the prompts that are taken together,"
             f" and the devices take {size} of {prompts}: set config.train.micro_batch={size},"

@@ -228,7 +228,8 @@ def apply(
     assert gradient is not None, "an iteration has at least one prompt"
     updated, metrics = run.programs.apply(state, gradient)
     check_finite(metrics, {}, ())
-    return updated, metrics
+    # Of what it leaves as it is, the program returns copies.
+    return updated.replace(old=state.old, reference=state.reference), metrics
 
 
 class Asked(NamedTuple):

@@ -201,6 +201,8 @@ def test_every_method_trains_and_resumes_bit_for_bit(together, generator, tmp_pa
     same = jax.tree.map(lambda a, b: bool((a == b).all()), after.old, after.lora)
     assert all(jax.tree.leaves(same)) == (not config.train.old_decay)
     assert run.programs.compilations()["replay"] == 1  # in all epochs
+    of_reference = (jax.tree.leaves(s.reference) for s in (state, first, after))
+    assert all(a is b is c for a, b, c in zip(*of_reference, strict=True))  # there is one copy
 
 
 def test_every_level_of_a_method_is_learnt_on_the_releases_preset():

@@ -6,10 +6,10 @@
     python tools/study.py --render --output=docs     # the pages again, from evidence.json alone
 
 An arm is a configuration, and some fields over it: ARMS. All arms of a world spend the same passes
-(train.budget_passes, docs/runs.md). They run tier by tier, and in a tier seed
-by seed, the most important first. After each run DIR has evidence.json, evidence.md and
-evidence.html anew, so the study can be stopped at any time; the same command goes on with it.
-Every run's directory, with its page, is kept below --runs.
+(train.budget_passes, docs/runs.md). They run tier by tier, and in a tier seed by seed, the most
+important first. After each run DIR has evidence.json, evidence.md and evidence.html anew, so the
+study can be stopped at any time; the same command goes on with it. Every run's directory, with its
+page, is kept below --runs.
 
 All runs of a world are judged on the same held-out prompts, from the same noise. An arm's interval
 is over its seeds, each of which counts once. The difference to the arm that it is compared with is
